@@ -1,0 +1,23 @@
+"""What is adjusted in the engine outside the modules that are laid over it: one list, one place to look.
+
+Each entry is (engine module, function of that module), and the function runs once, right after the engine's
+module was imported. The functions live with their subject: :mod:`sglang_minimax.server_arguments` for what is
+decided when the server's arguments are read, :mod:`sglang_minimax.cpu_host` for a host without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+Adjustment = tuple[str, Callable[[ModuleType], None]]
+
+
+def for_this_host() -> Iterator[Adjustment]:
+    """The adjustments that apply to this process, decided before anything of the engine is imported."""
+    from sglang_minimax import cpu_host, server_arguments
+
+    yield from server_arguments.ADJUSTMENTS
+    if cpu_host.has_no_accelerator():
+        cpu_host.prepare_environment()
+        yield from cpu_host.ADJUSTMENTS
