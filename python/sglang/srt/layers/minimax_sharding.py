@@ -1,0 +1,188 @@
+"""How MiniMax-M2 is divided over ranks, as arithmetic of integers.
+
+No torch and no process group is needed here: the model, the checks of the server's arguments, the planner and
+the tests all call these functions, so that a layout means one thing everywhere.
+
+Words used throughout:
+    attention TP   the ranks that share one sequence's attention: tp / dp under DP attention, else tp.
+    experts TP     the ranks that divide one expert's width between them: tp / ep / moe_dp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+
+@dataclass(frozen=True)
+class HeadShards:
+    """How ``num_heads`` heads lie on ``num_ranks`` ranks.
+
+    Either every rank holds ``heads_per_rank`` heads of its own (``replicas == 1``), or every head is held by
+    ``replicas`` neighbouring ranks (``heads_per_rank == 1``).
+    """
+
+    num_heads: int
+    num_ranks: int
+    heads_per_rank: int
+    replicas: int
+
+    @property
+    def num_shards(self) -> int:
+        """How many different shards there are; each is held by ``replicas`` ranks."""
+        return self.num_ranks // self.replicas
+
+    def shard_of(self, rank: int) -> int:
+        """The shard that ``rank`` holds: neighbours share, as in the engine's ``QKVParallelLinear``."""
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank {rank} is not one of the {self.num_ranks} ranks 0..{self.num_ranks - 1}")
+        return rank // self.replicas
+
+    def heads_of(self, rank: int) -> range:
+        """The heads that ``rank`` holds."""
+        first = self.shard_of(rank) * self.heads_per_rank
+        return range(first, first + self.heads_per_rank)
+
+
+def shard_heads(num_heads: int, num_ranks: int, what: str = "heads") -> HeadShards:
+    """Divides ``num_heads`` heads over ``num_ranks`` attention-TP ranks.
+
+    Args:
+        num_heads: heads of the whole model, q or KV.
+        num_ranks: ranks of the attention-TP group.
+        what: what to call the heads in an error.
+
+    Raises:
+        ValueError: neither number is a multiple of the other.
+    """
+    if num_heads < 1 or num_ranks < 1:
+        raise ValueError(f"{num_heads} {what} over {num_ranks} attention-TP ranks: both must be at least 1")
+    if num_heads % num_ranks == 0:
+        return HeadShards(num_heads, num_ranks, num_heads // num_ranks, 1)
+    if num_ranks % num_heads == 0:
+        return HeadShards(num_heads, num_ranks, 1, num_ranks // num_heads)
+    raise ValueError(
+        f"{num_heads} {what} cannot be divided over {num_ranks} attention-TP ranks: one number must be a multiple "
+        f"of the other. The nearest numbers of ranks that work: {_joined(nearest_rank_counts(num_heads, num_ranks))}"
+    )
+
+
+def nearest_rank_counts(num_heads: int, num_ranks: int) -> list[int]:
+    """The valid numbers of ranks next below and next above ``num_ranks``."""
+
+    def valid(ranks: int) -> bool:
+        return num_heads % ranks == 0 or ranks % num_heads == 0
+
+    below = next(ranks for ranks in range(num_ranks, 0, -1) if valid(ranks))
+    above = next(ranks for ranks in range(num_ranks, num_ranks + num_heads + 1) if valid(ranks))
+    return sorted({below, above})
+
+
+@dataclass(frozen=True)
+class AttentionShards:
+    """The q heads and the KV heads of one attention layer on its attention-TP ranks."""
+
+    q: HeadShards
+    kv: HeadShards
+
+
+def shard_attention(num_q_heads: int, num_kv_heads: int, num_ranks: int) -> AttentionShards:
+    """Divides one attention layer; q heads are never replicated, KV heads may be.
+
+    Raises:
+        ValueError: the q heads are not a multiple of the ranks, the KV heads do not divide, or a rank's q heads
+            would not all read the KV heads that the rank holds.
+    """
+    kv = shard_heads(num_kv_heads, num_ranks, "KV heads")
+    if num_q_heads % num_ranks != 0:
+        works = [n for n in range(1, num_q_heads + 1) if _attention_works(num_q_heads, num_kv_heads, n)]
+        raise ValueError(
+            f"{num_q_heads} q heads cannot be divided over {num_ranks} attention-TP ranks: q heads are never "
+            f"replicated. Numbers of ranks that work for {num_q_heads} q and {num_kv_heads} KV heads: {_joined(works)}"
+        )
+    if num_q_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"{num_q_heads} q heads cannot share {num_kv_heads} KV heads: the first must be a multiple of the second"
+        )
+    return AttentionShards(shard_heads(num_q_heads, num_ranks, "q heads"), kv)
+
+
+def _attention_works(num_q_heads: int, num_kv_heads: int, num_ranks: int) -> bool:
+    return num_q_heads % num_ranks == 0 and (num_kv_heads % num_ranks == 0 or num_ranks % num_kv_heads == 0)
+
+
+def attention_tp_size(tp_size: int, dp_size: int = 1, attn_cp_size: int = 1) -> int:
+    """Ranks of one attention-TP group. ``dp_size`` counts only under DP attention.
+
+    Raises:
+        ValueError: ``tp_size`` is not a multiple of ``dp_size * attn_cp_size``.
+    """
+    if tp_size % (dp_size * attn_cp_size) != 0:
+        raise ValueError(
+            f"--tp {tp_size} must be a multiple of --dp {dp_size} times the context-parallel size {attn_cp_size}"
+        )
+    return tp_size // (dp_size * attn_cp_size)
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """What of the experts decides how they can be divided.
+
+    ``num_experts`` counts redundant ones; ``width`` is ``intermediate_size``; ``block`` is the number of columns
+    and rows that one quantisation scale covers, 1 where the width may be cut anywhere.
+    """
+
+    num_experts: int
+    width: int
+    block: int = 1
+
+    def works(self, tp_size: int, ep_size: int, moe_dp_size: int = 1) -> bool:
+        return self.reason_against(tp_size, ep_size, moe_dp_size) is None
+
+    def reason_against(self, tp_size: int, ep_size: int, moe_dp_size: int = 1) -> str | None:
+        """The first rule that this division breaks, as a sentence, or None."""
+        groups = ep_size * moe_dp_size
+        if ep_size < 1 or tp_size % groups != 0:
+            return f"--tp {tp_size} is not a multiple of --ep {ep_size}"
+        if self.num_experts % ep_size != 0:
+            return f"{self.num_experts} experts are not a multiple of --ep {ep_size}"
+        ranks = tp_size // groups
+        if self.width % ranks != 0:
+            return f"the expert width {self.width} is not a multiple of the {ranks} ranks that divide it"
+        if (self.width // ranks) % self.block != 0:
+            return (
+                f"the expert width a rank, {self.width} / {ranks} = {self.width // ranks}, is not a multiple of the "
+                f"quantisation block {self.block}"
+            )
+        return None
+
+
+def working_ep_sizes(shape: ExpertShape, tp_size: int, moe_dp_size: int = 1) -> list[int]:
+    """The EP sizes that work at ``tp_size``, smallest first; empty where none does."""
+    return [ep for ep in range(1, tp_size + 1) if shape.works(tp_size, ep, moe_dp_size)]
+
+
+def working_tp_sizes(shape: ExpertShape, at_most: int) -> list[int]:
+    """The TP sizes up to ``at_most`` for which some EP size works."""
+    return [tp for tp in range(1, at_most + 1) if working_ep_sizes(shape, tp)]
+
+
+def quantisation_block(quantization_config: dict | None) -> int:
+    """The block that an expert's width must be a multiple of, from a checkpoint's ``quantization_config``.
+
+    FP8 block-quantised checkpoints say ``weight_block_size``, compressed-tensors ones ``block_structure``. Both the
+    gate/up rows and the down columns are cut, so the block is the least common multiple of the two. 1: no block.
+    """
+    if not quantization_config:
+        return 1
+    blocks = quantization_config.get("weight_block_size")
+    for group in (quantization_config.get("config_groups") or {}).values():
+        blocks = blocks or (group.get("weights") or {}).get("block_structure")
+    if not blocks:
+        return 1
+    rows, columns = blocks
+    return rows * columns // gcd(rows, columns)
+
+
+def _joined(values: list[int]) -> str:
+    return ", ".join(map(str, values)) if values else "none"
