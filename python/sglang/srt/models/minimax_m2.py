@@ -13,15 +13,11 @@ Three groups of ranks carry it, and every place names the one that it means:
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from enum import Enum, auto
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
-
 from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.batch_overlap.operations import YieldOperation
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
@@ -30,7 +26,6 @@ from sglang.srt.distributed import (
     get_moe_data_parallel_world_size,
     get_pp_group,
     get_pp_indices,
-    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     get_tp_group,
     moe_expert_parallel_all_reduce,
@@ -65,14 +60,15 @@ from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
-from sglang.srt.layers.utils import PPMissingLayer, get_layer_id
+from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, PPProxyTensors
-from sglang.srt.model_loader.checked_weights import SKIPPED, CheckedWeights, Target
-from sglang.srt.model_loader.weight_utils import maybe_remap_kv_scale_name
+from sglang.srt.models.minimax_m2_weights import CheckedWeights
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import add_prefix, is_cuda, is_non_idle_and_non_empty, log_info_on_rank0, make_layers
 from sglang.srt.utils.hf_transformers_utils import get_rope_config
+from torch import nn
+from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -508,7 +504,10 @@ class MiniMaxM2DecoderLayer(nn.Module):
             )
         prepare, rest = to_experts[:2], to_experts[2:]
         return OperationsStrategy(
-            operations=[*prepare, wait, *rest, *route, wait, experts.op_dispatch_a, wait, *compute, wait, *finish, wait],
+            operations=[
+                *[*prepare, wait, *rest, *route, wait],
+                *[experts.op_dispatch_a, wait, *compute, wait, *finish, wait],
+            ],
             tbo_delta_stages=2,
         )
 
@@ -717,8 +716,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
         Raises:
             ValueError: names, shapes or dtypes that do not fit, or parameters left unfilled; all in one message.
         """
-        checked = CheckedWeights(self, lambda name, params: resolve_weight_name(self, name, params))
-        filled = checked.load(weights, whole=not self.weights_loaded and not _weights_are_dummies())
+        filled = CheckedWeights(self).load(weights, whole=not self.weights_loaded and not _weights_are_dummies())
         self.weights_loaded = True
         return filled
 
@@ -759,64 +757,6 @@ def _prepare_fused_all_reduce(hidden_size: int) -> None:
         log_info_on_rank0(
             logger, "FlashInfer's fused all-reduce + norm is not available here: all-reduce and norm run apart, slower."
         )
-
-
-_PROJECTION = re.compile(r"\.(?P<shard>[qkv])_proj\.")
-_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<shard>w[123])\.(?P<kind>.+)$")
-_STAGE_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")
-
-# What checkpoints of this architecture carry beside the parameters of some engine and quantisation: used where a
-# parameter of that name exists, passed over where none does.
-_DISPENSABLE = re.compile(
-    r"(rotary_emb\.inv_freq|\.bias|\.g_idx|\.qzeros|\.weight_zero_point|\.weight_shape|\.input_scale|\.output_scale"
-    r"|\.(k|v|q|kv|prob|prob_output)_scale)$"
-)
-
-
-def resolve_weight_name(model: MiniMaxM2ForCausalLM, name: str, params: dict[str, nn.Parameter]):
-    """Where a checkpoint's tensor ``name`` belongs.
-
-    Returns:
-        A list of :class:`Target`, ``SKIPPED`` for a tensor that this rank or this engine passes over on purpose, or
-        None for a name that belongs to nothing.
-    """
-    layer = get_layer_id(name)
-    if layer is not None and not model.model.start_layer <= layer < model.model.end_layer:
-        num_layers = model.config.num_hidden_layers
-        return SKIPPED if layer < num_layers + _num_mtp_layers(model.config) else None
-
-    expert = _EXPERT.match(name)
-    if expert:
-        fused = "w2" if expert["shard"] == "w2" else "w13"
-        target = Target(f"{expert['experts']}.{fused}_{expert['kind']}", expert["shard"], int(expert["expert"]))
-        in_model = target.expert < model.config.num_local_experts
-    else:
-        target, in_model = _dense_target(name, params), True
-
-    if target is not None and target.param in params and in_model:
-        tied = model.config.tie_word_embeddings and name == "model.embed_tokens.weight"
-        head = [Target("lm_head.weight")] if tied and "lm_head.weight" in params else []
-        return [target, *head]
-    passed_over = _DISPENSABLE.search(name) or (name.startswith(_STAGE_ENDS) and model.pp_group.world_size > 1)
-    return SKIPPED if passed_over and in_model else None
-
-
-def _dense_target(name: str, params: dict[str, nn.Parameter]) -> Target | None:
-    """The parameter of a tensor outside the experts; KV-cache scales move to the attention layer."""
-    projection = _PROJECTION.search(name)
-    if projection:
-        fused = _PROJECTION.sub(".qkv_proj.", name)
-        if fused in params:
-            return Target(fused, projection["shard"])
-    if name in params:
-        return Target(name)
-    remapped = maybe_remap_kv_scale_name(name, params) if name.endswith("_scale") else None
-    return Target(remapped) if remapped in params else None
-
-
-def _num_mtp_layers(config: PretrainedConfig) -> int:
-    """Layers for multi-token prediction, numbered after the model's own; this model does not use them."""
-    return (getattr(config, "num_mtp_modules", 0) or 0) * (getattr(config, "mtp_transformer_layers", 1) or 1)
 
 
 EntryClass = MiniMaxM2ForCausalLM

@@ -1,4 +1,4 @@
-"""Loads a checkpoint into a model and accounts for every tensor and every parameter.
+"""Loads a MiniMax-M2 checkpoint: which tensor belongs where, and an account of every tensor and every parameter.
 
 The engine's own loaders pass over names that they do not know, cut a tensor that is too large, and leave a parameter
 that no tensor named as it was allocated: a model that answers, wrongly. Here each of these is an error. All of a
@@ -7,22 +7,24 @@ checkpoint's faults are collected first, so that one message names them.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-
 from sglang.srt.distributed import get_pp_group, get_tensor_model_parallel_rank
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.utils import get_layer_id
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from sglang.srt.model_loader.weight_utils import default_weight_loader
+from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
+from torch import nn
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from sglang.srt.models.minimax_m2 import MiniMaxM2ForCausalLM
+    from transformers import PretrainedConfig
 
 NAMED_FAULTS = 8  # how many faults of a kind a message names; the rest are counted
 
@@ -43,7 +45,65 @@ class Target:
 
 
 SKIPPED = "skipped"
-Resolve = Callable[[str, dict[str, nn.Parameter]], "list[Target] | str | None"]
+
+_PROJECTION = re.compile(r"\.(?P<shard>[qkv])_proj\.")
+_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<shard>w[123])\.(?P<kind>.+)$")
+_STAGE_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")
+
+# What checkpoints of this architecture carry beside the parameters of some engine and quantisation: used where a
+# parameter of that name exists, passed over where none does.
+_DISPENSABLE = re.compile(
+    r"(rotary_emb\.inv_freq|\.bias|\.g_idx|\.qzeros|\.weight_zero_point|\.weight_shape|\.input_scale|\.output_scale"
+    r"|\.(k|v|q|kv|prob|prob_output)_scale)$"
+)
+
+
+def resolve_weight_name(
+    model: MiniMaxM2ForCausalLM, name: str, params: dict[str, nn.Parameter]
+) -> list[Target] | str | None:
+    """Where a checkpoint's tensor ``name`` belongs.
+
+    Returns:
+        A list of :class:`Target`, ``SKIPPED`` for a tensor that this rank or this engine passes over on purpose, or
+        None for a name that belongs to nothing.
+    """
+    layer = get_layer_id(name)
+    if layer is not None and not model.model.start_layer <= layer < model.model.end_layer:
+        num_layers = model.config.num_hidden_layers
+        return SKIPPED if layer < num_layers + _num_mtp_layers(model.config) else None
+
+    expert = _EXPERT.match(name)
+    if expert:
+        fused = "w2" if expert["shard"] == "w2" else "w13"
+        target = Target(f"{expert['experts']}.{fused}_{expert['kind']}", expert["shard"], int(expert["expert"]))
+        in_model = target.expert < model.config.num_local_experts
+    else:
+        target, in_model = _dense_target(name, params), True
+
+    if target is not None and target.param in params and in_model:
+        tied = model.config.tie_word_embeddings and name == "model.embed_tokens.weight"
+        head = [Target("lm_head.weight")] if tied and "lm_head.weight" in params else []
+        return [target, *head]
+    passed_over = _DISPENSABLE.search(name) or (name.startswith(_STAGE_ENDS) and model.pp_group.world_size > 1)
+    return SKIPPED if passed_over and in_model else None
+
+
+def _dense_target(name: str, params: dict[str, nn.Parameter]) -> Target | None:
+    """The parameter of a tensor outside the experts; KV-cache scales move to the attention layer."""
+    projection = _PROJECTION.search(name)
+    if projection:
+        fused = _PROJECTION.sub(".qkv_proj.", name)
+        if fused in params:
+            return Target(fused, projection["shard"])
+    if name in params:
+        return Target(name)
+    remapped = maybe_remap_kv_scale_name(name, params) if name.endswith("_scale") else None
+    return Target(remapped) if remapped in params else None
+
+
+def _num_mtp_layers(config: PretrainedConfig) -> int:
+    """Layers for multi-token prediction, numbered after the model's own; this model does not use them."""
+    return (getattr(config, "num_mtp_modules", 0) or 0) * (getattr(config, "mtp_transformer_layers", 1) or 1)
 
 
 class CheckedWeights:
@@ -51,12 +111,10 @@ class CheckedWeights:
 
     Args:
         model: its parameters carry the engine's ``weight_loader`` where they need one.
-        resolve: maps a checkpoint's name to its targets, ``SKIPPED``, or None for a name that belongs to nothing.
     """
 
-    def __init__(self, model: nn.Module, resolve: Resolve) -> None:
+    def __init__(self, model: MiniMaxM2ForCausalLM) -> None:
         self.model = model
-        self.resolve = resolve
         self.params = dict(model.named_parameters())
         self.owners = {
             f"{prefix}.{name}" if prefix else name: module
@@ -76,7 +134,7 @@ class CheckedWeights:
             ValueError: any fault, with this rank, the first of each kind and how many more.
         """
         for name, tensor in weights:
-            targets = self.resolve(name, self.params)
+            targets = resolve_weight_name(self.model, name, self.params)
             if targets is None:
                 self.faults["belong to no parameter, and to nothing that is known to be skipped"].append(
                     f"{name} {tuple(tensor.shape)}"
@@ -117,15 +175,12 @@ class CheckedWeights:
         for name, param in self.params.items():
             if _MAY_STAY_UNFILLED.search(name) or (online and "scale" in name):
                 continue
-            parts = _parts(self.owners[name], name, self._num_experts())
+            parts = _parts(self.owners[name], name, self.model.config.num_local_experts)
             missing = [part for part in parts if part not in self.filled[name]]
             if self.filled[name] == {(None, None)} or not missing:
                 continue
             whole = "" if len(missing) == len(parts) else f": without {_describe(missing)}"
             self.faults["of the model stay unfilled"].append(f"{name} {tuple(param.shape)}{whole}")
-
-    def _num_experts(self) -> int:
-        return self.model.config.num_local_experts
 
     def _message(self) -> str:
         rank = f"TP rank {get_tensor_model_parallel_rank()}, PP rank {get_pp_group().rank_in_group}"
