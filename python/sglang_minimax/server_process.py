@@ -258,3 +258,54 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end. Not an ``Exception``: nothing but a clean-up should catch it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"ended by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+class Interrupts:
+    """Turns Ctrl-C, SIGTERM and SIGHUP into :class:`Interrupted`, except where that would leave work half done.
+
+    Use it as a context manager in the main thread, and :meth:`deferred` around a start or a clean-up: a
+    signal that comes meanwhile is raised at its end.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._pending: int | None = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = {signum: signal.signal(signum, self._handle) for signum in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            pending = self._pending
+            if pending is not None and self._depth == 0:
+                self._pending = None
+                raise Interrupted(pending)
+
+    def _handle(self, signum: int, _frame) -> None:
+        if self._depth:
+            self._pending = signum
+        else:
+            raise Interrupted(signum)
