@@ -36,7 +36,7 @@ def announce_overlay(module: ModuleType) -> None:
 
     @functools.wraps(load_model)
     def announced(self, *args, **kwargs):
-        if self.tp_rank == 0 and self.pp_rank == 0 and not self.is_draft_worker and not self.dp_rank:
+        if self.tp_rank == 0 and self.pp_rank == 0 and not self.is_draft_worker:
             from sglang_minimax import __version__
             from sglang_minimax.overlay import ENGINE_VERSION, folder
 
