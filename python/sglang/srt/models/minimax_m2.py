@@ -171,7 +171,7 @@ class MiniMaxM2Attention(nn.Module):
             rope_scaling=rope_scaling,
         )
         self.attn = RadixAttention(
-            shards.q.heads_per_rank, head_dim, head_dim**-0.5, layer_id,
+            shards.q.heads_per_rank, head_dim, head_dim**-0.5, layer_id=layer_id,
             num_kv_heads=shards.kv.heads_per_rank, quant_config=quant_config, prefix=add_prefix("attn", prefix),
         )  # fmt: skip
         self.o_proj = RowParallelLinear(
