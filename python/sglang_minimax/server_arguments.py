@@ -32,23 +32,26 @@ def adjust_server_args(module: ModuleType) -> None:
 
 def announce_overlay(module: ModuleType) -> None:
     """Says in the server's log, once and from rank 0, what is laid over what."""
-    load_model = module.ModelRunner.load_model
+    configure_scheduler = module.configure_scheduler
 
-    @functools.wraps(load_model)
-    def announced(self, *args, **kwargs):
-        if self.tp_rank == 0 and self.pp_rank == 0 and not self.is_draft_worker:
+    @functools.wraps(configure_scheduler)
+    def announced(server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank):
+        dp_rank = configure_scheduler(
+            server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank
+        )
+        if not (tp_rank or pp_rank or dp_rank):
             from sglang_minimax import __version__
             from sglang_minimax.overlay import ENGINE_VERSION, folder
 
             logger.info("sglang-minimax %s is laid over sglang %s, from %s", __version__, ENGINE_VERSION, folder())
-        return load_model(self, *args, **kwargs)
+        return dp_rank
 
-    module.ModelRunner.load_model = announced
+    module.configure_scheduler = announced
 
 
 ADJUSTMENTS = [
     ("sglang.srt.server_args", adjust_server_args),
-    ("sglang.srt.model_executor.model_runner", announce_overlay),
+    ("sglang.srt.managers.scheduler", announce_overlay),
 ]
 
 

@@ -171,9 +171,14 @@ class MiniMaxM2Attention(nn.Module):
             rope_scaling=rope_scaling,
         )
         self.attn = RadixAttention(
-            shards.q.heads_per_rank, head_dim, head_dim**-0.5, layer_id=layer_id,
-            num_kv_heads=shards.kv.heads_per_rank, quant_config=quant_config, prefix=add_prefix("attn", prefix),
-        )  # fmt: skip
+            num_heads=shards.q.heads_per_rank,
+            head_dim=head_dim,
+            scaling=head_dim**-0.5,
+            num_kv_heads=shards.kv.heads_per_rank,
+            layer_id=layer_id,
+            quant_config=quant_config,
+            prefix=add_prefix("attn", prefix),
+        )
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * head_dim, config.hidden_size,
             bias=False, reduce_results=False, quant_config=quant_config, prefix=add_prefix("o_proj", prefix),
