@@ -59,7 +59,7 @@ class SmallModel:
     rms_norm_eps: float = 1e-6
     num_mtp_modules: int = 0
     dtype: str = "float32"
-    seed: int = 0
+    seed: int = 1
 
     def __post_init__(self) -> None:
         def check(holds: bool, rule: str) -> None:
@@ -313,8 +313,8 @@ def _corpus(num_words: int) -> Iterator[str]:
     for _ in range(20):
         yield _ENGLISH
     rng = random.Random(0)
-    onsets = ["b", "c", "d", "f", "g", "h", "l", "m", "n", "p", "r", "s", "t", "v", "w", "br", "cl", "dr", "fl", "gr", "pl", "sh", "st", "th", "tr"]
-    nuclei = ["a", "e", "i", "o", "u", "ai", "ea", "ou"]
+    onsets = [*"bcdfghlmnprstvw", "br", "cl", "dr", "fl", "gr", "pl", "sh", "st", "th", "tr"]
+    nuclei = [*"aeiou", "ai", "ea", "ou"]
     codas = ["", "", "l", "m", "n", "r", "s", "t", "nd", "st"]
     for _ in range(num_words):
         syllables = rng.randint(2, 3)
