@@ -53,7 +53,8 @@ MAX_NEW_TOKENS = 16
 START_SECONDS = 600.0
 ANSWER_SECONDS = 300.0
 
-console = Console(highlight=False)
+# A terminal has a width of its own; a file or a CI log takes one in which the tables are easy to read.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 class CannotRun(Exception):
@@ -115,6 +116,7 @@ def read_model(checkpoint: Path) -> tuple[ModelShape, str]:
         num_kv_heads=config["num_key_value_heads"],
         num_experts=config["num_local_experts"],
         expert_width=config["intermediate_size"],
+        weights_gb=size_gb,
     )
     return shape, dtype
 
