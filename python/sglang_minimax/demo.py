@@ -304,12 +304,12 @@ class Demo:
 
 
 def report(title: str, comparisons: Sequence[Comparison], tolerance: Tolerance) -> bool:
-    """Prints the answers beside the reference's and returns whether they agree."""
-    table = Table(title=title, title_justify="left", show_lines=False)
+    """Prints the answers beside the reference's and returns whether they agree. Differences are of log-probabilities."""
+    table = Table(title=title, title_justify="left")
     for column in ("prompt", "server", "transformers"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", ratio=1)
     table.add_column("same tokens", justify="right")
-    table.add_column("largest log-prob difference", justify="right")
+    table.add_column("largest difference", justify="right")
     for one in comparisons:
         same = one.num_steps if one.parted_at is None else one.parted_at
         cells = (repr(text) for text in (one.answer.prompt, one.answer.text, one.expected_text))
