@@ -304,7 +304,7 @@ class Demo:
 
 
 def report(title: str, comparisons: Sequence[Comparison], tolerance: Tolerance) -> bool:
-    """Prints the answers beside the reference's and returns whether they agree. Differences are of log-probabilities."""
+    """Prints the answers beside the reference's, with differences of log-probabilities; whether they agree."""
     table = Table(title=title, title_justify="left")
     for column in ("prompt", "server", "transformers"):
         table.add_column(column, overflow="fold", ratio=1)
