@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import NUM_GPUS, needs_gpus
+from gpu.host import NUM_GPUS, needs_gpus
 
 from sglang_minimax import comparison
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint

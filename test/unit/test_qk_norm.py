@@ -109,7 +109,7 @@ def test_the_loader_takes_the_shard_of_the_ranks_heads(rank_of, ranks, num_heads
         assert norm.weight.numel() % head_dim == 0
         seen.append(norm.weight.tolist())
     replicas = max(1, ranks // num_heads)
-    assert sum(seen[::replicas], []) == weight.tolist()
+    assert [value for own in seen[::replicas] for value in own] == weight.tolist()
     assert all(seen[rank] == seen[rank // replicas * replicas] for rank in range(ranks))
 
 
@@ -130,7 +130,7 @@ def test_the_loader_refuses_a_parameter_of_another_size(rank_of):
 
 def test_heads_that_do_not_divide_are_refused(rank_of):
     rank_of(0, 5)
-    with pytest.raises(ValueError, match="8 heads cannot be divided over 5 .* 4, 8"):
+    with pytest.raises(ValueError, match=r"8 heads cannot be divided over 5 .* 4, 8"):
         MiniMaxM2RMSNormTP(32, 8, EPS)
     with pytest.raises(ValueError, match="hidden_size 33 is not a multiple of num_heads 8"):
         MiniMaxM2RMSNormTP(33, 8, EPS)
