@@ -318,9 +318,7 @@ def _corpus(num_words: int) -> Iterator[str]:
     codas = ["", "", "l", "m", "n", "r", "s", "t", "nd", "st"]
     for _ in range(num_words):
         syllables = rng.randint(2, 3)
-        yield " " + "".join(
-            rng.choice(onsets) + rng.choice(nuclei) + rng.choice(codas) for _ in range(syllables)
-        )
+        yield " " + "".join(rng.choice(onsets) + rng.choice(nuclei) + rng.choice(codas) for _ in range(syllables))
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -53,7 +53,8 @@ MAX_NEW_TOKENS = 16
 START_SECONDS = 600.0
 ANSWER_SECONDS = 300.0
 
-console = Console(highlight=False)
+# A terminal has a width of its own; a file or a CI log takes one in which the tables are easy to read.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
 class CannotRun(Exception):
@@ -115,6 +116,7 @@ def read_model(checkpoint: Path) -> tuple[ModelShape, str]:
         num_kv_heads=config["num_key_value_heads"],
         num_experts=config["num_local_experts"],
         expert_width=config["intermediate_size"],
+        weights_gb=size_gb,
     )
     return shape, dtype
 
@@ -302,12 +304,12 @@ class Demo:
 
 
 def report(title: str, comparisons: Sequence[Comparison], tolerance: Tolerance) -> bool:
-    """Prints the answers beside the reference's and returns whether they agree."""
-    table = Table(title=title, title_justify="left", show_lines=False)
+    """Prints the answers beside the reference's, with differences of log-probabilities; whether they agree."""
+    table = Table(title=title, title_justify="left")
     for column in ("prompt", "server", "transformers"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", ratio=1)
     table.add_column("same tokens", justify="right")
-    table.add_column("largest log-prob difference", justify="right")
+    table.add_column("largest difference", justify="right")
     for one in comparisons:
         same = one.num_steps if one.parted_at is None else one.parted_at
         cells = (repr(text) for text in (one.answer.prompt, one.answer.text, one.expected_text))

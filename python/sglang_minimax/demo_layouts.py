@@ -8,8 +8,10 @@ from sglang.srt.layers.minimax_sharding import ExpertShape, shard_attention, wor
 
 WIDEST_ON_CPU = 16
 
-# Measured on a host with 2 cores and 24 GB, without a GPU.
-GB_PER_RANK = 0.8
+# What a server takes on a host without a GPU, where ranks share the memory of the process they are forked from.
+# Measured with the small model, as sums of proportional set sizes: 1.2 GB at TP2 and 2.2 GB at TP16 with DP2
+# attention, so 0.07 GB a rank and 1.1 GB beside them. Twice that and more is left for growth while it answers.
+GB_PER_RANK = 0.2
 GB_BESIDE_RANKS = 2.0  # launcher, detokenizer, DP controller and the demo itself
 
 
@@ -29,6 +31,7 @@ class ModelShape:
     num_kv_heads: int
     num_experts: int
     expert_width: int
+    weights_gb: float = 0.0  # all ranks together, 10^9 bytes
 
     def reason_against(self, tp: int, dp: int, ep: int | None) -> str | None:
         """Why this layout cannot be, as a sentence, or None."""
@@ -104,28 +107,34 @@ def choose_layouts(
     return Plan(layouts, notes)
 
 
-def ranks_that_fit(host: Host) -> int:
-    """How many ranks the host holds: one a GPU, or as many as its free memory does."""
+def memory_needed_gb(shape: ModelShape, tp: int) -> float:
+    """Memory (GB) of a server with ``tp`` ranks on a host without a GPU."""
+    return shape.weights_gb + GB_BESIDE_RANKS + tp * GB_PER_RANK
+
+
+def ranks_that_fit(host: Host, shape: ModelShape) -> int:
+    """How many ranks the host holds: one a GPU, or as many, up to 16, as its free memory does."""
     if host.num_gpus:
         return host.num_gpus
-    return min(WIDEST_ON_CPU, int((host.free_memory_gb - GB_BESIDE_RANKS) / GB_PER_RANK))
+    fitting = (tp for tp in range(WIDEST_ON_CPU, 0, -1) if memory_needed_gb(shape, tp) <= host.free_memory_gb)
+    return next(fitting, 0)
 
 
 def _widest_tp(host: Host, shape: ModelShape, ep: int | None, notes: list[str]) -> int:
-    fits = ranks_that_fit(host)
+    fits = ranks_that_fit(host, shape)
+    if fits == 0:
+        raise ValueError(
+            f"{host.free_memory_gb:.1f} GB of memory are free, and one rank with the processes beside it needs "
+            f"{memory_needed_gb(shape, 1):.1f} GB: free some, or choose --tp yourself"
+        )
     possible = [tp for tp in range(1, fits + 1) if shape.reason_against(tp, 1, ep) is None]
     if not possible:
-        raise ValueError(
-            f"no layout fits this host: {host.free_memory_gb:.1f} GB of memory are free, and one rank needs "
-            f"{GB_PER_RANK + GB_BESIDE_RANKS:.1f} GB with the processes beside it"
-            + ("" if ep is None else f", or --ep {ep} is possible at no number of ranks up to {fits}")
-        )
+        raise ValueError(f"--ep {ep} is possible at no number of ranks up to the {fits} that fit this host")
     widest = max(possible)
     if not host.num_gpus and fits < WIDEST_ON_CPU:
-        needs = WIDEST_ON_CPU * GB_PER_RANK + GB_BESIDE_RANKS
         notes.append(
-            f"{host.free_memory_gb:.1f} GB of memory are free and TP{WIDEST_ON_CPU} needs {needs:.1f} GB: "
-            f"TP{widest} is the widest layout that fits"
+            f"{host.free_memory_gb:.1f} GB of memory are free and TP{WIDEST_ON_CPU} needs "
+            f"{memory_needed_gb(shape, WIDEST_ON_CPU):.1f} GB: TP{widest} is the widest layout that fits"
         )
     return widest
 
@@ -133,7 +142,7 @@ def _widest_tp(host: Host, shape: ModelShape, ep: int | None, notes: list[str]) 
 def _chosen_tp(host: Host, shape: ModelShape, tp: int, ep: int | None, notes: list[str]) -> int:
     if reason := shape.reason_against(tp, 1, ep):
         raise ValueError(reason)
-    fits = ranks_that_fit(host)
+    fits = ranks_that_fit(host, shape)
     if tp > fits:
         if host.num_gpus:
             raise ValueError(f"--tp {tp} needs as many GPUs, and this host has {host.num_gpus}")

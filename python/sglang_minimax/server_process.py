@@ -144,8 +144,8 @@ def _wait_until(holds: Callable[[], bool], timeout_seconds: float) -> bool:
 
 # ---------------------------------------------------------------------------------- the engine's server
 
-# A scheduler starts its lines with the time and its place: "[2026-01-31 12:00:00 DP0 TP3 EP1] message".
-_RANK_LINE = re.compile(r"^\[[^\]]*?(?:\bTP(?P<tp>\d+))?(?: EP\d+)?\] (?P<message>.*)")
+# A scheduler writes "[2026-01-31 12:00:00 DP0 TP3 EP1] message", at times behind another's unfinished line.
+_RANK_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:.]+(?: DP\d+)?(?: TP(?P<tp>\d+))?(?: EP\d+)?\] (?P<message>.*)")
 _STAGES = {
     "Init torch distributed begin": "started",
     "Load weight begin": "connected",
@@ -170,7 +170,7 @@ class StartProgress:
 
     def read(self, line: str) -> RankProgress | None:
         """What the line tells, if it tells anything new."""
-        match = _RANK_LINE.match(line)
+        match = _RANK_LINE.search(line)
         if match is None:
             return None
         tp_rank = int(match["tp"] or 0)  # a single rank does not name itself
