@@ -94,18 +94,9 @@ def choose_server_defaults(server_args: ModuleType) -> None:
 
 
 def fill_in_server_defaults(args) -> None:
-    """Chooses what the person left open in ``args``, a ``ServerArgs`` whose device is ``cpu``, in place.
-
-    Raises:
-        ValueError: a choice that cannot work without an accelerator.
-    """
+    """Chooses what the person left open in ``args``, a ``ServerArgs`` whose device is ``cpu``, in place."""
     from sglang.srt.utils import cpu_has_amx_support
 
-    if args.pp_size > 1:
-        raise ValueError(
-            f"--pp-size {args.pp_size}: the pipeline scheduler needs CUDA streams, which this host does not have. "
-            f"Use --tp-size, which takes any number of ranks here."
-        )
     if args.attention_backend is None and not cpu_has_amx_support():
         args.attention_backend = "torch_native"
     dp_ranks = args.dp_size if args.enable_dp_attention else 1
@@ -126,16 +117,19 @@ def fill_in_server_defaults(args) -> None:
 def fork_ranks(engine: ModuleType) -> None:
     """The engine spawns every rank as a fresh interpreter, since a process that uses CUDA cannot be forked.
 
-    Each then imports the engine for itself: 0.8 GB and 7 s of a core, sixteen times. Without CUDA the ranks
-    are forked from the launcher instead, after it imported what they need, and share all of that.
-    ``SGLANG_MINIMAX_SPAWN=1`` keeps the engine's way.
+    Each then imports the engine for itself: 0.8 GB and 7 s of a core, sixteen times. The server's launcher uses
+    no CUDA here and starts no thread before its ranks, so it imports what they need and forks them: they share
+    all of that. A program that embeds the engine may have threads, and its ranks are spawned as ever.
     """
     set_environment = engine._set_envs_and_config
 
     @functools.wraps(set_environment)
     def set_environment_and_fork(server_args) -> None:
         set_environment(server_args)
-        if server_args.device == "cpu" and os.environ.get("SGLANG_MINIMAX_SPAWN", "0") == "0":
+        if server_args.device != "cpu":
+            return
+        refuse_pipeline_parallelism(server_args)
+        if _is_server_launcher():
             import sglang.srt.managers.data_parallel_controller
             import sglang.srt.managers.scheduler
             import sglang.srt.models.registry  # noqa: F401  imports every model, in seconds
@@ -143,6 +137,25 @@ def fork_ranks(engine: ModuleType) -> None:
             engine.mp.set_start_method("fork", force=True)
 
     engine._set_envs_and_config = set_environment_and_fork
+
+
+def _is_server_launcher() -> bool:
+    """Whether this process is ``python -m sglang.<launcher>`` or ``sglang serve``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return (spec is not None and spec.name.startswith("sglang.")) or os.path.basename(sys.argv[0]) == "sglang"
+
+
+def refuse_pipeline_parallelism(server_args) -> None:
+    """The engine's pipeline scheduler orders its stages with CUDA events and streams, and would fail half-way.
+
+    Raises:
+        ValueError: ``server_args`` asks for more than one stage.
+    """
+    if server_args.pp_size > 1:
+        raise ValueError(
+            f"--pp-size {server_args.pp_size}: the engine's pipeline scheduler needs CUDA streams, and this host has "
+            f"no GPU. Use --tp-size alone, which takes any number of ranks here."
+        )
 
 
 def share_cores_and_loopback(model_runner: ModuleType) -> None:

@@ -16,6 +16,7 @@ and no process is left behind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import importlib
@@ -115,7 +116,9 @@ def run_layout(
         ValueError: the arguments contradict each other.
     """
     if len(prompts_by_dp_rank) != dp:
-        raise ValueError(f"prompts for {len(prompts_by_dp_rank)} DP ranks were given and dp is {dp}: give one list each")
+        raise ValueError(
+            f"prompts for {len(prompts_by_dp_rank)} DP ranks were given and dp is {dp}: give one list each"
+        )
     if tp % dp or tp % ep:
         raise ValueError(f"dp {dp} and ep {ep} must both divide tp {tp}")
     if not any(prompts_by_dp_rank):
@@ -174,41 +177,46 @@ def _run_ranks(layout: Layout, logs: Path, timeout_s: float) -> list[dict]:
     if method == "fork":
         _import_engine()
     context = multiprocessing.get_context(method)
-    # The store lives in this process and took its port from the system, so no other program can take it first.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks, readers = [], []
+    ranks, connections, store = [], [], None
     try:
         for rank in range(layout.tp):
-            reader, writer = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe()
             process = context.Process(
-                target=_rank_main, args=(layout, rank, store.port, logs / f"rank{rank}.log", writer), daemon=True
+                target=_rank_main, args=(layout, rank, logs / f"rank{rank}.log", theirs), daemon=True
             )
             process.start()
-            writer.close()  # so that the reader sees the end of a rank that died
+            theirs.close()  # so that our end sees the end of a rank that died
             ranks.append(process)
-            readers.append(reader)
-        return _collect(ranks, readers, logs, timeout_s)
+            connections.append(ours)
+        # The store lives here and takes a port that the system gives it, so no other program can take it first.
+        # It runs a thread, and a process with threads is not safe to fork: it starts last and ends with the run.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for connection in connections:
+            with contextlib.suppress(BrokenPipeError):  # a rank that is dead already is found by _collect
+                connection.send(store.port)
+        return _collect(ranks, connections, logs, timeout_s)
     finally:
+        store = None
         for process in ranks:
             process.kill()
         for process in ranks:
             process.join()
 
 
-def _collect(ranks, readers, logs: Path, timeout_s: float) -> list[dict]:
+def _collect(ranks, connections, logs: Path, timeout_s: float) -> list[dict]:
     """Each rank's report, in rank order. The first rank that fails ends the wait: the others only wait for it."""
     deadline = time.monotonic() + timeout_s
     reports: dict[int, dict] = {}
     while len(reports) < len(ranks):
-        waiting = {reader: rank for rank, reader in enumerate(readers) if rank not in reports}
+        waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in reports}
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0, deadline - time.monotonic()))
         if not ready:
             raise LayoutFailed(_describe_hang(ranks, sorted(waiting.values()), logs, timeout_s))
-        for reader in ready:
-            rank = waiting[reader]
+        for connection in ready:
+            rank = waiting[connection]
             try:
-                report = reader.recv()
-            except EOFError:
+                report = connection.recv()
+            except (EOFError, ConnectionResetError):
                 ranks[rank].join()
                 raise LayoutFailed(
                     f"rank {rank} died with exit code {ranks[rank].exitcode}\n{_log_end(logs, rank)}"
@@ -225,18 +233,28 @@ def _describe_hang(ranks, unfinished: list[int], logs: Path, timeout_s: float) -
         if ranks[rank].is_alive():
             os.kill(ranks[rank].pid, signal.SIGUSR1)  # faulthandler writes the stack to the rank's log
     time.sleep(1)
-    stacks = "\n".join(_log_end(logs, rank, lines=40) for rank in unfinished[:4])
+    stacks = "\n".join(_stack(logs, rank) for rank in unfinished[:4])
     return f"rank(s) {unfinished} did not answer within {timeout_s:.0f} s\n{stacks}"
 
 
-def _log_end(logs: Path, rank: int, lines: int = 15) -> str:
+def _stack(logs: Path, rank: int, frames: int = 12) -> str:
+    """The innermost frames of the rank's main thread, from what faulthandler wrote."""
+    lines = _log_lines(logs, rank)
+    start = max((i for i, line in enumerate(lines) if line.startswith("Current thread")), default=len(lines))
+    return "\n".join([f"--- rank {rank} stands in", *(lines[start + 1 : start + 1 + frames] or ["(no stack)"])])
+
+
+def _log_end(logs: Path, rank: int) -> str:
+    return "\n".join([f"--- end of rank {rank}'s log", *_log_lines(logs, rank)[-15:]])
+
+
+def _log_lines(logs: Path, rank: int) -> list[str]:
     path = logs / f"rank{rank}.log"
     text = path.read_text(errors="replace").splitlines() if path.exists() else []
-    kept = [line for line in text if not line.startswith("[Gloo]")]
-    return "\n".join([f"--- end of rank {rank}'s log", *kept[-lines:]])
+    return [line for line in text if not line.startswith("[Gloo]")]
 
 
-def _rank_main(layout: Layout, rank: int, store_port: int, log: Path, writer) -> None:
+def _rank_main(layout: Layout, rank: int, log: Path, connection) -> None:
     stream = open(log, "w", buffering=1)  # noqa: SIM115  stays open for as long as the process lives
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
@@ -244,24 +262,24 @@ def _rank_main(layout: Layout, rank: int, store_port: int, log: Path, writer) ->
     faulthandler.enable(stream)
     faulthandler.register(signal.SIGUSR1, stream, all_threads=True)
     try:
-        _prepare_process(layout, store_port)
+        _prepare_process(layout)
+        os.environ["MASTER_PORT"] = str(connection.recv())
         report = _run_rank(layout, rank)
     except BaseException:
         report = {"error": traceback.format_exc()}
-    writer.send(report)
-    writer.close()
+    connection.send(report)
+    connection.close()
     stream.flush()
     os._exit(0)  # a rank has nothing to clean up that its peers, or an interpreter shutting down, could not hang
 
 
-def _prepare_process(layout: Layout, store_port: int) -> None:
+def _prepare_process(layout: Layout) -> None:
     import logging
 
     import torch
 
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(store_port),
         TORCHELASTIC_USE_AGENT_STORE="True",
         SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE="env://",
     )
@@ -407,9 +425,7 @@ class RankBatches:
         from sglang.srt.sampling.sampling_params import SamplingParams
 
         sampling = SamplingParams(temperature=0, max_new_tokens=self.layout.steps)
-        request = Req(
-            rid=str(index), origin_input_text="", origin_input_ids=list(prompt), sampling_params=sampling
-        )
+        request = Req(rid=str(index), origin_input_text="", origin_input_ids=list(prompt), sampling_params=sampling)
         request.fill_ids = []
         request.logprob_start_len = -1
         return request

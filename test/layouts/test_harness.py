@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+
 from layouts.harness import LayoutFailed, run_layout
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 
