@@ -15,16 +15,33 @@ fail() {
     exit 1
 }
 
-# Runs a command so that a signal to this script ends it too: bash alone would wait for it, or leave it behind.
+# Runs a command in a process group of its own, so that a signal to this script ends all of it: bash would wait
+# for the command to end by itself, and what the command started would stay behind.
 run() {
+    set -m
     "$@" &
-    local child=$! code=0
-    trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit 130' INT
-    trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit 143' TERM HUP
-    wait "$child" || code=$?
-    trap - INT TERM HUP
+    group=$!
+    set +m
+    code=0
+    wait "$group" || code=$?
+    group=
     return "$code"
 }
+
+end_on_signal() {
+    trap '' INT TERM HUP
+    if [ -n "$group" ]; then
+        kill -TERM -- "-$group" 2>/dev/null || true
+        wait "$group" 2>/dev/null || true
+    fi
+    say "ended by a signal; the next run starts the installation again"
+    exit "$1"
+}
+
+group=
+trap 'end_on_signal 130' INT
+trap 'end_on_signal 143' TERM
+trap 'end_on_signal 129' HUP
 
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
@@ -47,13 +64,13 @@ fingerprint() {
 print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest(), sys.version.split()[0], sys.argv[1])' "$repository"
 }
 
-# Debian's python3 comes without ensurepip; then pip, if it is there, or uv installs from outside.
+# Debian's python3 comes without ensurepip; then pip, if it is there, installs from outside.
 make_venv() {
     rm -rf "$venv"
-    if "$1" -c 'import ensurepip' 2>/dev/null; then
-        run "$1" -m venv "$venv"
-    elif find_uv "$1"; then
+    if find_uv "$1"; then
         run "${uv[@]}" venv --quiet --python "$1" "$venv"
+    elif "$1" -c 'import ensurepip' 2>/dev/null; then
+        run "$1" -m venv "$venv"
     elif "$1" -m pip --version >/dev/null 2>&1; then
         run "$1" -m venv --without-pip "$venv"
     else
@@ -111,3 +128,4 @@ install_environment() {
 }
 
 install_environment
+trap - INT TERM HUP
