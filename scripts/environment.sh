@@ -101,11 +101,18 @@ install_uv() {
     uv=("$python" -m uv)
 }
 
-# uv does not read pip's configuration. On a machine with an index of its own that is where it is named.
-use_index_of_pip() {
-    local index
+# uv reads neither pip's configuration nor the system's certificates. On a machine with an index of its own the
+# one names it and the other vouch for it.
+follow_pip_and_system() {
+    local index bundle
+    if [ -n "${PIP_CERT:-}" ]; then
+        export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+    fi
+    for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
+        [ ! -s "$bundle" ] || export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-1}
+    done
     [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}${UV_INDEX:-}${UV_CONFIG_FILE:-}" ] || return 0
-    [ ! -e "${XDG_CONFIG_HOME:-$HOME/.config}/uv/uv.toml" ] && [ ! -e /etc/uv/uv.toml ] || return 0
+    [ ! -e "${XDG_CONFIG_HOME:-${HOME:-/}/.config}/uv/uv.toml" ] && [ ! -e /etc/uv/uv.toml ] || return 0
     index=${PIP_INDEX_URL:-$("$1" -m pip config get global.index-url 2>/dev/null || true)}
     [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
 }
@@ -120,7 +127,7 @@ install_environment() {
     say "installing the engine and this overlay into .venv for $("$base" --version): several GB, once"
     make_venv "$base"
     find_uv "$base" || install_uv "$base"
-    use_index_of_pip "$base"
+    follow_pip_and_system "$base"
     run "${uv[@]}" pip install --python "$python" \
         --constraint "$repository/constraints.txt" --build-constraint "$repository/constraints.txt" \
         --editable "$repository[test]"
