@@ -48,7 +48,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     # The engine decorates small functions with torch.compile. On a CPU that needs a C++ compiler, which a fresh
     # machine may lack, and takes each rank a minute for functions that run in microseconds without it.
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     stand_in_for_gpu_kernel_library()
 
 
@@ -195,6 +195,18 @@ def _loopback_interface() -> str | None:
         if any(address.address == "127.0.0.1" for address in addresses):
             return name
     return None
+
+
+def let_the_controller_wait(data_parallel_controller: ModuleType) -> None:
+    """The engine's DP controller asks for requests without pause: a whole core, of which there are few here."""
+
+    def event_loop(self) -> None:
+        while True:
+            self.soft_watchdog.feed()
+            if self.recv_from_tokenizer.poll(timeout=1000):  # milliseconds; returns as soon as there is a request
+                self._request_dispatcher(self.recv_from_tokenizer.recv_pyobj())
+
+    data_parallel_controller.DataParallelController.event_loop = event_loop
 
 
 def share_memory(kv_cache_mixin: ModuleType) -> None:
@@ -423,6 +435,7 @@ def name_the_triton_kernel(common: ModuleType) -> None:
 ADJUSTMENTS = [
     ("sglang.srt.server_args", choose_server_defaults),
     ("sglang.srt.entrypoints.engine", fork_ranks),
+    ("sglang.srt.managers.data_parallel_controller", let_the_controller_wait),
     ("sglang.srt.model_executor.model_runner", share_cores_and_loopback),
     ("sglang.srt.model_executor.model_runner_kv_cache_mixin", share_memory),
     ("sglang.srt.utils.common", count_cores_without_lscpu),

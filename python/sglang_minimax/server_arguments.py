@@ -87,7 +87,8 @@ def _settle_layout(args) -> None:
         args_ep_size = args.ep_size
     ep_size = settle_ep_size(shape, args.tp_size, args_ep_size, left_alone, args.moe_dp_size)
     if left_alone and ep_size != args.ep_size:
-        logger.info(
+        # A warning, since the engine sets up its log only after it has read the arguments, and drops what is less.
+        logger.warning(
             "Expert parallel size set to %d: %s. Give --ep to choose another.",
             ep_size,
             shape.reason_against(args.tp_size, args.ep_size, args.moe_dp_size),
