@@ -15,16 +15,33 @@ fail() {
     exit 1
 }
 
-# Runs a command so that a signal to this script ends it too: bash alone would wait for it, or leave it behind.
+# Runs a command in a process group of its own, so that a signal to this script ends all of it: bash would wait
+# for the command to end by itself, and what the command started would stay behind.
 run() {
+    set -m
     "$@" &
-    local child=$! code=0
-    trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit 130' INT
-    trap 'kill -TERM "$child" 2>/dev/null; wait "$child"; exit 143' TERM HUP
-    wait "$child" || code=$?
-    trap - INT TERM HUP
+    group=$!
+    set +m
+    code=0
+    wait "$group" || code=$?
+    group=
     return "$code"
 }
+
+end_on_signal() {
+    trap '' INT TERM HUP
+    if [ -n "$group" ]; then
+        kill -TERM -- "-$group" 2>/dev/null || true
+        wait "$group" 2>/dev/null || true
+    fi
+    say "ended by a signal; the next run starts the installation again"
+    exit "$1"
+}
+
+group=
+trap 'end_on_signal 130' INT
+trap 'end_on_signal 143' TERM
+trap 'end_on_signal 129' HUP
 
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
@@ -47,13 +64,13 @@ fingerprint() {
 print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest(), sys.version.split()[0], sys.argv[1])' "$repository"
 }
 
-# Debian's python3 comes without ensurepip; then pip, if it is there, or uv installs from outside.
+# Debian's python3 comes without ensurepip; then pip, if it is there, installs from outside.
 make_venv() {
     rm -rf "$venv"
-    if "$1" -c 'import ensurepip' 2>/dev/null; then
-        run "$1" -m venv "$venv"
-    elif find_uv "$1"; then
+    if find_uv "$1"; then
         run "${uv[@]}" venv --quiet --python "$1" "$venv"
+    elif "$1" -c 'import ensurepip' 2>/dev/null; then
+        run "$1" -m venv "$venv"
     elif "$1" -m pip --version >/dev/null 2>&1; then
         run "$1" -m venv --without-pip "$venv"
     else
@@ -84,11 +101,18 @@ install_uv() {
     uv=("$python" -m uv)
 }
 
-# uv does not read pip's configuration. On a machine with an index of its own that is where it is named.
-use_index_of_pip() {
-    local index
+# uv reads neither pip's configuration nor the system's certificates. On a machine with an index of its own the
+# one names it and the other vouch for it.
+follow_pip_and_system() {
+    local index bundle
+    if [ -n "${PIP_CERT:-}" ]; then
+        export SSL_CERT_FILE=${SSL_CERT_FILE:-$PIP_CERT}
+    fi
+    for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt; do
+        [ ! -s "$bundle" ] || export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-1}
+    done
     [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}${UV_INDEX:-}${UV_CONFIG_FILE:-}" ] || return 0
-    [ ! -e "${XDG_CONFIG_HOME:-$HOME/.config}/uv/uv.toml" ] && [ ! -e /etc/uv/uv.toml ] || return 0
+    [ ! -e "${XDG_CONFIG_HOME:-${HOME:-/}/.config}/uv/uv.toml" ] && [ ! -e /etc/uv/uv.toml ] || return 0
     index=${PIP_INDEX_URL:-$("$1" -m pip config get global.index-url 2>/dev/null || true)}
     [ -z "$index" ] || export UV_DEFAULT_INDEX=$index
 }
@@ -103,7 +127,7 @@ install_environment() {
     say "installing the engine and this overlay into .venv for $("$base" --version): several GB, once"
     make_venv "$base"
     find_uv "$base" || install_uv "$base"
-    use_index_of_pip "$base"
+    follow_pip_and_system "$base"
     run "${uv[@]}" pip install --python "$python" \
         --constraint "$repository/constraints.txt" --build-constraint "$repository/constraints.txt" \
         --editable "$repository[test]"
@@ -111,3 +135,4 @@ install_environment() {
 }
 
 install_environment
+trap - INT TERM HUP

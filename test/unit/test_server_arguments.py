@@ -1,0 +1,147 @@
+"""What is decided for MiniMax-M2 while the server's arguments are read, through the engine's own ServerArgs."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from sglang.srt import server_args as engine
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+from sglang_minimax.checkpoints import SmallModel, published_config
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "weight_block_size": [128, 128]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes a config without weights, which is all that the arguments need, and returns its folder."""
+
+    def write(quantization: dict | None = None, architecture: str = "MiniMaxM2ForCausalLM", **shape) -> str:
+        shape = {"intermediate_size": 1536, "num_local_experts": 256, "num_attention_heads": 48, **shape}
+        config = published_config(SmallModel(**shape))
+        if quantization:
+            config["quantization_config"] = quantization
+        config["architectures"] = [architecture]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+def read(folder: str, *arguments: str) -> ServerArgs:
+    return prepare_server_args(["--model-path", folder, "--device", "cpu", "--skip-tokenizer-init", *arguments])
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4)])
+def test_fp8_blocks_choose_the_smallest_ep_that_works(folder, caplog, tp, ep):
+    with caplog.at_level(logging.WARNING):
+        args = read(folder(FP8), "--tp", str(tp))
+    assert args.ep_size == ep and type(args.ep_size) is int
+    said = [record.message for record in caplog.records if "Expert parallel size set to" in record.message]
+    assert len(said) == (ep != 1)
+    if said:
+        assert f"{1536 // tp}, is not a multiple of the quantisation block 128" in said[0]
+
+
+def test_the_same_through_a_call_instead_of_the_command_line(folder):
+    assert ServerArgs(model_path=folder(FP8), device="cpu", tp_size=8).ep_size == 2
+
+
+@pytest.mark.parametrize("ep", [4, 8])
+def test_an_ep_that_works_is_left_as_chosen(folder, ep):
+    assert read(folder(FP8), "--tp", "8", "--ep", str(ep)).ep_size == ep
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "works"), [("8", "1", "2, 4, 8"), ("16", "1", "4, 8, 16"), ("16", "2", "4, 8, 16")]
+)
+def test_an_ep_that_cannot_work_is_an_error_with_those_that_do(folder, tp, ep, works):
+    with pytest.raises(ValueError, match=rf"--tp {tp} --ep {ep}: .* EP sizes that work at --tp {tp}: {works}"):
+        read(folder(FP8), "--tp", tp, "--ep", ep)
+
+
+def test_an_odd_number_of_experts_names_the_tp_sizes_that_work(folder):
+    with pytest.raises(ValueError, match=r"no EP size works at --tp 8; TP sizes for which one does: 1, 2, 3, 4, 6, 12"):
+        read(folder(FP8, num_local_experts=179), "--tp", "8")
+
+
+def test_redundant_experts_count(folder):
+    arguments = ("--tp", "8", "--ep-num-redundant-experts", "1")
+    assert read(folder(FP8, num_local_experts=179), *arguments).ep_size == 2
+
+
+def test_unquantised_experts_need_no_ep(folder):
+    assert read(folder(), "--tp", "16").ep_size == 1
+    assert read(folder(num_local_experts=179), "--tp", "8").ep_size == 1
+
+
+def test_other_architectures_are_left_alone(folder):
+    args = read(folder(FP8, architecture="MixtralForCausalLM"), "--tp", "8")
+    assert args.ep_size == 1 and type(args.ep_size) is int
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tp", "5"], "8 KV heads cannot be divided over 5 attention-TP ranks.*: 4, 8"),
+        (["--tp", "32"], "48 q heads cannot be divided over 32"),
+    ],
+)
+def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read(folder(), *arguments)
+
+
+def test_under_dp_attention_the_heads_are_divided_over_its_groups(folder):
+    args = read(folder(), "--tp", "32", "--dp", "2", "--enable-dp-attention")
+    assert args.tp_size == 32
+
+
+# --- FlashInfer's fused all-reduce ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """ServerArgs believes that it runs on one H200; only the decision is looked at, on the method that takes it."""
+    monkeypatch.setattr(engine, "is_sm90_supported", lambda: True)
+    monkeypatch.setattr(engine, "is_sm100_supported", lambda: False)
+    monkeypatch.setattr(engine, "get_device_name", lambda: "NVIDIA H200")
+
+
+ON = ["--tp", "4"]
+OFF = {
+    "one rank": ["--tp", "1"],
+    "the engine's flag": ["--tp", "4", "--enforce-disable-flashinfer-allreduce-fusion"],
+    "DP attention": ["--tp", "4", "--dp", "2", "--enable-dp-attention"],
+    "two nodes": ["--tp", "4", "--nnodes", "2", "--node-rank", "0", "--dist-init-addr", "127.0.0.1:5000"],
+}
+
+
+def test_fused_all_reduce_is_on_by_default(folder, hopper):
+    assert read(folder(), *ON).enable_flashinfer_allreduce_fusion
+
+
+@pytest.mark.parametrize("why", OFF)
+def test_fused_all_reduce_is_off_where_the_engine_turns_it_off(folder, hopper, why):
+    assert not read(folder(), *OFF[why]).enable_flashinfer_allreduce_fusion
+
+
+def test_fused_all_reduce_is_off_on_other_hardware(folder):
+    assert not read(folder(), *ON).enable_flashinfer_allreduce_fusion
+
+
+@pytest.mark.parametrize(("device", "on"), [("NVIDIA H20", False), ("NVIDIA H200", True), ("NVIDIA H100", True)])
+def test_fused_all_reduce_knows_the_device_with_the_bug(folder, hopper, monkeypatch, device, on):
+    monkeypatch.setattr(engine, "get_device_name", lambda: device)
+    assert read(folder(), *ON).enable_flashinfer_allreduce_fusion is on
+
+
+@pytest.mark.parametrize("why", [None, *OFF])
+def test_the_decision_is_the_engines_for_its_other_mixtures_of_experts(folder, hopper, why):
+    """The same arguments, another architecture that the engine names itself: the same answer."""
+    arguments = ON if why is None else OFF[why]
+    ours = read(folder(), *arguments).enable_flashinfer_allreduce_fusion
+    theirs = read(folder(architecture="Qwen3MoeForCausalLM"), *arguments).enable_flashinfer_allreduce_fusion
+    assert ours is theirs
