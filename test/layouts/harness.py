@@ -333,6 +333,7 @@ def server_args_of(layout: Layout):
         enable_dp_attention=layout.dp > 1,
         max_running_requests=(requests + 1) * layout.dp,
         max_total_tokens=tokens + 256,
+        cuda_graph_max_bs=requests,
         disable_radix_cache=True,
         random_seed=0,
     )

@@ -8,8 +8,8 @@ import time
 
 import psutil
 import pytest
-
 from layouts.harness import LayoutFailed, run_layout
+
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 
 PROMPTS = [[[1, 2, 3, 4, 5]]]

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-
 from layouts.harness import run_layout
+
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.reference import Reference
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
-import psutil
 import pytest
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.reference import Reference
+from sglang_minimax.server_process import Server, free_port
+
+pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
 
 STEPS = 16
 PROMPTS = [[11, 12, 13, 14, 15], list(range(100, 140)), [7, 700, 70]]
 TOLERANCE = 1e-4
-START_TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -34,66 +29,24 @@ def expected(checkpoint):
     return Reference(checkpoint).greedy(PROMPTS, STEPS)
 
 
-@contextlib.contextmanager
-def server(checkpoint, log_path, *arguments: str):
-    """Yields the URL of a server that answers; its log goes to ``log_path``, and all its processes end with it."""
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
-    ours = ("SGLANG_", "TORCH", "OMP_", "GLOO_")  # what importing the engine set in this process
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    with open(log_path, "w") as log:
-        process = psutil.Popen(
-            [*command, "--port", str(port), *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
-    family = [process]
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, url, log_path)
-        family += process.children(recursive=True)
-        yield url
-    finally:
-        family += [child for child in _children(process) if child not in family]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        psutil.wait_procs(family, timeout=30)
+@pytest.fixture
+def bare_environment(monkeypatch):
+    """Without what the engine and the overlay set in this process once they were imported."""
+    for name in list(os.environ):
+        if name.startswith(("SGLANG_", "TORCH", "OMP_", "GLOO_", "CUDA_", "NCCL_")):
+            monkeypatch.delenv(name)
 
 
-def _children(process: psutil.Process) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.children(recursive=True)
-    return []
-
-
-def _wait_until_ready(process, url: str, log_path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            urllib.request.urlopen(f"{url}/health_generate", timeout=20).read()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    end = "\n".join(log_path.read_text(errors="replace").splitlines()[-40:])
-    pytest.fail(f"the server did not answer; the end of its log:\n{end}")
-
-
-def ask(url: str, prompts: list[list[int]]) -> list[dict]:
-    request = {
-        "input_ids": prompts,
-        "sampling_params": {"temperature": 0, "max_new_tokens": STEPS, "ignore_eos": True},
-        "return_logprob": True,
-    }
-    body = json.dumps(request).encode()
-    headers = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body, headers), timeout=120) as reply:
-        return json.load(reply)
-
-
-def check(answers: list[dict], expected) -> None:
+def check(server: Server, prompts: list[list[int]], expected) -> None:
+    answers = server.post(
+        "/generate",
+        {
+            "input_ids": prompts,
+            "sampling_params": {"temperature": 0, "max_new_tokens": STEPS, "ignore_eos": True},
+            "return_logprob": True,
+        },
+        timeout_seconds=120,
+    )
     for answer, completion in zip(answers, expected, strict=True):
         steps = answer["meta_info"]["output_token_logprobs"]
         assert [token for _, token, *_ in steps] == completion.tokens
@@ -102,18 +55,18 @@ def check(answers: list[dict], expected) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        ["--tp", "4"],
-        ["--tp", "4", "--dp", "2", "--enable-dp-attention", "--skip-tokenizer-init"],
-    ],
+    ["--tp 4", "--tp 4 --dp 2 --enable-dp-attention --skip-tokenizer-init"],
     ids=["tp4", "tp4_dp2"],
 )
+@pytest.mark.usefixtures("bare_environment")
 def test_server_answers_as_transformers(layout, checkpoint, expected, tmp_path):
-    log_path = tmp_path / "server.log"
-    with server(checkpoint, log_path, *layout) as url:
-        check(ask(url, PROMPTS), expected)  # all in one batch
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
+    with Server([*command, "--port", str(port), *layout.split()], tmp_path / "server.log", port=port) as server:
+        server.wait_until_ready(240, on_progress=lambda reached: None)
+        check(server, PROMPTS, expected)  # all in one batch
         for prompt, completion in zip(PROMPTS, expected, strict=True):
-            check(ask(url, [prompt]), [completion])  # alone: with DP attention the other rank is idle
-    log = log_path.read_text(errors="replace")
+            check(server, [prompt], [completion])  # alone: with DP attention the other rank is idle
+        log = server.log.read_text(errors="replace")
     assert "No accelerator on this host" in log
     assert "Traceback" not in log
