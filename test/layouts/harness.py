@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -265,6 +266,7 @@ def _rank_main(layout: Layout, rank: int, log: Path, connection) -> None:
         _prepare_process(layout)
         os.environ["MASTER_PORT"] = str(connection.recv())
         report = _run_rank(layout, rank)
+        _release_shared_memory()
     except BaseException:
         report = {"error": traceback.format_exc()}
     connection.send(report)
@@ -291,6 +293,14 @@ def _prepare_process(layout: Layout) -> None:
     from sglang.srt.utils import kill_itself_when_parent_died
 
     kill_itself_when_parent_died()
+
+
+def _release_shared_memory() -> None:
+    """The TP group broadcasts through a segment of /dev/shm, which outlives a process that does not let go of it."""
+    from sglang.srt.distributed import get_tp_group
+
+    get_tp_group().mq_broadcaster = None
+    gc.collect()
 
 
 def _import_engine() -> None:
