@@ -8,10 +8,10 @@ from __future__ import annotations
 import collections
 
 import pytest
-from sglang.srt.models import minimax_m2
-
 from layouts import simulations
 from layouts.harness import run_layout
+from sglang.srt.models import minimax_m2
+
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.reference import Reference
 

@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit, on real ranks: each fault is an error that names the tensor, both shapes and the rank."""
+"""Checkpoints that do not fit, on real ranks: each fault is an error that names tensor, both shapes and rank."""
 
 from __future__ import annotations
 
