@@ -257,6 +257,71 @@ class _Draw:
         return tensor.to(getattr(self._torch, dtype or self.model.dtype)).contiguous()
 
 
+FP8_BLOCK = 128
+
+
+def write_fp8_blocks(checkpoint: str | Path, quantised: str | Path, dequantised: str | Path) -> tuple[Path, Path]:
+    """Quantises ``checkpoint`` as the published models are, and writes beside it what the result stands for.
+
+    Projections and experts become float8_e4m3fn with one float32 scale, ``weight_scale_inv``, for each block of
+    128 x 128; embedding, head, norms and router stay as they are.
+
+    Args:
+        checkpoint: a folder that :func:`write_checkpoint` wrote.
+        quantised: the folder for the FP8 checkpoint.
+        dequantised: the folder for the checkpoint whose weights are exactly scale times FP8 value, in float32: what a
+            reference that does not know FP8 must compute with.
+
+    Returns:
+        ``quantised`` and ``dequantised``.
+    """
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    checkpoint, quantised, dequantised = Path(checkpoint), Path(quantised), Path(dequantised)
+    for folder in (quantised, dequantised):
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    in_blocks, plain = {}, {}
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        if name.endswith("_proj.weight") or ".experts." in name:
+            values, scales, meant = _quantise_blocks(tensor)
+            in_blocks |= {name: values, name + "_scale_inv": scales}
+            plain[name] = meant
+        else:
+            in_blocks[name] = tensor
+            plain[name] = tensor.float()
+    save_file(in_blocks, quantised / "model.safetensors", metadata={"format": "pt"})
+    save_file(plain, dequantised / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    _write_json(dequantised / "config.json", config | {"dtype": "float32"})
+    config["quantization_config"] = {
+        "activation_scheme": "dynamic",
+        "fmt": "float8_e4m3fn",
+        "quant_method": "fp8",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+    }
+    _write_json(quantised / "config.json", config)
+    return quantised, dequantised
+
+
+def _quantise_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(float8_e4m3fn [rows, columns], float32 scales [row blocks, column blocks], float32 product of the two)."""
+    import torch
+
+    rows, columns = weight.shape
+    spread = torch.nn.functional.pad(weight.float(), (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    # [row block, row, column block, column]
+    blocks = spread.unflatten(0, (-1, FP8_BLOCK)).unflatten(2, (-1, FP8_BLOCK))
+    largest = blocks.abs().amax(dim=(1, 3), keepdim=True).clamp(min=1e-12)
+    scales = largest / torch.finfo(torch.float8_e4m3fn).max
+    values = (blocks / scales).to(torch.float8_e4m3fn)
+    meant = (values.float() * scales).flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+    values = values.float().flatten(2).flatten(0, 1)[:rows, :columns].contiguous().to(torch.float8_e4m3fn)
+    return values, scales.squeeze(3).squeeze(1).contiguous(), meant
+
+
 # -------------------------------------------------------------------------------------------- tokenizer
 
 

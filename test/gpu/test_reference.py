@@ -9,8 +9,10 @@ reference: its float32 tokens scored by itself in bfloat16.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import pytest
 from gpu.host import NUM_GPUS, needs_gpus
 
 from sglang_minimax import comparison
-from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
 from sglang_minimax.comparison import Answer, Comparison
 from sglang_minimax.reference import Completion, Reference
 from sglang_minimax.server_process import Server, ServerError, free_port
@@ -33,35 +35,39 @@ PROMPTS = [
     for length in (40, 1, 9, 64, 3, 17, 33, 128)
 ]
 
-# head_dim 128 and bfloat16 as published. With two KV heads TP4 puts each on two ranks; with one, TP2 does.
+# head_dim 128 and bfloat16 as published.
+MODEL = SmallModel(
+    num_hidden_layers=4,
+    hidden_size=512,
+    num_attention_heads=16,
+    num_key_value_heads=2,  # TP4 puts each on two ranks
+    head_dim=128,
+    num_local_experts=8,
+    num_experts_per_tok=4,
+    intermediate_size=512,
+    dtype="bfloat16",
+)
 MODELS = {
-    num_kv_heads: SmallModel(
-        num_hidden_layers=4,
-        hidden_size=512,
-        num_attention_heads=16,
-        num_key_value_heads=num_kv_heads,
-        head_dim=128,
-        num_local_experts=8,
-        num_experts_per_tok=4,
-        intermediate_size=512,
-        dtype="bfloat16",
-    )
-    for num_kv_heads in (1, 2)
+    "2 KV heads": MODEL,
+    "1 KV head": dataclasses.replace(MODEL, num_key_value_heads=1),  # TP2 puts it on both ranks
+    # 384 / 2 = 192 and 384 / 4 = 96 are no multiples of the FP8 block, like the published 1536 / 8 and 1536 / 16.
+    "FP8": dataclasses.replace(MODEL, intermediate_size=384),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A server: its name, how many GPUs it takes, its arguments, the model's KV heads, and whether stock or ours."""
+    """A server: its name, how many GPUs it takes, its arguments, the model, and whether stock or ours."""
 
     name: str
     gpus: int
     arguments: str
-    num_kv_heads: int = 2
+    model: str = "2 KV heads"
     stock: bool = False
 
 
 NO_GRAPHS = " --disable-cuda-graph"
+PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 320"
 DP2 = "--tp 2 --dp 2 --enable-dp-attention"
 DP4 = "--tp 4 --dp 4 --enable-dp-attention"
 OURS = [
@@ -69,9 +75,12 @@ OURS = [
     Case("TP1 without graphs", 1, "--tp 1" + NO_GRAPHS),
     Case("TP2", 2, "--tp 2"),
     Case("TP2 without graphs", 2, "--tp 2" + NO_GRAPHS),
-    Case("TP2 of one KV head", 2, "--tp 2", num_kv_heads=1),
-    Case("TP2 of one KV head without graphs", 2, "--tp 2" + NO_GRAPHS, num_kv_heads=1),
+    Case("TP2 of one KV head", 2, "--tp 2", model="1 KV head"),
+    Case("TP2 of one KV head without graphs", 2, "--tp 2" + NO_GRAPHS, model="1 KV head"),
     Case("TP2 EP2", 2, "--tp 2 --ep 2"),
+    Case("TP2 FP8, EP chosen", 2, "--tp 2", model="FP8"),
+    Case("TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE),
+    Case("PP2", 2, "--pp-size 2"),
     Case("TP2 DP2", 2, DP2),
     Case("TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS),
     Case("TP2 DP2 EP2", 2, DP2 + " --ep 2"),
@@ -79,6 +88,8 @@ OURS = [
     Case("TP4 without graphs", 4, "--tp 4" + NO_GRAPHS),
     Case("TP4 without fused all-reduce", 4, "--tp 4 --enforce-disable-flashinfer-allreduce-fusion"),
     Case("TP4 EP4", 4, "--tp 4 --ep 4"),
+    Case("TP4 FP8, EP chosen", 4, "--tp 4", model="FP8"),
+    Case("PP2 TP2", 4, "--pp-size 2 --tp 2"),
     Case("TP4 DP4", 4, DP4),
     Case("TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS),
     Case("TP4 DP2", 4, "--tp 4 --dp 2 --enable-dp-attention"),
@@ -86,7 +97,7 @@ OURS = [
 ]
 STOCK_RIGHT = [Case("stock TP2", 2, "--tp 2", stock=True)]
 STOCK_WRONG = [
-    Case("stock TP2 of one KV head", 2, "--tp 2", num_kv_heads=1, stock=True),
+    Case("stock TP2 of one KV head", 2, "--tp 2", model="1 KV head", stock=True),
     Case("stock TP4", 4, "--tp 4", stock=True),
 ]
 STOCK_CRASHES = [
@@ -98,17 +109,17 @@ STOCK_CRASHES = [
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory) -> dict[int, Path]:
-    """A checkpoint for each number of KV heads."""
-    return {
-        num_kv_heads: write_checkpoint(tmp_path_factory.mktemp(f"kv{num_kv_heads}"), model)
-        for num_kv_heads, model in MODELS.items()
-    }
+def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """For each model the checkpoint to serve, and the one for the reference, which does not know FP8."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    written = {name: write_checkpoint(folder / name.replace(" ", "_"), model) for name, model in MODELS.items()}
+    pairs = {name: (path, path) for name, path in written.items()}
+    return pairs | {"FP8": write_fp8_blocks(written["FP8"], folder / "fp8", folder / "dequantised")}
 
 
 @pytest.fixture(scope="session")
-def oracles(checkpoints) -> dict[int, tuple[list[Completion], comparison.Tolerance]]:
-    return {num_kv_heads: oracle(checkpoint) for num_kv_heads, checkpoint in checkpoints.items()}
+def oracles(checkpoints) -> dict[str, tuple[list[Completion], comparison.Tolerance]]:
+    return {name: oracle(for_reference) for name, (_, for_reference) in checkpoints.items()}
 
 
 def oracle(checkpoint: Path) -> tuple[list[Completion], comparison.Tolerance]:
@@ -128,7 +139,7 @@ def outcomes(checkpoints, oracles, tmp_path_factory) -> dict[str, list[Compariso
             return [
                 comparison.compare(answer, reference, [], "")
                 for answer, reference in zip(
-                    ask(case, checkpoints[case.num_kv_heads], logs), oracles[case.num_kv_heads][0], strict=True
+                    ask(case, checkpoints[case.model][0], logs), oracles[case.model][0], strict=True
                 )
             ]
         except ServerError as error:
@@ -170,7 +181,7 @@ def ask(case: Case, checkpoint: Path, logs: Path) -> list[Answer]:
 
 
 def log_of(case: Case, logs: Path) -> Path:
-    return logs / (case.name.replace(" ", "_") + ".log")
+    return logs / (re.sub(r"\W+", "_", case.name) + ".log")
 
 
 def describe(outcome: list[Comparison] | ServerError) -> dict:
@@ -188,13 +199,13 @@ def describe(outcome: list[Comparison] | ServerError) -> dict:
 
 
 def parameters(cases: list[Case]):
-    return [pytest.param(case, id=case.name.replace(" ", "-"), marks=needs_gpus(case.gpus)) for case in cases]
+    return [pytest.param(case, id=re.sub(r"\W+", "-", case.name), marks=needs_gpus(case.gpus)) for case in cases]
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", parameters(OURS))
 def test_server_answers_as_the_reference(case, outcomes, oracles):
-    outcome, tolerance = outcomes[case.name], oracles[case.num_kv_heads][1]
+    outcome, tolerance = outcomes[case.name], oracles[case.model][1]
     assert not isinstance(outcome, ServerError), outcome
     assert accepts(tolerance, outcome), f"{describe(outcome)}, tolerance {tolerance}"
 
@@ -211,7 +222,7 @@ def test_stock_is_right_where_no_head_is_replicated(case, outcomes, oracles):
     """Else the next two tests would show nothing about heads and idle ranks."""
     outcome = outcomes[case.name]
     assert not isinstance(outcome, ServerError), outcome
-    assert accepts(oracles[case.num_kv_heads][1], outcome), describe(outcome)
+    assert accepts(oracles[case.model][1], outcome), describe(outcome)
 
 
 @pytest.mark.timeout(1200)
@@ -219,7 +230,7 @@ def test_stock_is_right_where_no_head_is_replicated(case, outcomes, oracles):
 def test_stock_is_wrong_with_replicated_heads(case, outcomes, oracles):
     outcome = outcomes[case.name]
     assert not isinstance(outcome, ServerError), f"stock fails with an error now: {outcome}"
-    assert not accepts(oracles[case.num_kv_heads][1], outcome), describe(outcome)
+    assert not accepts(oracles[case.model][1], outcome), describe(outcome)
 
 
 @pytest.mark.timeout(1200)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_minimax.checkpoints import SPECIAL_TOKENS, SmallModel, published_weights, write_checkpoint
+from sglang_minimax.checkpoints import (
+    SPECIAL_TOKENS,
+    SmallModel,
+    published_weights,
+    write_checkpoint,
+    write_fp8_blocks,
+)
 from sglang_minimax.reference import Reference, answer
 
 TINY = SmallModel(
@@ -281,3 +287,32 @@ def test_a_request_says_one_thing(reference):
         answer({"prompts": [[]], "max_new_tokens": 1}, reference)
     with pytest.raises(ValueError, match="as many continuations"):
         answer({"prompts": [[1]], "continuations": []}, reference)
+
+
+# ---------------------------------------------------------------------------------------------- FP8 blocks
+
+
+def test_fp8_blocks_are_scale_times_value_and_near_the_weights(tmp_path):
+    """Block by block in float64: the dequantised weight is exactly what the FP8 checkpoint says, within FP8's step."""
+    shape = SmallModel(num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, intermediate_size=192)
+    original = write_checkpoint(tmp_path / "original", shape)
+    quantised, dequantised = write_fp8_blocks(original, tmp_path / "fp8", tmp_path / "plain")
+    before, stored, meant = tensors(original), tensors(quantised), tensors(dequantised)
+    scaled = [name for name in stored if name.endswith("_scale_inv")]
+    assert len(scaled) == 4 + 2 * 3  # q, k, v, o and three for each expert
+    for scale_name in scaled:
+        name = scale_name.removesuffix("_scale_inv")
+        values, scales, weight = stored[name].double(), stored[scale_name].double(), before[name].double()
+        assert stored[name].dtype == torch.float8_e4m3fn and stored[scale_name].dtype == torch.float32
+        assert scales.shape == tuple(-(-size // 128) for size in weight.shape)
+        for row in range(scales.shape[0]):
+            for column in range(scales.shape[1]):
+                block = slice(row * 128, (row + 1) * 128), slice(column * 128, (column + 1) * 128)
+                product = values[block] * scales[row, column]
+                torch.testing.assert_close(meant[name][block].double(), product, rtol=1e-6, atol=0)
+                step = weight[block].abs() * 2**-4 + scales[row, column] * 2**-10
+                assert ((product - weight[block]).abs() <= step).all()
+    for name in set(stored) - set(scaled) - {name.removesuffix("_scale_inv") for name in scaled}:
+        assert torch.equal(stored[name], before[name]) and torch.equal(meant[name], before[name].float())
+    config = json.loads((quantised / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]

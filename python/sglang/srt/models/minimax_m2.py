@@ -57,6 +57,7 @@ from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cut
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.token_dispatcher import DeepEPConfig
 from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
@@ -345,6 +346,14 @@ class MiniMaxM2MoE(nn.Module):
             return tensor_model_parallel_all_reduce(output)
         # Experts in data-parallel groups: TP as a whole also spans ranks with other tokens.
         return moe_tensor_model_parallel_all_reduce(moe_expert_parallel_all_reduce(output))
+
+    def expert_weights(self) -> list[torch.Tensor]:
+        """What belongs to single experts of this rank, [local experts, ...] each: EPLB moves these between ranks."""
+        return [
+            param.data
+            for name, param in self.experts.named_parameters()
+            if filter_moe_weight_param_global_expert(name, param, self.experts.num_local_experts)
+        ]
 
     # The stages of experts with a dispatcher in two-batch overlap.
     def op_gate(self, state) -> None:
@@ -666,6 +675,12 @@ class MiniMaxM2ForCausalLM(nn.Module):
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.embed_tokens.weight, self.lm_head.weight
+
+    @property
+    def routed_experts_weights_of_layer(self) -> dict[int, list[torch.Tensor]]:
+        """The experts' weights of this stage's layers, for EPLB."""
+        layers = range(self.model.start_layer, self.model.end_layer)
+        return {layer_id: self.model.layers[layer_id].block_sparse_moe.expert_weights() for layer_id in layers}
 
     def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
         """Asks for the outputs of ``layer_ids`` (0-based), or, where none were asked for before, of EAGLE3's three.

@@ -153,7 +153,7 @@ class CheckedWeights:
         part = (target.shard, target.expert)
         if whole:
             expected = full_shape(owner, param, target)
-            fault = _shape_fault(expected, tensor) or _dtype_fault(param, tensor)
+            fault = _shape_fault(expected, tensor) or _dtype_fault(owner, param, target, tensor)
             if fault:
                 self.faults["do not fit"].append(f"{name} {fault}, for {target.param} {tuple(param.shape)}")
                 self.filled[target.param].add(part)
@@ -194,14 +194,20 @@ class CheckedWeights:
         return "\n".join(lines)
 
 
+# Methods whose parameters have the checkpoint's own shapes and dtypes, but for sharding. Others repack while loading.
+_KEEPS_SHAPES = re.compile(r"^(Unquantized|Fp8|ModelOpt|AWQ|GPTQ|CompressedTensors)")
+
+
 def full_shape(owner: nn.Module, param: nn.Parameter, target: Target) -> tuple[int, ...] | None:
     """The shape of the checkpoint's tensor of which ``param``, on this rank, holds a shard.
 
     None where it cannot be told from the parameter: then the engine's own loader has the only say.
     """
+    if not _keeps_shapes(owner):
+        return None
     if isinstance(owner, FusedMoE):
         return _full_expert_shape(owner, param, target)
-    if param.numel() <= 1 or hasattr(param, "is_gguf_weight"):
+    if param.numel() <= 1:
         return None
     shape = list(param.shape)
     if isinstance(owner, VocabParallelEmbedding):
@@ -219,9 +225,14 @@ def full_shape(owner: nn.Module, param: nn.Parameter, target: Target) -> tuple[i
         dim = getattr(param, "input_dim", None)
         if dim is not None:
             shape[dim] *= owner.tp_size
-    elif getattr(param, "weight_loader", None) is not None and hasattr(owner, "shards"):
+    elif hasattr(owner, "shards"):
         return None  # the norms of q and k check for themselves
     return tuple(shape)
+
+
+def _keeps_shapes(owner: nn.Module) -> bool:
+    method = getattr(owner, "quant_method", None)
+    return method is None or _KEEPS_SHAPES.match(type(method).__name__) is not None
 
 
 def _full_expert_shape(owner: FusedMoE, param: nn.Parameter, target: Target) -> tuple[int, ...] | None:
@@ -249,8 +260,10 @@ def _shape_fault(expected: tuple[int, ...] | None, tensor: torch.Tensor) -> str 
     return f"has shape {shape} where {expected} belongs"
 
 
-def _dtype_fault(param: nn.Parameter, tensor: torch.Tensor) -> str | None:
+def _dtype_fault(owner: nn.Module, param: nn.Parameter, target: Target, tensor: torch.Tensor) -> str | None:
     """A quantised weight read as a plain one, or the other way round, copies without an error and means nothing."""
+    if "scale" in target.param or not _keeps_shapes(owner):
+        return None
     quantised = tensor.element_size() == 1 or not tensor.is_floating_point()
     wants_quantised = param.element_size() == 1 or not param.is_floating_point()
     if quantised == wants_quantised:
