@@ -1,0 +1,514 @@
+"""From the qkv projection to attention in one launch: QK norm over all ranks, partial RoPE, KV-cache store.
+
+    q, k, v = qkv.split(...)
+    q, k = minimax_qk_norm.norm_qk(q, k, ...)               # statistics over all heads of all attention-TP ranks
+    q, k = rope(q), rope(k)                                 # neox pairs, on the first half of every head
+    k_cache[out_cache_loc], v_cache[out_cache_loc] = k, v
+
+One CTA takes one token's row of qkv into registers, sums the squares of its q and of its k, swaps the two sums with
+its peers (:mod:`minimax_sum_exchange`), scales, rotates, and writes q and k back where they lay, and k and v into
+the cache. Statistics, products and rotation are float32 and the result is cast once.
+
+Four ways, one chosen when a layer is built:
+    torch       not a GPU. The sums are all-reduced by the engine's group.
+    one launch  one rank in the attention-TP group: nothing to swap.
+    exchange    2 to 8 GPUs with NVLink between every pair: one launch.
+    collective  peers out of reach: a launch for the sums, the engine's all-reduce, a launch for the rest.
+
+It is Triton and not CUDA C++ because a serving machine with a CUDA wheel has no nvcc, and nothing here needs more than
+Triton and a few lines of PTX. docs/performance.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
+from sglang.srt.layers.minimax_sharding import shard_attention
+from sglang.srt.layers.minimax_sum_exchange import (
+    PEER_TIMEOUT_SECONDS,
+    ROWS_PER_CTA,
+    await_sums,
+    epoch_of,
+    exchange_of,
+    inbox_of_peer,
+    message_offset,
+    peers_are_reachable,
+    poll_assembly,
+    send_sums,
+)
+from sglang.srt.utils.custom_op import register_custom_op
+
+logger = logging.getLogger(__name__)
+
+REGISTERS_PER_SM = 65536  # of every NVIDIA GPU since Kepler
+VALUES_PER_THREAD = 16
+
+
+class LaunchPlan(NamedTuple):
+    """Warps of a CTA, and the CTAs that must fit on a multiprocessor together: the register cap follows."""
+
+    num_warps: int
+    ctas_per_sm: int
+
+    @property
+    def registers_per_thread(self) -> int:
+        return REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8
+
+
+def launch_plans(values_per_row: int) -> tuple[LaunchPlan, LaunchPlan]:
+    """For few tokens a plan without register spills; for many, one with twice the CTAs at half the registers."""
+    num_warps = max(1, min(values_per_row // VALUES_PER_THREAD // 32, 16))
+    return LaunchPlan(num_warps, max(1, 16 // num_warps)), LaunchPlan(num_warps, max(2, 32 // num_warps))
+
+
+class QKNormRope:
+    """QK norm, RoPE and KV-cache store of one attention layer.
+
+    Args:
+        num_heads, num_kv_heads: heads of the whole model; each rank's share follows from the group.
+        head_dim: width of a head.
+        rotary_dim: how many of a head's first values are rotated; on a GPU head_dim / 2, as in MiniMax-M2.
+        eps: added to the mean of squares.
+        group: the engine's ``GroupCoordinator`` of the attention-TP ranks, which all build their layers in the same
+            order; None for a single rank.
+        layer_id: said by the error of a peer that never answers.
+        device: where the layer runs.
+        slot: which exchange buffer. Layers that run in one stream order share a slot; work that may overlap on the
+            GPU (a second stream) takes another one.
+        peer_timeout_seconds: how long a GPU waits for a peer before it traps.
+
+    Raises:
+        ValueError: the heads cannot be divided over the ranks, or a dimension is one that the kernel does not have.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rotary_dim: int,
+        eps: float,
+        group,
+        layer_id: int,
+        device: torch.device | str,
+        slot: int = 0,
+        peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
+    ) -> None:
+        self.group = group
+        self.num_ranks = 1 if group is None else group.world_size
+        self.rank = 0 if group is None else group.rank_in_group
+        shards = shard_attention(num_heads, num_kv_heads, self.num_ranks)
+        self.num_heads, self.num_kv_heads = shards.q.heads_per_rank, shards.kv.heads_per_rank
+        self.head_dim, self.rotary_dim, self.eps, self.layer_id = head_dim, rotary_dim, eps, layer_id
+        # Every holder of a replicated KV head adds its squares, so the sum covers each head that many times.
+        self.q_count = shards.q.replicas * num_heads * head_dim
+        self.k_count = shards.kv.replicas * num_kv_heads * head_dim
+        self.sizes = [heads * head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        self.peer_timeout_ms = int(peer_timeout_seconds * 1000)
+        self.device = torch.device(device)
+        self.heads_block = triton.next_power_of_2(self.num_heads + 2 * self.num_kv_heads)
+        self.exchange = None
+        self._run = self._choose(slot)
+        self._handle = len(_operators)
+        _operators.append(self)
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        k_cache: torch.Tensor | None = None,
+        v_cache: torch.Tensor | None = None,
+        out_cache_loc: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Norms and rotates q and k where they lie in ``qkv``, and stores k and v if there are caches.
+
+        Args:
+            qkv: [tokens, (heads + 2 KV heads) a rank * head_dim], bfloat16 or float16, contiguous values, rows at any
+                stride. All ranks of the group must call with the same number of tokens.
+            q_weight, k_weight: this rank's shard of the norm's weights, any float dtype, contiguous.
+            positions: [tokens], int32 or int64.
+            cos_sin_cache: [max_position, rotary_dim], cosines then sines, any float dtype, contiguous.
+            k_cache, v_cache: [slots, KV heads a rank, head_dim] of the dtype of qkv. None: nothing is stored. A cache
+                of another dtype (FP8 with scales) is the engine's to store to.
+            out_cache_loc: [tokens], each token's slot, int32 or int64.
+
+        Returns:
+            q, k, v: views of qkv, [tokens, heads a rank * head_dim] each.
+
+        Raises:
+            ValueError: a shape or dtype other than these.
+        """
+        arguments = (qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+        if torch.compiler.is_compiling():
+            minimax_qk_norm_rope(self._handle, *arguments)
+        else:
+            self.run(*arguments)
+        return qkv.split(self.sizes, dim=-1)
+
+    def run(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        """The operator itself, in place; what a compiled graph calls."""
+        if qkv.shape[0] == 0:  # an idle group: none of its ranks has tokens, so nobody waits for us
+            return
+        self._check(qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+        self._run(qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+
+    def _choose(self, slot: int):
+        self.plans = launch_plans(self.heads_block * self.head_dim)
+        if self.device.type != "cuda":
+            return self._run_torch
+        quarter = self.head_dim // 4
+        if self.head_dim != 2 * self.rotary_dim or quarter & (quarter - 1) or quarter == 0:
+            raise ValueError(
+                f"head_dim {self.head_dim} with rotary_dim {self.rotary_dim}: on a GPU the fused QK norm and RoPE takes "
+                "a head_dim that is a power of two, half of it rotated. Call the norm, RoPE and store one by one instead."
+            )
+        if self.num_ranks == 1:
+            return self._run_alone
+        if not peers_are_reachable(self.group, self.device):
+            _log_once(
+                f"QK norm: the {self.num_ranks} attention-TP ranks are not NVLink peers of one host; it takes two "
+                "launches and an all-reduce instead of one launch."
+            )
+            return self._run_collective
+        self.exchange = exchange_of(self.group, self.device, max(plan.ctas_per_sm for plan in self.plans), slot)
+        _log_once(f"QK norm: one launch, sums exchanged over NVLink between {self.num_ranks} attention-TP ranks.")
+        return self._run_exchange
+
+    def _check(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        tokens = qkv.shape[0]
+        _require(
+            qkv.dim() == 2 and qkv.shape[1] == sum(self.sizes) and qkv.stride(1) == 1,
+            f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}, and must be [tokens, {sum(self.sizes)}] with "
+            "contiguous rows: pass the output of the qkv projection as it is",
+        )
+        for name, weight, size in (("q_weight", q_weight, self.sizes[0]), ("k_weight", k_weight, self.sizes[1])):
+            _require(
+                weight.numel() == size and weight.is_contiguous(),
+                f"{name} has {weight.numel()} values, and this rank's shard has {size}: load the shard of this rank",
+            )
+        _require(
+            positions.shape == (tokens,),
+            f"positions has shape {tuple(positions.shape)}, and must have one position for each of {tokens} tokens",
+        )
+        _require(
+            cos_sin_cache.shape[-1] == self.rotary_dim and cos_sin_cache.is_contiguous(),
+            f"cos_sin_cache has shape {tuple(cos_sin_cache.shape)}, and must be [max_position, {self.rotary_dim}]",
+        )
+        if k_cache is None and v_cache is None:
+            return
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            _require(
+                cache is not None
+                and cache.dtype == qkv.dtype
+                and cache.shape[1:] == (self.num_kv_heads, self.head_dim)
+                and cache[0].is_contiguous(),
+                f"{name} must be [slots, {self.num_kv_heads}, {self.head_dim}] of {qkv.dtype}, and is "
+                f"{None if cache is None else (tuple(cache.shape), cache.dtype)}: without caches nothing is stored, "
+                "and the engine's set_kv_buffer stores to a cache of any dtype",
+            )
+        _require(
+            out_cache_loc is not None and out_cache_loc.shape == (tokens,),
+            f"out_cache_loc must have one slot for each of {tokens} tokens where there is a cache to store to",
+        )
+
+    def _run_torch(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        sums = self._all_reduced(sums_of_squares(q, k))
+        normed = norm_rope_reference(
+            q, k, q_weight, k_weight, sums, positions, cos_sin_cache, self.q_count, self.k_count, self.eps, self.head_dim
+        )
+        q.copy_(normed[0])
+        k.copy_(normed[1])
+        if k_cache is not None:
+            k_cache[out_cache_loc.long()] = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
+            v_cache[out_cache_loc.long()] = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+
+    def _run_alone(self, qkv, *arguments) -> None:
+        self._launch(qkv.shape[0], self.plans[0].num_warps, None, qkv, *arguments)
+
+    def _run_collective(self, qkv, *arguments) -> None:
+        q, k, _ = qkv.split(self.sizes, dim=-1)
+        sums = self._all_reduced(sums_of_squares_triton(q, k))
+        self._launch(qkv.shape[0], self.plans[0].num_warps, None, qkv, *arguments, sums=sums)
+
+    def _run_exchange(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        few, many = self.plans
+        limit = many.ctas_per_sm * self.exchange.num_multiprocessors * ROWS_PER_CTA
+        for start in range(0, qkv.shape[0], limit):
+            part = slice(start, start + limit)
+            tokens = min(limit, qkv.shape[0] - start)
+            plan = few if tokens <= few.ctas_per_sm * self.exchange.num_multiprocessors else many
+            self._launch(
+                min(tokens, plan.ctas_per_sm * self.exchange.num_multiprocessors), plan.num_warps,
+                plan.registers_per_thread, qkv[part], q_weight, k_weight, positions[part], cos_sin_cache,
+                k_cache, v_cache, None if out_cache_loc is None else out_cache_loc[part],
+            )  # fmt: skip
+
+    def _all_reduced(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums if self.num_ranks == 1 else self.group.all_reduce(sums)
+
+    def _launch(
+        self, ctas, num_warps, max_registers, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache,
+        out_cache_loc, sums=None,
+    ) -> None:  # fmt: skip
+        if q_weight.dtype != k_weight.dtype:
+            q_weight, k_weight = q_weight.float(), k_weight.float()
+        exchange = self.exchange
+        store = k_cache is not None
+        pdl = _has_programmatic_launch(qkv.device)
+        options = {"num_warps": num_warps}
+        if pdl:
+            options["launch_pdl"] = True
+        if max_registers is not None:
+            options["maxnreg"] = max_registers
+        _qk_norm_rope_kernel[(ctas,)](
+            qkv, q_weight, k_weight, positions, cos_sin_cache,
+            k_cache if store else qkv, v_cache if store else qkv, out_cache_loc if store else positions, sums,
+            exchange.inbox_addresses if exchange else None, exchange.epochs if exchange else None,
+            qkv.shape[0], qkv.stride(0), k_cache.stride(0) if store else 0, v_cache.stride(0) if store else 0,
+            self.q_count, self.k_count, self.eps,
+            exchange.max_ctas if exchange else 0, self.rank, self.layer_id, self.peer_timeout_ms,
+            NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEADS_BLOCK=self.heads_block,
+            HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None,
+            ONE_ROW=ctas == qkv.shape[0], RANKS=exchange.num_ranks if exchange else 1,
+            POLL=poll_assembly(exchange.num_ranks) if exchange else "", PDL=pdl, ROWS=ROWS_PER_CTA, **options,
+        )  # fmt: skip
+
+
+def norm_rope_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    sums: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    q_count: int,
+    k_count: int,
+    eps: float,
+    head_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel computes, in plain torch: float32 throughout, cast once.
+
+    Args:
+        q, k: [tokens, heads a rank * head_dim] each.
+        sums: [at least tokens, 2] float32, sums of squares of q and of k over all ranks.
+        q_count, k_count: how many values the sums cover, replicas included.
+
+    Returns:
+        q and k, normed and rotated, in their own dtype.
+    """
+    cos, sin = cos_sin_cache[positions.long()].float()[:, None, :].chunk(2, dim=-1)
+
+    def one(x: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, count: int) -> torch.Tensor:
+        inverse_rms = torch.rsqrt(total / count + eps)[:, None]
+        normed = (x.float() * inverse_rms * weight.float()).unflatten(-1, (-1, head_dim))
+        half = cos.shape[-1]
+        first, second, rest = normed.split([half, half, head_dim - 2 * half], dim=-1)
+        rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+        return rotated.flatten(1).to(x.dtype)
+
+    tokens = q.shape[0]
+    return one(q, q_weight, sums[:tokens, 0], q_count), one(k, k_weight, sums[:tokens, 1], k_count)
+
+
+_operators: list[QKNormRope] = []  # a compiled graph names a layer by its place here
+
+
+@register_custom_op(mutates_args=["qkv", "k_cache", "v_cache"])
+def minimax_qk_norm_rope(
+    operator: int,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    out_cache_loc: torch.Tensor | None,
+) -> None:
+    """:meth:`QKNormRope.run` as a torch operator, opaque to torch.compile and to piecewise CUDA graphs."""
+    _operators[operator].run(
+        qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc
+    )
+
+
+@triton.jit
+def _load_quarters(pointers, mask, QUARTER: tl.constexpr):
+    """Four tiles of one layout, [heads, QUARTER] each: neox pairs meet in one thread, without a shuffle."""
+    a = tl.load(pointers, mask=mask, other=0.0)
+    b = tl.load(pointers + QUARTER, mask=mask, other=0.0)
+    c = tl.load(pointers + 2 * QUARTER, mask=mask, other=0.0)
+    d = tl.load(pointers + 3 * QUARTER, mask=mask, other=0.0)
+    return a, b, c, d
+
+
+@triton.jit
+def _store_quarters(pointers, a, b, c, d, mask, QUARTER: tl.constexpr):
+    dtype = pointers.dtype.element_ty
+    tl.store(pointers, a.to(dtype), mask=mask)
+    tl.store(pointers + QUARTER, b.to(dtype), mask=mask)
+    tl.store(pointers + 2 * QUARTER, c.to(dtype), mask=mask)
+    tl.store(pointers + 3 * QUARTER, d.to(dtype), mask=mask)
+
+
+@triton.jit
+def _add_pairs(a_first, a_second, b_first, b_second):
+    return a_first + b_first, a_second + b_second
+
+
+@triton.jit
+def _sums_of_squares(a, b, c, d, is_q, is_k):
+    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+    squares = a * a + b * b + c * c + d * d
+    of_q = tl.ravel(tl.where(is_q, squares, 0.0), can_reorder=True)
+    of_k = tl.ravel(tl.where(is_k, squares, 0.0), can_reorder=True)
+    return tl.reduce((of_q, of_k), 0, _add_pairs)  # both in one round through shared memory
+
+
+@triton.jit
+def _load_row(qkv_ptr, qkv_stride, positions_ptr, out_cache_loc_ptr, row, is_row, offset, inside, QUARTER: tl.constexpr):
+    """A row's quarters, its position and its cache slot; zeros where ``is_row`` is false."""
+    position = tl.load(positions_ptr + row, mask=is_row, other=0, volatile=True).to(tl.int64)
+    slot = tl.load(out_cache_loc_ptr + row, mask=is_row, other=0).to(tl.int64)
+    a, b, c, d = _load_quarters(qkv_ptr + row.to(tl.int64) * qkv_stride + offset, inside & is_row, QUARTER)
+    return a, b, c, d, position, slot
+
+
+@triton.jit
+def _load_rotation(cos_sin_ptr, position, column, QUARTER: tl.constexpr):
+    cos = tl.load(cos_sin_ptr + position * (2 * QUARTER) + column).to(tl.float32)
+    sin = tl.load(cos_sin_ptr + position * (2 * QUARTER) + QUARTER + column).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def _finish_row(
+    a, b, c, d, wa, wb, wc, wd, cos, sin, slot, row, q_sum, k_sum, q_count, k_count, eps, offset, head, qkv_ptr,
+    qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, QUARTER: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """Scales and rotates one row that lies in registers; q and k go back into the row, k and v into the cache."""
+    is_q = head < NUM_HEADS
+    is_qk = head < NUM_HEADS + NUM_KV_HEADS
+    inverse_rms = tl.where(is_q, tl.rsqrt(q_sum / q_count + eps), tl.rsqrt(k_sum / k_count + eps))
+    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+    a_normed = a * inverse_rms * wa.to(tl.float32)
+    b_normed = b * inverse_rms * wb.to(tl.float32)
+    a = tl.where(is_qk, a_normed * cos - b_normed * sin, a)
+    b = tl.where(is_qk, b_normed * cos + a_normed * sin, b)
+    c = tl.where(is_qk, c * inverse_rms * wc.to(tl.float32), c)
+    d = tl.where(is_qk, d * inverse_rms * wd.to(tl.float32), d)
+    _store_quarters(qkv_ptr + row.to(tl.int64) * qkv_stride + offset, a, b, c, d, is_qk, QUARTER)
+    if STORE:
+        HEAD_DIM: tl.constexpr = 4 * QUARTER
+        k_slot = k_cache_ptr + slot * k_cache_stride + (offset - NUM_HEADS * HEAD_DIM)
+        v_slot = v_cache_ptr + slot * v_cache_stride + (offset - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)
+        is_kv = (head >= NUM_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+        _store_quarters(tl.where(is_qk, k_slot, v_slot), a, b, c, d, is_kv, QUARTER)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "q_count", "k_count", "max_ctas", "rank", "layer_id", "peer_timeout_ms"])
+def _qk_norm_rope_kernel(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr,
+    sums_ptr, inboxes_ptr, epochs_ptr, num_tokens, qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps,
+    max_ctas, rank, layer_id, peer_timeout_ms,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ONE_ROW: tl.constexpr, RANKS: tl.constexpr, POLL: tl.constexpr,
+    PDL: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """CTA c takes rows c, c + CTAs, ...; with ``ONE_ROW`` there are as many CTAs as tokens.
+
+    The next row is loaded, and its sums are sent, before the sums of the current one are awaited.
+    """
+    QUARTER: tl.constexpr = HEAD_DIM // 4
+    row = tl.program_id(0)
+    ctas = tl.num_programs(0)
+    head = tl.arange(0, HEADS_BLOCK)[:, None]
+    column = tl.arange(0, QUARTER)[None, :]
+    offset = head * HEAD_DIM + column
+    inside = head < NUM_HEADS + 2 * NUM_KV_HEADS
+    if PDL:
+        gdc_wait()  # before the first read: the projection, and our own last launch's epochs, are written by then
+        gdc_launch_dependents()
+    if RANKS > 1:
+        cta = row
+        epoch = epoch_of(epochs_ptr, cta)
+        inbox = tl.load(inboxes_ptr + rank)
+        peer_inbox = inbox_of_peer(inboxes_ptr, RANKS)
+        timeout_ns = peer_timeout_ms.to(tl.int64) * 1000000
+
+    a, b, c, d, position, slot = _load_row(
+        qkv_ptr, qkv_stride, positions_ptr, out_cache_loc_ptr, row, True, offset, inside, QUARTER
+    )
+    is_q = head < NUM_HEADS
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    weight_pointers = tl.where(is_q, q_weight_ptr + offset, k_weight_ptr + (offset - NUM_HEADS * HEAD_DIM))
+    wa, wb, wc, wd = _load_quarters(weight_pointers, is_q | is_k, QUARTER)
+    if SUMS_GIVEN:
+        q_sum = tl.load(sums_ptr + row * 2)
+        k_sum = tl.load(sums_ptr + row * 2 + 1)
+    else:
+        q_sum, k_sum = _sums_of_squares(a, b, c, d, is_q, is_k)
+    if RANKS > 1:
+        messages = message_offset(epoch, cta, 0, max_ctas, ROWS, RANKS)
+        send_sums(peer_inbox, messages + rank * 16, q_sum, k_sum, epoch, RANKS)
+
+    if ONE_ROW:
+        cos, sin = _load_rotation(cos_sin_ptr, position, column, QUARTER)
+        if RANKS > 1:
+            q_sum, k_sum = await_sums(inbox + messages, epoch, timeout_ns, layer_id, rank, POLL)
+        _finish_row(
+            a, b, c, d, wa, wb, wc, wd, cos, sin, slot, row, q_sum, k_sum, q_count, k_count, eps, offset, head,
+            qkv_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
+            NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE,
+        )  # fmt: skip
+    else:
+        for turn in range(tl.cdiv(num_tokens - cta, ctas)):
+            next_row = row + ctas
+            is_row = next_row < num_tokens
+            na, nb, nc, nd, next_position, next_slot = _load_row(
+                qkv_ptr, qkv_stride, positions_ptr, out_cache_loc_ptr, next_row, is_row, offset, inside, QUARTER
+            )
+            cos, sin = _load_rotation(cos_sin_ptr, position, column, QUARTER)
+            q_sum, k_sum = _sums_of_squares(na, nb, nc, nd, is_q, is_k)
+            next_messages = message_offset(epoch, cta, turn + 1, max_ctas, ROWS, RANKS)
+            num_receivers = is_row.to(tl.int32) * RANKS
+            send_sums(peer_inbox, next_messages + rank * 16, q_sum, k_sum, epoch, num_receivers)
+            q_sum, k_sum = await_sums(inbox + messages, epoch, timeout_ns, layer_id, rank, POLL)
+            _finish_row(
+                a, b, c, d, wa, wb, wc, wd, cos, sin, slot, row, q_sum, k_sum, q_count, k_count, eps, offset, head,
+                qkv_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
+                NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE,
+            )  # fmt: skip
+            a, b, c, d, position, slot = na, nb, nc, nd, next_position, next_slot
+            row, messages = next_row, next_messages
+    if RANKS > 1:
+        tl.store(epochs_ptr + cta, epoch)
+
+
+@functools.cache
+def _has_programmatic_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while its predecessor in the stream still runs: Hopper and later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -1,0 +1,255 @@
+"""Sums of two floats a token over the GPUs of one host, from inside a Triton kernel, over plain NVLink stores.
+
+    sums[token] = all-reduce(partial sums[token])           # what it replaces: a collective between two launches
+
+Every rank writes its two partial sums for a token into the inbox of every rank and polls its own inbox. A message
+is 16 bytes, {first: f32, second: f32, epoch: u64}, written and read by one 128-bit relaxed access at system scope,
+which PTX makes single-copy atomic: who reads this launch's epoch has this launch's sums, so there is no flag to
+order after the data and no fence. Every rank adds the messages in rank order, its own included, so all ranks get
+the same bits, and the same bits every time.
+
+Epochs live in device memory, one counter a CTA, and a CTA raises its own: a captured graph replays with fresh
+epochs, and graphs of several sizes may be replayed in any order. 64 bits never wrap.
+
+Why two parities are enough. CTA c of every rank counts the same launches (ranks launch the same token counts in the
+same order; grids follow from the token count). Rank A writes epoch e over the message of e - 2. In epoch e, A's
+CTA c has finished e - 1, so it has read what B's CTA c sent in e - 1; launches that share an inbox are ordered on
+one stream, so B sent that after its launch of e - 2 was complete, and has read all it ever will of e - 2.
+
+Why waiting CTAs never starve the ones they wait for. A CTA waits for CTA c of the peers only, never for a CTA of
+its own GPU. It sends its row i + 1 before it waits for row i, and never waits before it sent the same row. A launch
+has at most ``max_ctas`` CTAs, which all fit on the GPU at once under the register cap of the launch, so every CTA
+comes to run as soon as whatever else is on the GPU ends. Then by induction over rows every wait ends.
+
+One inbox serves the launches of one stream order. Two micro-batches of two-batch overlap that are launched in turn on
+one stream may share it; work that may run concurrently, or in different order on different ranks, needs one ``slot``
+each.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import triton
+import triton.language as tl
+
+logger = logging.getLogger(__name__)
+
+PEER_TIMEOUT_SECONDS = 120  # under the engine's watchdog (300 s), over any skew that a first launch was seen to have
+MAX_RANKS = 8  # of one NVLink domain
+MESSAGE_BYTES = 16
+ROWS_PER_CTA = 16  # rows that one CTA sends in one launch at most; longer inputs take several launches
+
+
+class SumExchange:
+    """The inbox of this rank, the addresses of everybody's inbox, and the epoch of every CTA.
+
+    Attributes:
+        inbox: uint8, [2 parities, max_ctas, ROWS_PER_CTA, ranks, MESSAGE_BYTES], symmetric memory.
+        inbox_addresses: [ranks] int64, where each rank's inbox is mapped here.
+        epochs: [max_ctas] int64, the last epoch of each CTA.
+        num_multiprocessors: of the smallest GPU in the group, so that grids are the same on every rank.
+        max_ctas: CTAs that may take part in one launch.
+    """
+
+    def __init__(self, group, device: torch.device, ctas_per_sm: int) -> None:
+        """Collective over ``group``, an engine ``GroupCoordinator`` for which :func:`peers_are_reachable` is true."""
+        import torch.distributed as dist
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        multiprocessors = [0] * group.world_size
+        mine = torch.cuda.get_device_properties(device).multi_processor_count
+        dist.all_gather_object(multiprocessors, mine, group=group.cpu_group)
+        self.num_multiprocessors = min(multiprocessors)
+        self.rank = group.rank_in_group
+        self.num_ranks = group.world_size
+        self.max_ctas = self.num_multiprocessors * ctas_per_sm
+        size = 2 * self.max_ctas * ROWS_PER_CTA * self.num_ranks * MESSAGE_BYTES
+        self.inbox = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+        self._handle = symmetric_memory.rendezvous(self.inbox, group.cpu_group)
+        self.inbox.zero_()  # epoch 0: no launch has it
+        self.inbox_addresses = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+        self.epochs = torch.zeros(self.max_ctas, dtype=torch.int64, device=device)
+        torch.cuda.synchronize(device)
+        dist.barrier(group=group.cpu_group)  # no rank writes into an inbox that is still being cleared
+
+
+_exchanges: dict[tuple, SumExchange] = {}
+
+
+def exchange_of(group, device: torch.device, ctas_per_sm: int, slot: int) -> SumExchange:
+    """The one exchange of this group, slot and width; the first call of each is collective and allocates."""
+    key = (group.unique_name, slot, ctas_per_sm)
+    if key not in _exchanges:
+        _exchanges[key] = SumExchange(group, device, ctas_per_sm)
+    return _exchanges[key]
+
+
+@functools.cache
+def peers_are_reachable(group, device: torch.device) -> bool:
+    """Whether all ranks of ``group`` are 2 to ``MAX_RANKS`` NVIDIA GPUs of one host, NVLink between every pair.
+
+    Collective over the group, and the same answer on every rank. PCIe peers do not count: a 16-byte store is one
+    access over NVLink, and nobody says so of PCIe.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
+        can_use_custom_all_reduce_with_nvlink,
+    )
+
+    sizes = list(range(2, MAX_RANKS + 1))
+    return can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "The fused QK norm") is True
+
+
+@triton.jit
+def epoch_of(epochs_ptr, cta):
+    """This launch's epoch for ``cta``. Every thread loads it before the first barrier of the CTA."""
+    return tl.load(epochs_ptr + cta, volatile=True) + 1
+
+
+@triton.jit
+def message_offset(epoch, cta, turn, max_ctas, ROWS: tl.constexpr, RANKS: tl.constexpr):
+    """Bytes from the start of an inbox to the messages for the row that ``cta`` takes in its ``turn``-th turn."""
+    row = ((epoch & 1) * max_ctas + cta) * ROWS + turn
+    return row * (RANKS * 16)
+
+
+@triton.jit
+def inbox_of_peer(inboxes_ptr, num_ranks):
+    """In thread r of the CTA, r < num_ranks: the address of rank r's inbox. Only :func:`send_sums` can use it.
+
+    A Triton scalar that is not the same in every thread: loaded early, so that the sums can leave at once.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred is_rank;
+            .reg .b32 thread;
+            .reg .b64 address;
+            mov.u32 thread, %tid.x;
+            setp.lt.u32 is_rank, thread, $2;
+            mad.wide.u32 address, thread, 8, $1;
+            mov.b64 $0, 0;
+            @is_rank ld.global.b64 $0, [address];
+        }
+        """,
+        "=&l,l,r",
+        [inboxes_ptr.to(tl.int64), num_ranks],
+        dtype=tl.int64,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def send_sums(peer_inbox, offset, first, second, epoch, num_receivers):
+    """Thread r of the CTA, r < num_receivers, writes {first, second, epoch} to rank r, ``offset`` bytes into its inbox."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred sends;
+            .reg .b32 thread;
+            .reg .b64 address, sums;
+            .reg .b128 message;
+            mov.u32 thread, %tid.x;
+            setp.lt.u32 sends, thread, $6;
+            add.s64 address, $1, $2;
+            mov.b64 sums, {$3, $4};
+            mov.b128 message, {sums, $5};
+            @sends st.relaxed.sys.global.b128 [address], message;
+            mov.b32 $0, 0;
+        }
+        """,
+        "=&r,l,l,f,f,l,r",
+        [peer_inbox, offset, first, second, epoch, num_receivers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def await_sums(messages, epoch, timeout_ns, layer_id, rank, POLL: tl.constexpr):
+    """Both sums over all ranks, added in rank order, once every message at address ``messages`` has this epoch.
+
+    ``POLL`` is :func:`poll_assembly` of the number of ranks. A peer that stays away for ``timeout_ns`` traps the
+    kernel, which ends the process's CUDA context, after one line that says who waited for whom.
+    """
+    first, second, missing = tl.inline_asm_elementwise(
+        POLL,
+        "=&f,=&f,=&r,l,l,l",
+        [messages, epoch, timeout_ns],
+        dtype=(tl.float32, tl.float32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+    if missing >= 0:
+        tl.device_print(
+            "QK norm: no partial sums of a peer within the time limit. Operands: layer, this rank, rank waited for",
+            layer_id,
+            rank,
+            missing,
+        )
+        tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    return first, second
+
+
+def poll_assembly(num_ranks: int) -> str:
+    """PTX that polls ``num_ranks`` consecutive messages until all have one epoch, then adds them in rank order.
+
+    Outputs: both sums, and the lowest rank whose message is missing, or -1. Inputs: the address of the first
+    message, the epoch, the time limit in ns. Every thread polls for itself, which spares a barrier; the time is
+    read once in 4096 polls; after the limit only thread 0 returns, to report, and the others wait for its trap.
+    """
+    ranks = range(num_ranks)
+    loads = "\n".join(f"ld.relaxed.sys.global.b128 message{r}, [$3 + {MESSAGE_BYTES * r}];" for r in ranks)
+    unpack = "\n".join(f"mov.b128 {{sums{r}, epoch{r}}}, message{r};" for r in ranks)
+    arrived = "setp.eq.b64 all, epoch0, $4;\n" + "\n".join(
+        f"setp.eq.and.b64 all, epoch{r}, $4, all;" for r in ranks[1:]
+    )
+    lowest_missing = "\n".join(f"setp.ne.b64 yes, epoch{r}, $4;\n@yes mov.b32 missing, {r};" for r in ranks[::-1])
+    values = "\n".join(f"mov.b64 {{first{r}, second{r}}}, sums{r};" for r in ranks)
+    total = "\n".join(
+        f"add.rn.f32 first0, first0, first{r};\nadd.rn.f32 second0, second0, second{r};" for r in ranks[1:]
+    )
+    return f"""
+    {{
+    .reg .pred all, yes;
+    .reg .b32 polls, low, thread, missing;
+    .reg .b64 start, now;
+    .reg .b64 sums<{num_ranks}>, epoch<{num_ranks}>;
+    .reg .b128 message<{num_ranks}>;
+    .reg .f32 first<{num_ranks}>, second<{num_ranks}>;
+    mov.b32 polls, 0;
+    mov.b32 missing, -1;
+    mov.b64 start, 0;
+    POLL:
+    {loads}
+    {unpack}
+    {arrived}
+    @all bra ARRIVED;
+    add.u32 polls, polls, 1;
+    and.b32 low, polls, 4095;
+    setp.ne.b32 yes, low, 0;
+    @yes bra POLL;
+    mov.u64 now, %globaltimer;
+    setp.eq.b64 yes, start, 0;
+    @yes mov.b64 start, now;
+    sub.u64 now, now, start;
+    setp.lt.u64 yes, now, $5;
+    @yes bra POLL;
+    mov.u32 thread, %tid.x;
+    setp.ne.b32 yes, thread, 0;
+    @yes bra POLL;
+    {lowest_missing}
+    ARRIVED:
+    {values}
+    {total}
+    mov.f32 $0, first0;
+    mov.f32 $1, second0;
+    mov.b32 $2, missing;
+    }}
+    """
