@@ -7,6 +7,7 @@
 STOCK_PATH and PEER_PATH are what PYTHONPATH must be for that engine: sglang 0.5.10.post1 without the overlay, and
 sglang 0.5.11, whose own fused QK norm is then switched on. Each engine runs in processes of its own, one a GPU. All of
 them start, compile and warm up together; then they measure one after the other, so that nothing else uses the GPUs.
+Two GPUs with --heads 24 --kv-heads 4 give each the rows of TP4, with one peer instead of three.
 
 Protocol: a CUDA graph of 8 layers, each with its own random qkv and cache; 20 replays to warm up, then 200, each
 between two events; the time of a layer is a replay's time / 8. Reported: the median over replays, and the 10th and 90th
@@ -193,6 +194,7 @@ def slowest(of_this_rank: dict[str, float], world: int) -> dict[str, float]:
 
 
 def measure_rank(engine: str, rank: int, world: int, port: int, tokens: list[int], gate: Path) -> None:
+    """Writes the file ready, waits for the file go, measures, and lets rank 0 write the result."""
     if engine == "ours":
         from sglang_minimax import overlay
 
@@ -226,7 +228,7 @@ def measure_rank(engine: str, rank: int, world: int, port: int, tokens: list[int
 # ---------------------------------------------------------------- all engines, one host
 
 
-def start(engine: str, path: str | None, world: int, tokens: list[int], gate: Path) -> list[subprocess.Popen]:
+def start(engine: str, path: str | None, world: int, options, gate: Path) -> list[subprocess.Popen]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -236,7 +238,8 @@ def start(engine: str, path: str | None, world: int, tokens: list[int], gate: Pa
         environment["SGLANG_MINIMAX_OVERLAY"] = "0"
     if engine == "peer":
         environment["SGLANG_USE_FUSED_PARALLEL_QKNORM"] = "1"
-    numbers = ["--tokens", *map(str, tokens), "--gate", str(gate)]
+    numbers = ["--tokens", *map(str, options.tokens), "--gate", str(gate)]
+    numbers += ["--heads", str(options.heads), "--kv-heads", str(options.kv_heads)]
     ranks = []
     for rank in range(world):
         log = (gate / f"log.{engine}.{world}.{rank}").open("w")
@@ -255,9 +258,9 @@ def wait_for(done, ranks: list[subprocess.Popen], seconds: float) -> bool:
     return True
 
 
-def measure(paths: dict[str, str | None], worlds: list[int], tokens: list[int], seconds: float) -> dict:
-    gate = Path(tempfile.mkdtemp(prefix="qk_norm_rope."))
-    started = {(e, w): start(e, path, w, tokens, gate) for w in worlds for e, path in paths.items()}
+def measure(paths: dict[str, str | None], worlds: list[int], options) -> dict:
+    gate, seconds = Path(tempfile.mkdtemp(prefix="qk_norm_rope.")), options.seconds
+    started = {(e, w): start(e, path, w, options, gate) for w in worlds for e, path in paths.items()}
     results, failed = {}, []
     for (engine, world), ranks in started.items():
         ready = [gate / f"ready.{engine}.{world}.{rank}" for rank in range(world)]
@@ -298,6 +301,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, nargs="+", help="attention-TP sizes; default: 1, 2, 4, 8, as GPUs allow")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--heads", type=int, default=HEADS, help="q heads of the whole model")
+    parser.add_argument("--kv-heads", type=int, default=KV_HEADS, help="KV heads of the whole model")
     parser.add_argument("--stock", metavar="PATH", help="PYTHONPATH of sglang 0.5.10.post1")
     parser.add_argument("--peer", metavar="PATH", help="PYTHONPATH of sglang 0.5.11")
     parser.add_argument("--json", type=Path, help="write all numbers, with GPU and versions, here")
@@ -305,6 +310,7 @@ def main() -> None:
     parser.add_argument("--rank", nargs=4, metavar=("ENGINE", "RANK", "WORLD", "PORT"), help=argparse.SUPPRESS)
     parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    globals().update(HEADS=options.heads, KV_HEADS=options.kv_heads)
     if options.rank:
         engine, *numbers = options.rank
         return measure_rank(engine, *map(int, numbers), options.tokens, options.gate)
@@ -316,7 +322,7 @@ def main() -> None:
     if not worlds or max(worlds) > gpus:
         sys.exit(f"{options.tp or 'a'} attention-TP size was asked for, and this host has {gpus} GPUs: it needs one a rank")
     paths = {"ours": None, **{e: p for e, p in (("stock", options.stock), ("peer", options.peer)) if p}}
-    results = measure(paths, worlds, options.tokens, options.seconds)
+    results = measure(paths, worlds, options)
     print_table(results, worlds, options.tokens)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -90,7 +90,7 @@ def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted)
         arguments = (qkv, *weights, positions, cos_sin, k_cache, v_cache, slots)
         if interpreted and tokens:
             given = None if ranks == 1 else sums
-            operator._launch(tokens, 4, None, *arguments, sums=given)
+            operator._launch(tokens, operator.plans[0], *arguments, sums=given)
             q, k, v = qkv.split(operator.sizes, dim=-1)
         else:
             q, k, v = operator(*arguments)

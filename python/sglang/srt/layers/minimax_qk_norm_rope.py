@@ -49,24 +49,32 @@ from sglang.srt.utils.custom_op import register_custom_op
 logger = logging.getLogger(__name__)
 
 REGISTERS_PER_SM = 65536  # of every NVIDIA GPU since Kepler
-VALUES_PER_THREAD = 16
 
 
 class LaunchPlan(NamedTuple):
-    """Warps of a CTA, and the CTAs that must fit on a multiprocessor together: the register cap follows."""
+    """Warps of a CTA, CTAs that must fit on a multiprocessor together, and rows that a CTA holds in registers."""
 
     num_warps: int
     ctas_per_sm: int
+    rows: int = 1
 
     @property
     def registers_per_thread(self) -> int:
         return REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8
 
 
-def launch_plans(values_per_row: int) -> tuple[LaunchPlan, LaunchPlan]:
-    """For few tokens a plan without register spills; for many, one with twice the CTAs at half the registers."""
-    num_warps = max(1, min(values_per_row // VALUES_PER_THREAD // 32, 16))
-    return LaunchPlan(num_warps, max(1, 16 // num_warps)), LaunchPlan(num_warps, max(2, 32 // num_warps))
+# Measured on H200 at 16 heads of 128 a rank (TP4), from few tokens to many; other widths scale the warps.
+PLANS_AT_2048_VALUES = (LaunchPlan(8, 2, 1), LaunchPlan(4, 4, 1), LaunchPlan(4, 8, 2), LaunchPlan(4, 8, 4))
+
+
+def launch_plans(values_per_row: int) -> list[LaunchPlan]:
+    """The first plan whose CTAs hold all rows at once is taken, or else the last."""
+    plans = []
+    for num_warps, ctas_per_sm, rows in PLANS_AT_2048_VALUES:
+        scaled_warps = max(1, min(num_warps * values_per_row // 2048, 32))
+        scaled_ctas = max(1, min(ctas_per_sm * 2048 // values_per_row, 32))
+        plans.append(LaunchPlan(scaled_warps, scaled_ctas, rows))
+    return plans
 
 
 class QKNormRope:
@@ -165,6 +173,7 @@ class QKNormRope:
 
     def _choose(self, slot: int):
         self.plans = launch_plans(self.heads_block * self.head_dim)
+        self.single_plan = LaunchPlan(max(1, min(self.heads_block // 4, 8)), 1)
         if self.device.type != "cuda":
             return self._run_torch
         quarter = self.head_dim // 4
@@ -235,43 +244,42 @@ class QKNormRope:
             v_cache[out_cache_loc.long()] = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
 
     def _run_alone(self, qkv, *arguments) -> None:
-        self._launch(qkv.shape[0], self.plans[0].num_warps, None, qkv, *arguments)
+        self._launch(qkv.shape[0], self.single_plan, qkv, *arguments)
 
     def _run_collective(self, qkv, *arguments) -> None:
         q, k, _ = qkv.split(self.sizes, dim=-1)
         sums = self._all_reduced(sums_of_squares_triton(q, k))
-        self._launch(qkv.shape[0], self.plans[0].num_warps, None, qkv, *arguments, sums=sums)
+        self._launch(qkv.shape[0], self.single_plan, qkv, *arguments, sums=sums)
 
     def _run_exchange(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
-        few, many = self.plans
-        limit = many.ctas_per_sm * self.exchange.num_multiprocessors * ROWS_PER_CTA
+        multiprocessors = self.exchange.num_multiprocessors
+        limit = self.plans[-1].ctas_per_sm * multiprocessors * ROWS_PER_CTA
         for start in range(0, qkv.shape[0], limit):
             part = slice(start, start + limit)
             tokens = min(limit, qkv.shape[0] - start)
-            plan = few if tokens <= few.ctas_per_sm * self.exchange.num_multiprocessors else many
+            fitting = (plan for plan in self.plans if tokens <= plan.ctas_per_sm * multiprocessors * plan.rows)
+            plan = next(fitting, self.plans[-1])
+            ctas = min(triton.cdiv(tokens, plan.rows), plan.ctas_per_sm * multiprocessors)
             self._launch(
-                min(tokens, plan.ctas_per_sm * self.exchange.num_multiprocessors), plan.num_warps,
-                plan.registers_per_thread, qkv[part], q_weight, k_weight, positions[part], cos_sin_cache,
-                k_cache, v_cache, None if out_cache_loc is None else out_cache_loc[part],
+                ctas, plan, qkv[part], q_weight, k_weight, positions[part], cos_sin_cache, k_cache, v_cache,
+                None if out_cache_loc is None else out_cache_loc[part],
             )  # fmt: skip
 
     def _all_reduced(self, sums: torch.Tensor) -> torch.Tensor:
         return sums if self.num_ranks == 1 else self.group.all_reduce(sums)
 
     def _launch(
-        self, ctas, num_warps, max_registers, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache,
-        out_cache_loc, sums=None,
-    ) -> None:  # fmt: skip
+        self, ctas, plan, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc, sums=None
+    ) -> None:
         if q_weight.dtype != k_weight.dtype:
             q_weight, k_weight = q_weight.float(), k_weight.float()
-        exchange = self.exchange
-        store = k_cache is not None
-        pdl = _has_programmatic_launch(qkv.device)
-        options = {"num_warps": num_warps}
-        if pdl:
+        exchange, store = self.exchange, k_cache is not None
+        options = {"num_warps": plan.num_warps}
+        if exchange is not None:
+            options["maxnreg"] = plan.registers_per_thread
+        if pdl := _has_programmatic_launch(qkv.device):
             options["launch_pdl"] = True
-        if max_registers is not None:
-            options["maxnreg"] = max_registers
+        ranks = exchange.num_ranks if exchange else 1
         _qk_norm_rope_kernel[(ctas,)](
             qkv, q_weight, k_weight, positions, cos_sin_cache,
             k_cache if store else qkv, v_cache if store else qkv, out_cache_loc if store else positions, sums,
@@ -280,9 +288,9 @@ class QKNormRope:
             self.q_count, self.k_count, self.eps,
             exchange.max_ctas if exchange else 0, self.rank, self.layer_id, self.peer_timeout_ms,
             NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEADS_BLOCK=self.heads_block,
-            HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None,
-            ONE_ROW=ctas == qkv.shape[0], RANKS=exchange.num_ranks if exchange else 1,
-            POLL=poll_assembly(exchange.num_ranks) if exchange else "", PDL=pdl, ROWS=ROWS_PER_CTA, **options,
+            HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None, ROWS=plan.rows,
+            ONCE=ctas * plan.rows >= qkv.shape[0], RANKS=ranks, SLOTS=ROWS_PER_CTA, PDL=pdl, PACKED=pdl,
+            POLL=poll_assembly(plan.rows, ranks) if exchange else "", **options,
         )  # fmt: skip
 
 
@@ -356,11 +364,10 @@ def _load_quarters(pointers, mask, QUARTER: tl.constexpr):
 
 @triton.jit
 def _store_quarters(pointers, a, b, c, d, mask, QUARTER: tl.constexpr):
-    dtype = pointers.dtype.element_ty
-    tl.store(pointers, a.to(dtype), mask=mask)
-    tl.store(pointers + QUARTER, b.to(dtype), mask=mask)
-    tl.store(pointers + 2 * QUARTER, c.to(dtype), mask=mask)
-    tl.store(pointers + 3 * QUARTER, d.to(dtype), mask=mask)
+    tl.store(pointers, a, mask=mask)
+    tl.store(pointers + QUARTER, b, mask=mask)
+    tl.store(pointers + 2 * QUARTER, c, mask=mask)
+    tl.store(pointers + 3 * QUARTER, d, mask=mask)
 
 
 @triton.jit
@@ -369,21 +376,13 @@ def _add_pairs(a_first, a_second, b_first, b_second):
 
 
 @triton.jit
-def _sums_of_squares(a, b, c, d, is_q, is_k):
-    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+def _sums_of_squares(quarters, is_q, is_k):
+    a, b = quarters[0].to(tl.float32), quarters[1].to(tl.float32)
+    c, d = quarters[2].to(tl.float32), quarters[3].to(tl.float32)
     squares = a * a + b * b + c * c + d * d
     of_q = tl.ravel(tl.where(is_q, squares, 0.0), can_reorder=True)
     of_k = tl.ravel(tl.where(is_k, squares, 0.0), can_reorder=True)
     return tl.reduce((of_q, of_k), 0, _add_pairs)  # both in one round through shared memory
-
-
-@triton.jit
-def _load_row(qkv_ptr, qkv_stride, positions_ptr, out_cache_loc_ptr, row, is_row, offset, inside, QUARTER: tl.constexpr):
-    """A row's quarters, its position and its cache slot; zeros where ``is_row`` is false."""
-    position = tl.load(positions_ptr + row, mask=is_row, other=0, volatile=True).to(tl.int64)
-    slot = tl.load(out_cache_loc_ptr + row, mask=is_row, other=0).to(tl.int64)
-    a, b, c, d = _load_quarters(qkv_ptr + row.to(tl.int64) * qkv_stride + offset, inside & is_row, QUARTER)
-    return a, b, c, d, position, slot
 
 
 @triton.jit
@@ -394,29 +393,107 @@ def _load_rotation(cos_sin_ptr, position, column, QUARTER: tl.constexpr):
 
 
 @triton.jit
+def _cast(x, dtype: tl.constexpr, PACKED: tl.constexpr):
+    """float32 to ``dtype``; PACKED: two values an instruction, which the compiler does not find by itself."""
+    if PACKED and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return x.to(dtype)
+
+
+@triton.jit
 def _finish_row(
-    a, b, c, d, wa, wb, wc, wd, cos, sin, slot, row, q_sum, k_sum, q_count, k_count, eps, offset, head, qkv_ptr,
+    quarters, weights, rotation, row, slot, is_row, q_sum, k_sum, q_count, k_count, eps, offset, head, qkv_ptr,
     qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, QUARTER: tl.constexpr, STORE: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Scales and rotates one row that lies in registers; q and k go back into the row, k and v into the cache."""
-    is_q = head < NUM_HEADS
+    HEAD_DIM: tl.constexpr = 4 * QUARTER
+    dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+    a, b, c, d = quarters
+    cos, sin = rotation
     is_qk = head < NUM_HEADS + NUM_KV_HEADS
-    inverse_rms = tl.where(is_q, tl.rsqrt(q_sum / q_count + eps), tl.rsqrt(k_sum / k_count + eps))
-    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
-    a_normed = a * inverse_rms * wa.to(tl.float32)
-    b_normed = b * inverse_rms * wb.to(tl.float32)
-    a = tl.where(is_qk, a_normed * cos - b_normed * sin, a)
-    b = tl.where(is_qk, b_normed * cos + a_normed * sin, b)
-    c = tl.where(is_qk, c * inverse_rms * wc.to(tl.float32), c)
-    d = tl.where(is_qk, d * inverse_rms * wd.to(tl.float32), d)
-    _store_quarters(qkv_ptr + row.to(tl.int64) * qkv_stride + offset, a, b, c, d, is_qk, QUARTER)
+    inverse_rms = tl.where(head < NUM_HEADS, tl.rsqrt(q_sum / q_count + eps), tl.rsqrt(k_sum / k_count + eps))
+    a_normed = a.to(tl.float32) * inverse_rms * weights[0].to(tl.float32)
+    b_normed = b.to(tl.float32) * inverse_rms * weights[1].to(tl.float32)
+    a = tl.where(is_qk, _cast(a_normed * cos - b_normed * sin, dtype, PACKED), a)
+    b = tl.where(is_qk, _cast(b_normed * cos + a_normed * sin, dtype, PACKED), b)
+    c = tl.where(is_qk, _cast(c.to(tl.float32) * inverse_rms * weights[2].to(tl.float32), dtype, PACKED), c)
+    d = tl.where(is_qk, _cast(d.to(tl.float32) * inverse_rms * weights[3].to(tl.float32), dtype, PACKED), d)
+    _store_quarters(qkv_ptr + row.to(tl.int64) * qkv_stride + offset, a, b, c, d, is_qk & is_row, QUARTER)
     if STORE:
-        HEAD_DIM: tl.constexpr = 4 * QUARTER
         k_slot = k_cache_ptr + slot * k_cache_stride + (offset - NUM_HEADS * HEAD_DIM)
         v_slot = v_cache_ptr + slot * v_cache_stride + (offset - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)
-        is_kv = (head >= NUM_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+        is_kv = (head >= NUM_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS) & is_row
         _store_quarters(tl.where(is_qk, k_slot, v_slot), a, b, c, d, is_kv, QUARTER)
+
+
+@triton.jit
+def _rows(
+    first, stride, turn, epoch, inbox, peer_inbox, cta, qkv_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
+    cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride, k_cache_stride,
+    v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, POLL: tl.constexpr,
+    PACKED: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Rows first, first + stride, ..., ``ROWS`` of them, all in registers at once: loads, sums, exchange, stores."""
+    QUARTER: tl.constexpr = HEAD_DIM // 4
+    head = tl.arange(0, HEADS_BLOCK)[:, None]
+    column = tl.arange(0, QUARTER)[None, :]
+    offset = head * HEAD_DIM + column
+    is_q = head < NUM_HEADS
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    inside = head < NUM_HEADS + 2 * NUM_KV_HEADS
+
+    rows, is_row, positions, slots, quarters = (), (), (), (), ()
+    for i in tl.static_range(ROWS):
+        row = first + i * stride
+        rows = rows + (row,)
+        is_row = is_row + (row < num_tokens,)
+        # Volatile keeps this load here: what depends on it must not start only after the wait.
+        positions = positions + (tl.load(positions_ptr + row, mask=is_row[i], other=0, volatile=True).to(tl.int64),)
+        row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
+        quarters = quarters + (_load_quarters(row_ptr + offset, inside & is_row[i], QUARTER),)
+    for i in tl.static_range(ROWS):
+        slots = slots + (tl.load(out_cache_loc_ptr + rows[i], mask=is_row[i], other=0).to(tl.int64),)
+    weight_pointers = tl.where(is_q, q_weight_ptr + offset, k_weight_ptr + (offset - NUM_HEADS * HEAD_DIM))
+    weights = _load_quarters(weight_pointers, is_q | is_k, QUARTER)
+
+    sums = ()
+    messages = message_offset(epoch, cta, turn, max_ctas, SLOTS, RANKS)
+    for i in tl.static_range(ROWS):
+        if SUMS_GIVEN:
+            q_sum = tl.load(sums_ptr + rows[i] * 2)
+            k_sum = tl.load(sums_ptr + rows[i] * 2 + 1)
+        else:
+            q_sum, k_sum = _sums_of_squares(quarters[i], is_q, is_k)
+        if RANKS > 1:
+            receivers = is_row[i].to(tl.int32) * RANKS
+            send_sums(peer_inbox, messages + (i * RANKS + rank) * 16, q_sum, k_sum, epoch, receivers)
+        sums = sums + (q_sum, k_sum)
+    rotation = _load_rotation(cos_sin_ptr, positions[0], column, QUARTER)
+    if RANKS > 1:
+        num_rows = tl.minimum(ROWS, tl.cdiv(num_tokens - first, stride))
+        sums = await_sums(inbox + messages, epoch, num_rows, timeout_ns, layer_id, rank, ROWS, POLL)
+    x = quarters[0]
+    if ROWS > 1:  # several rows do not fit in registers as float32: each is read again, from the L1 cache
+        x = _load_quarters(qkv_ptr + rows[0].to(tl.int64) * qkv_stride + offset, inside & is_row[0], QUARTER)
+    for i in tl.static_range(ROWS):
+        if i + 1 < ROWS:
+            next_rotation = _load_rotation(cos_sin_ptr, positions[i + 1], column, QUARTER)
+            next_ptr = qkv_ptr + rows[i + 1].to(tl.int64) * qkv_stride
+            next_x = _load_quarters(next_ptr + offset, inside & is_row[i + 1], QUARTER)
+        _finish_row(
+            x, weights, rotation, rows[i], slots[i], is_row[i], sums[2 * i], sums[2 * i + 1],
+            q_count, k_count, eps, offset, head, qkv_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride,
+            v_cache_stride, NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE, PACKED,
+        )  # fmt: skip
+        if i + 1 < ROWS:
+            rotation = next_rotation
+            x = next_x
 
 
 @triton.jit(do_not_specialize=["num_tokens", "q_count", "k_count", "max_ctas", "rank", "layer_id", "peer_timeout_ms"])
@@ -425,75 +502,37 @@ def _qk_norm_rope_kernel(
     sums_ptr, inboxes_ptr, epochs_ptr, num_tokens, qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps,
     max_ctas, rank, layer_id, peer_timeout_ms,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ONE_ROW: tl.constexpr, RANKS: tl.constexpr, POLL: tl.constexpr,
-    PDL: tl.constexpr, ROWS: tl.constexpr,
+    STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr, RANKS: tl.constexpr,
+    POLL: tl.constexpr, PDL: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """CTA c takes rows c, c + CTAs, ...; with ``ONE_ROW`` there are as many CTAs as tokens.
-
-    The next row is loaded, and its sums are sent, before the sums of the current one are awaited.
-    """
-    QUARTER: tl.constexpr = HEAD_DIM // 4
-    row = tl.program_id(0)
+    """CTA c takes rows c, c + CTAs, ..., ``ROWS`` at a time; ``ONCE``: they are no more than that."""
+    cta = tl.program_id(0)
     ctas = tl.num_programs(0)
-    head = tl.arange(0, HEADS_BLOCK)[:, None]
-    column = tl.arange(0, QUARTER)[None, :]
-    offset = head * HEAD_DIM + column
-    inside = head < NUM_HEADS + 2 * NUM_KV_HEADS
     if PDL:
         gdc_wait()  # before the first read: the projection, and our own last launch's epochs, are written by then
         gdc_launch_dependents()
+    epoch, inbox, peer_inbox, timeout_ns = cta.to(tl.int64), 0, 0, 0
     if RANKS > 1:
-        cta = row
         epoch = epoch_of(epochs_ptr, cta)
         inbox = tl.load(inboxes_ptr + rank)
         peer_inbox = inbox_of_peer(inboxes_ptr, RANKS)
         timeout_ns = peer_timeout_ms.to(tl.int64) * 1000000
-
-    a, b, c, d, position, slot = _load_row(
-        qkv_ptr, qkv_stride, positions_ptr, out_cache_loc_ptr, row, True, offset, inside, QUARTER
-    )
-    is_q = head < NUM_HEADS
-    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
-    weight_pointers = tl.where(is_q, q_weight_ptr + offset, k_weight_ptr + (offset - NUM_HEADS * HEAD_DIM))
-    wa, wb, wc, wd = _load_quarters(weight_pointers, is_q | is_k, QUARTER)
-    if SUMS_GIVEN:
-        q_sum = tl.load(sums_ptr + row * 2)
-        k_sum = tl.load(sums_ptr + row * 2 + 1)
-    else:
-        q_sum, k_sum = _sums_of_squares(a, b, c, d, is_q, is_k)
-    if RANKS > 1:
-        messages = message_offset(epoch, cta, 0, max_ctas, ROWS, RANKS)
-        send_sums(peer_inbox, messages + rank * 16, q_sum, k_sum, epoch, RANKS)
-
-    if ONE_ROW:
-        cos, sin = _load_rotation(cos_sin_ptr, position, column, QUARTER)
-        if RANKS > 1:
-            q_sum, k_sum = await_sums(inbox + messages, epoch, timeout_ns, layer_id, rank, POLL)
-        _finish_row(
-            a, b, c, d, wa, wb, wc, wd, cos, sin, slot, row, q_sum, k_sum, q_count, k_count, eps, offset, head,
-            qkv_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
-            NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE,
+    if ONCE:
+        _rows(
+            cta, ctas, 0, epoch, inbox, peer_inbox, cta, qkv_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
+            cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride,
+            k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
+            NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL, PACKED, SLOTS,
         )  # fmt: skip
     else:
-        for turn in range(tl.cdiv(num_tokens - cta, ctas)):
-            next_row = row + ctas
-            is_row = next_row < num_tokens
-            na, nb, nc, nd, next_position, next_slot = _load_row(
-                qkv_ptr, qkv_stride, positions_ptr, out_cache_loc_ptr, next_row, is_row, offset, inside, QUARTER
-            )
-            cos, sin = _load_rotation(cos_sin_ptr, position, column, QUARTER)
-            q_sum, k_sum = _sums_of_squares(na, nb, nc, nd, is_q, is_k)
-            next_messages = message_offset(epoch, cta, turn + 1, max_ctas, ROWS, RANKS)
-            num_receivers = is_row.to(tl.int32) * RANKS
-            send_sums(peer_inbox, next_messages + rank * 16, q_sum, k_sum, epoch, num_receivers)
-            q_sum, k_sum = await_sums(inbox + messages, epoch, timeout_ns, layer_id, rank, POLL)
-            _finish_row(
-                a, b, c, d, wa, wb, wc, wd, cos, sin, slot, row, q_sum, k_sum, q_count, k_count, eps, offset, head,
-                qkv_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
-                NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE,
+        for first in range(cta, num_tokens, ctas * ROWS):
+            _rows(
+                first, ctas, first // ctas, epoch, inbox, peer_inbox, cta, qkv_ptr, q_weight_ptr, k_weight_ptr,
+                positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens,
+                qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id,
+                timeout_ns, NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL,
+                PACKED, SLOTS,
             )  # fmt: skip
-            a, b, c, d, position, slot = na, nb, nc, nd, next_position, next_slot
-            row, messages = next_row, next_messages
     if RANKS > 1:
         tl.store(epochs_ptr + cta, epoch)
 

@@ -17,9 +17,9 @@ CTA c has finished e - 1, so it has read what B's CTA c sent in e - 1; launches 
 one stream, so B sent that after its launch of e - 2 was complete, and has read all it ever will of e - 2.
 
 Why waiting CTAs never starve the ones they wait for. A CTA waits for CTA c of the peers only, never for a CTA of
-its own GPU. It sends its row i + 1 before it waits for row i, and never waits before it sent the same row. A launch
+its own GPU, and it waits for rows only after it sent the same rows, in the same order on every rank. A launch
 has at most ``max_ctas`` CTAs, which all fit on the GPU at once under the register cap of the launch, so every CTA
-comes to run as soon as whatever else is on the GPU ends. Then by induction over rows every wait ends.
+comes to run as soon as whatever else is on the GPU ends. Then by induction over a CTA's rows every wait ends.
 
 One inbox serves the launches of one stream order. Two micro-batches of two-batch overlap that are launched in turn on
 one stream may share it; work that may run concurrently, or in different order on different ranks, needs one ``slot``
@@ -28,6 +28,7 @@ each.
 
 from __future__ import annotations
 
+import functools
 import functools
 import logging
 
@@ -172,20 +173,32 @@ def send_sums(peer_inbox, offset, first, second, epoch, num_receivers):
 
 
 @triton.jit
-def await_sums(messages, epoch, timeout_ns, layer_id, rank, POLL: tl.constexpr):
-    """Both sums over all ranks, added in rank order, once every message at address ``messages`` has this epoch.
+def await_sums(messages, epoch, num_rows, timeout_ns, layer_id, rank, ROWS: tl.constexpr, POLL: tl.constexpr):
+    """The sums over all ranks of the first ``num_rows`` rows at address ``messages``, once they have this epoch.
 
-    ``POLL`` is :func:`poll_assembly` of the number of ranks. A peer that stays away for ``timeout_ns`` traps the
-    kernel, which ends the process's CUDA context, after one line that says who waited for whom.
+    ``POLL`` is :func:`poll_assembly` of (ROWS, ranks); returns (first, second) for each of the rows, in order. A peer
+    that stays away for ``timeout_ns`` traps the kernel, which ends the process's CUDA context, after one line that
+    says who waited for whom.
     """
-    first, second, missing = tl.inline_asm_elementwise(
-        POLL,
-        "=&f,=&f,=&r,l,l,l",
-        [messages, epoch, timeout_ns],
-        dtype=(tl.float32, tl.float32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
+    if ROWS == 1:
+        a, b, missing = tl.inline_asm_elementwise(
+            POLL, "=&f,=&f,=&r,l,l,r,l", [messages, epoch, num_rows, timeout_ns],
+            dtype=(tl.float32, tl.float32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        sums = (a, b)
+    elif ROWS == 2:
+        a, b, c, d, missing = tl.inline_asm_elementwise(
+            POLL, "=&f,=&f,=&f,=&f,=&r,l,l,r,l", [messages, epoch, num_rows, timeout_ns],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        sums = (a, b, c, d)
+    else:
+        a, b, c, d, e, f, g, h, missing = tl.inline_asm_elementwise(
+            POLL, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&r,l,l,r,l", [messages, epoch, num_rows, timeout_ns],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.int32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+        sums = (a, b, c, d, e, f, g, h)
     if missing >= 0:
         tl.device_print(
             "QK norm: no partial sums of a peer within the time limit. Operands: layer, this rank, rank waited for",
@@ -194,42 +207,56 @@ def await_sums(messages, epoch, timeout_ns, layer_id, rank, POLL: tl.constexpr):
             missing,
         )
         tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    return first, second
+    return sums
 
 
-def poll_assembly(num_ranks: int) -> str:
-    """PTX that polls ``num_ranks`` consecutive messages until all have one epoch, then adds them in rank order.
+@functools.cache
+def poll_assembly(rows: int, ranks: int) -> str:
+    """PTX that polls the messages of ``rows`` consecutive rows until all have one epoch, then adds them in rank order.
 
-    Outputs: both sums, and the lowest rank whose message is missing, or -1. Inputs: the address of the first
-    message, the epoch, the time limit in ns. Every thread polls for itself, which spares a barrier; the time is
-    read once in 4096 polls; after the limit only thread 0 returns, to report, and the others wait for its trap.
+    Outputs: (first, second) of each row, then the lowest rank whose message is missing, or -1. Inputs: the address of
+    the first message, the epoch, how many of the rows are sent at all, the time limit in ns.
+
+    Lane l of every warp polls message l: one load a turn for all rows, and no barrier. The time is read once in 4096
+    polls. After the limit thread 0 alone returns, to say who is missing; the others wait for its trap.
     """
-    ranks = range(num_ranks)
-    loads = "\n".join(f"ld.relaxed.sys.global.b128 message{r}, [$3 + {MESSAGE_BYTES * r}];" for r in ranks)
-    unpack = "\n".join(f"mov.b128 {{sums{r}, epoch{r}}}, message{r};" for r in ranks)
-    arrived = "setp.eq.b64 all, epoch0, $4;\n" + "\n".join(
-        f"setp.eq.and.b64 all, epoch{r}, $4, all;" for r in ranks[1:]
-    )
-    lowest_missing = "\n".join(f"setp.ne.b64 yes, epoch{r}, $4;\n@yes mov.b32 missing, {r};" for r in ranks[::-1])
-    values = "\n".join(f"mov.b64 {{first{r}, second{r}}}, sums{r};" for r in ranks)
-    total = "\n".join(
-        f"add.rn.f32 first0, first0, first{r};\nadd.rn.f32 second0, second0, second{r};" for r in ranks[1:]
-    )
+    if rows * ranks > 32:
+        raise ValueError(f"{rows} rows of {ranks} messages: a warp polls 32 messages at most")
+    row_inputs = 2 * rows + 1
+    address, epoch, num_rows, limit = (f"${row_inputs + i}" for i in range(4))
+    gather = []
+    for row in range(rows):
+        for part, name in ((2 * row, "first"), (2 * row + 1, "second")):
+            for rank in range(ranks):
+                value = "total" if rank == 0 else "value"
+                gather.append(f"shfl.sync.idx.b32 {value}, {name}, {row * ranks + rank}, 31, 0xffffffff;")
+                if rank:
+                    gather.append("add.rn.f32 total, total, value;")
+            gather.append(f"mov.f32 ${part}, total;")
+    gather_lines = "\n".join(gather)
+    nothing_lines = "\n".join(f"mov.f32 ${part}, 0f00000000;" for part in range(2 * rows))
     return f"""
     {{
-    .reg .pred all, yes;
-    .reg .b32 polls, low, thread, missing;
-    .reg .b64 start, now;
-    .reg .b64 sums<{num_ranks}>, epoch<{num_ranks}>;
-    .reg .b128 message<{num_ranks}>;
-    .reg .f32 first<{num_ranks}>, second<{num_ranks}>;
+    .reg .pred idle, arrived, all, yes;
+    .reg .b32 lane, thread, messages, polls, low, waiting, missing, first, second;
+    .reg .b64 address, sums, epoch, start, now;
+    .reg .b128 message;
+    .reg .f32 total, value;
+    mov.u32 thread, %tid.x;
+    and.b32 lane, thread, 31;
+    mul.lo.u32 messages, {num_rows}, {ranks};
+    setp.ge.u32 idle, lane, messages;
+    mad.wide.u32 address, lane, {MESSAGE_BYTES}, {address};
     mov.b32 polls, 0;
     mov.b32 missing, -1;
     mov.b64 start, 0;
+    mov.b64 sums, 0;
+    mov.b64 epoch, {epoch};
     POLL:
-    {loads}
-    {unpack}
-    {arrived}
+    @!idle ld.relaxed.sys.global.b128 message, [address];
+    @!idle mov.b128 {{sums, epoch}}, message;
+    setp.eq.b64 arrived, epoch, {epoch};
+    vote.sync.all.pred all, arrived, 0xffffffff;
     @all bra ARRIVED;
     add.u32 polls, polls, 1;
     and.b32 low, polls, 4095;
@@ -239,17 +266,28 @@ def poll_assembly(num_ranks: int) -> str:
     setp.eq.b64 yes, start, 0;
     @yes mov.b64 start, now;
     sub.u64 now, now, start;
-    setp.lt.u64 yes, now, $5;
+    setp.lt.u64 yes, now, {limit};
+    vote.sync.any.pred yes, yes, 0xffffffff;
     @yes bra POLL;
-    mov.u32 thread, %tid.x;
-    setp.ne.b32 yes, thread, 0;
+    setp.ge.u32 yes, thread, 32;
     @yes bra POLL;
-    {lowest_missing}
+    not.pred arrived, arrived;
+    vote.sync.ballot.b32 waiting, arrived, 0xffffffff;
+    brev.b32 waiting, waiting;
+    clz.b32 waiting, waiting;
+    rem.u32 missing, waiting, {ranks};
+    setp.eq.u32 yes, thread, 0;
+    @yes bra REPORT;
+    HALT:
+    nanosleep.u32 100000;
+    bra HALT;
+    REPORT:
+    {nothing_lines}
+    bra DONE;
     ARRIVED:
-    {values}
-    {total}
-    mov.f32 $0, first0;
-    mov.f32 $1, second0;
-    mov.b32 $2, missing;
+    mov.b64 {{first, second}}, sums;
+    {gather_lines}
+    DONE:
+    mov.b32 ${2 * rows}, missing;
     }}
     """
