@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
-from types import ModuleType
+
+TYPE_CHECKING = False  # as typing's, without importing typing in every Python process
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import ModuleType
 
 ENGINE_VERSION = "0.5.10.post1"
 

@@ -1,5 +1,177 @@
-"""Decisions for MiniMax-M2 that belong where the engine reads the server's arguments."""
+"""Decisions for MiniMax-M2 that belong where the engine reads the server's arguments.
+
+The engine decides per architecture while it reads its arguments, and does not name this one:
+    how the heads and experts are divided, checked before anything is loaded;
+    the smallest EP size that works for a quantised checkpoint, where the person left ``--ep`` alone;
+    FlashInfer's fused all-reduce + norm, on wherever it is on for the engine's other mixtures of experts.
+"""
 
 from __future__ import annotations
 
-ADJUSTMENTS: list = []
+import functools
+import logging
+from types import ModuleType
+
+ARCHITECTURE = "MiniMaxM2ForCausalLM"
+
+logger = logging.getLogger(__name__)
+
+
+class LeftAlone(int):
+    """A default that can be told from the same value given on the command line."""
+
+
+def adjust_server_args(module: ModuleType) -> None:
+    """Lets ``ServerArgs`` decide for this architecture; runs once, after ``sglang.srt.server_args`` was imported."""
+    server_args = module.ServerArgs
+    _mark_default(server_args, "ep_size", LeftAlone(1))
+    _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _enable_fused_all_reduce(args, module))
+    # Experts are divided after context parallelism is settled and before the MoE kernels are chosen for an EP size.
+    _run_before(server_args, "_handle_moe_kernel_config", _settle_layout)
+
+
+def announce_overlay(module: ModuleType) -> None:
+    """Says in the server's log, once and from rank 0, what is laid over what."""
+    configure_scheduler = module.configure_scheduler
+
+    @functools.wraps(configure_scheduler)
+    def announced(server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank):
+        dp_rank = configure_scheduler(
+            server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank
+        )
+        if not (tp_rank or pp_rank or dp_rank):
+            from sglang_minimax import __version__
+            from sglang_minimax.overlay import ENGINE_VERSION, folder
+
+            logger.info("sglang-minimax %s is laid over sglang %s, from %s", __version__, ENGINE_VERSION, folder())
+        return dp_rank
+
+    module.configure_scheduler = announced
+
+
+ADJUSTMENTS = [
+    ("sglang.srt.server_args", adjust_server_args),
+    ("sglang.srt.managers.scheduler", announce_overlay),
+]
+
+
+def _is_minimax(args) -> bool:
+    return ARCHITECTURE in (args.get_model_config().hf_config.architectures or [])
+
+
+def _settle_layout(args) -> None:
+    """Checks heads and experts against the ranks, and chooses EP where that was left open.
+
+    Raises:
+        ValueError: a division that cannot work, with the values that do.
+    """
+    left_alone = isinstance(args.ep_size, LeftAlone)
+    args.ep_size = int(args.ep_size)
+    if not _is_minimax(args):
+        return
+    from sglang.srt.layers.minimax_sharding import ExpertShape, attention_tp_size, quantisation_block, shard_attention
+
+    config = args.get_model_config().hf_config
+    attention_ranks = attention_tp_size(
+        args.tp_size, args.dp_size if args.enable_dp_attention else 1, args.attn_cp_size
+    )
+    shard_attention(config.num_attention_heads, config.num_key_value_heads, attention_ranks)
+    shape = ExpertShape(
+        config.num_local_experts + args.ep_num_redundant_experts,
+        config.intermediate_size,
+        quantisation_block(getattr(config, "quantization_config", None)),
+    )
+    if args.moe_a2a_backend != "none":
+        left_alone, args_ep_size = False, args.tp_size  # an a2a backend always takes all ranks for EP
+    else:
+        args_ep_size = args.ep_size
+    ep_size = settle_ep_size(shape, args.tp_size, args_ep_size, left_alone, args.moe_dp_size)
+    if left_alone and ep_size != args.ep_size:
+        # A warning, since the engine sets up its log only after it has read the arguments, and drops what is less.
+        logger.warning(
+            "Expert parallel size set to %d: %s. Give --ep to choose another.",
+            ep_size,
+            shape.reason_against(args.tp_size, args.ep_size, args.moe_dp_size),
+        )
+        args.ep_size = ep_size
+
+
+def settle_ep_size(shape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_size: int = 1) -> int:
+    """The EP size to use: the given one if it works, else, if it was left alone, the smallest that does.
+
+    Raises:
+        ValueError: neither is possible; names the rule, the EP sizes that work, or the TP sizes where none does.
+    """
+    from sglang.srt.layers.minimax_sharding import working_ep_sizes, working_tp_sizes
+
+    reason = shape.reason_against(tp_size, ep_size, moe_dp_size)
+    if reason is None:
+        return ep_size
+    works = working_ep_sizes(shape, tp_size, moe_dp_size)
+    if works and left_alone:
+        return works[0]
+    if works:
+        way_out = f"EP sizes that work at --tp {tp_size}: {', '.join(map(str, works))}, or leave --ep out"
+    else:
+        tp_sizes = ", ".join(map(str, working_tp_sizes(shape, 2 * tp_size)))
+        way_out = (
+            f"no EP size works at --tp {tp_size}; TP sizes for which one does: {tp_sizes}. Where the number of experts "
+            f"is in the way, --ep-num-redundant-experts adds to it"
+        )
+    raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}. {way_out}.")
+
+
+def _enable_fused_all_reduce(args, module: ModuleType) -> None:
+    """The engine's conditions for its other mixtures of experts, for this one."""
+    device_name = module.get_device_name() or ""
+    hopper_without_its_bug = "H20" not in device_name or "H200" in device_name
+    if (
+        not args.enable_flashinfer_allreduce_fusion
+        and not args.enforce_disable_flashinfer_allreduce_fusion
+        and _is_minimax(args)
+        and (module.is_sm90_supported() or module.is_sm100_supported())
+        and args.tp_size > 1
+        and not args.enable_dp_attention
+        and args.attn_cp_size <= 1
+        and args.nnodes == 1
+        and hopper_without_its_bug
+        and args.moe_a2a_backend == "none"
+    ):
+        args.enable_flashinfer_allreduce_fusion = True
+        logger.info("FlashInfer's fused all-reduce + norm is on; --enforce-disable-flashinfer-allreduce-fusion: off")
+
+
+def _mark_default(cls: type, field: str, default) -> None:
+    """Gives a dataclass another default, for the command line (the class attribute) and for calls."""
+    initialise = cls.__init__
+
+    @functools.wraps(initialise)
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault(field, default)
+        initialise(self, *args, **kwargs)
+
+    setattr(cls, field, default)
+    cls.__init__ = __init__
+
+
+def _run_before(cls: type, method: str, function) -> None:
+    original = getattr(cls, method)
+
+    @functools.wraps(original)
+    def wrapped(self, *args, **kwargs):
+        function(self)
+        return original(self, *args, **kwargs)
+
+    setattr(cls, method, wrapped)
+
+
+def _run_after(cls: type, method: str, function) -> None:
+    original = getattr(cls, method)
+
+    @functools.wraps(original)
+    def wrapped(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        function(self)
+        return result
+
+    setattr(cls, method, wrapped)

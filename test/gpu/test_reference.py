@@ -1,0 +1,231 @@
+"""The real server on real GPUs against transformers in float32, and stock beside it, which must fail.
+
+    python -m pytest test/gpu/test_reference.py            four GPUs for all of it; fewer skip what they cannot run
+
+The servers are small, so they start side by side on the same GPUs, a few at a time, and are asked for 16 greedy
+tokens to several prompts in one batch. They compute in bfloat16. How far that alone moves an answer is measured on the
+reference: its float32 tokens scored by itself in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from gpu.host import NUM_GPUS, needs_gpus
+
+from sglang_minimax import comparison
+from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+from sglang_minimax.comparison import Answer, Comparison
+from sglang_minimax.reference import Completion, Reference
+from sglang_minimax.server_process import Server, ServerError, free_port
+
+MAX_NEW_TOKENS = 16
+SERVERS_AT_ONCE = int(os.environ.get("SGLANG_MINIMAX_TEST_SERVERS", "4"))
+START_SECONDS = 420
+PROMPTS = [
+    [300 + (7 * step + 13 * length) % 700 for step in range(length)]
+    for length in (40, 1, 9, 64, 3, 17, 33, 128)
+]
+
+# head_dim 128 and bfloat16 as published. With two KV heads TP4 puts each on two ranks; with one, TP2 does.
+MODELS = {
+    num_kv_heads: SmallModel(
+        num_hidden_layers=4,
+        hidden_size=512,
+        num_attention_heads=16,
+        num_key_value_heads=num_kv_heads,
+        head_dim=128,
+        num_local_experts=8,
+        num_experts_per_tok=4,
+        intermediate_size=512,
+        dtype="bfloat16",
+    )
+    for num_kv_heads in (1, 2)
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A server: its name, how many GPUs it takes, its arguments, the model's KV heads, and whether stock or ours."""
+
+    name: str
+    gpus: int
+    arguments: str
+    num_kv_heads: int = 2
+    stock: bool = False
+
+
+NO_GRAPHS = " --disable-cuda-graph"
+DP2 = "--tp 2 --dp 2 --enable-dp-attention"
+DP4 = "--tp 4 --dp 4 --enable-dp-attention"
+OURS = [
+    Case("TP1", 1, "--tp 1"),
+    Case("TP1 without graphs", 1, "--tp 1" + NO_GRAPHS),
+    Case("TP2", 2, "--tp 2"),
+    Case("TP2 without graphs", 2, "--tp 2" + NO_GRAPHS),
+    Case("TP2 of one KV head", 2, "--tp 2", num_kv_heads=1),
+    Case("TP2 of one KV head without graphs", 2, "--tp 2" + NO_GRAPHS, num_kv_heads=1),
+    Case("TP2 EP2", 2, "--tp 2 --ep 2"),
+    Case("TP2 DP2", 2, DP2),
+    Case("TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS),
+    Case("TP2 DP2 EP2", 2, DP2 + " --ep 2"),
+    Case("TP4", 4, "--tp 4"),
+    Case("TP4 without graphs", 4, "--tp 4" + NO_GRAPHS),
+    Case("TP4 without fused all-reduce", 4, "--tp 4 --enforce-disable-flashinfer-allreduce-fusion"),
+    Case("TP4 EP4", 4, "--tp 4 --ep 4"),
+    Case("TP4 DP4", 4, DP4),
+    Case("TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS),
+    Case("TP4 DP2", 4, "--tp 4 --dp 2 --enable-dp-attention"),
+    Case("TP4 DP4 EP4", 4, DP4 + " --ep 4"),
+]
+STOCK_RIGHT = [Case("stock TP2", 2, "--tp 2", stock=True)]
+STOCK_WRONG = [
+    Case("stock TP2 of one KV head", 2, "--tp 2", num_kv_heads=1, stock=True),
+    Case("stock TP4", 4, "--tp 4", stock=True),
+]
+STOCK_CRASHES = [
+    Case("stock TP2 DP2", 2, DP2, stock=True),
+    Case("stock TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS, stock=True),
+    Case("stock TP4 DP4", 4, DP4, stock=True),
+    Case("stock TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS, stock=True),
+]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[int, Path]:
+    """A checkpoint for each number of KV heads."""
+    return {
+        num_kv_heads: write_checkpoint(tmp_path_factory.mktemp(f"kv{num_kv_heads}"), model)
+        for num_kv_heads, model in MODELS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def oracles(checkpoints) -> dict[int, tuple[list[Completion], comparison.Tolerance]]:
+    return {num_kv_heads: oracle(checkpoint) for num_kv_heads, checkpoint in checkpoints.items()}
+
+
+def oracle(checkpoint: Path) -> tuple[list[Completion], comparison.Tolerance]:
+    precise = Reference(checkpoint, device="cuda").greedy(PROMPTS, MAX_NEW_TOKENS, top_k=2)
+    rounded = Reference(checkpoint, dtype="bfloat16", device="cuda").score(PROMPTS, [one.tokens for one in precise])
+    return precise, comparison.from_rounding(precise, rounded, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def outcomes(checkpoints, oracles, tmp_path_factory) -> dict[str, list[Comparison] | ServerError]:
+    """What each server that this host can run answered, compared with the reference, or how it failed."""
+    logs = Path(os.environ.get("SGLANG_MINIMAX_TEST_LOGS") or tmp_path_factory.mktemp("logs"))
+    cases = [case for case in OURS + STOCK_RIGHT + STOCK_WRONG + STOCK_CRASHES if case.gpus <= NUM_GPUS]
+
+    def outcome(case: Case) -> list[Comparison] | ServerError:
+        try:
+            return [
+                comparison.compare(answer, reference, [], "")
+                for answer, reference in zip(
+                    ask(case, checkpoints[case.num_kv_heads], logs), oracles[case.num_kv_heads][0], strict=True
+                )
+            ]
+        except ServerError as error:
+            return ServerError(f"{error}\n{log_of(case, logs).read_text(errors='replace')}")
+
+    with ThreadPoolExecutor(SERVERS_AT_ONCE) as pool:
+        found = dict(zip((case.name for case in cases), pool.map(outcome, cases), strict=True))
+    (logs / "outcomes.json").write_text(json.dumps({name: describe(one) for name, one in found.items()}, indent=1))
+    return found
+
+
+def ask(case: Case, checkpoint: Path, logs: Path) -> list[Answer]:
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
+    command += case.arguments.split()
+    command += ["--attention-backend", "triton", "--grammar-backend", "none", "--disable-piecewise-cuda-graph"]
+    command += ["--cuda-graph-bs", "1", "2", "4", "8", "--max-total-tokens", "16384", "--mem-fraction-static", "0.7"]
+    command = ["env", f"SGLANG_MINIMAX_OVERLAY={int(not case.stock)}", *command]
+    with Server(command, log_of(case, logs), port=port) as server:
+        server.wait_until_ready(START_SECONDS, on_progress=lambda _: None)
+        replies = server.post(
+            "/generate",
+            {
+                "input_ids": PROMPTS,
+                "sampling_params": {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True},
+                "return_logprob": True,
+            },
+            timeout_seconds=240,
+        )
+    return [
+        Answer(
+            prompt=str(prompt),
+            text="",
+            tokens=[token for _, token, _ in reply["meta_info"]["output_token_logprobs"]],
+            logprobs=[logprob for logprob, _, _ in reply["meta_info"]["output_token_logprobs"]],
+        )
+        for prompt, reply in zip(PROMPTS, replies, strict=True)
+    ]
+
+
+def log_of(case: Case, logs: Path) -> Path:
+    return logs / (case.name.replace(" ", "_") + ".log")
+
+
+def describe(outcome: list[Comparison] | ServerError) -> dict:
+    if isinstance(outcome, ServerError):
+        return {"failed": str(outcome)[-600:]}
+    differences = [difference for one in outcome for difference in one.differences]
+    return {
+        "first token right": sum(one.parted_at != 0 for one in outcome),
+        "same tokens": sum(one.same_tokens for one in outcome),
+        "of": len(outcome),
+        "90% of differences within": comparison.quantile(differences, 0.9),
+        "largest": max(differences),
+        "compared": len(differences),
+    }
+
+
+def parameters(cases: list[Case]):
+    return [pytest.param(case, id=case.name.replace(" ", "-"), marks=needs_gpus(case.gpus)) for case in cases]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", parameters(OURS))
+def test_server_answers_as_the_reference(case, outcomes, oracles):
+    outcome, tolerance = outcomes[case.name], oracles[case.num_kv_heads][1]
+    assert not isinstance(outcome, ServerError), outcome
+    assert accepts(tolerance, outcome), f"{describe(outcome)}, tolerance {tolerance}"
+
+
+def accepts(tolerance: comparison.Tolerance, outcome: list[Comparison]) -> bool:
+    """Numbers only: the servers were asked with token ids, so there is no text."""
+    differences = [difference for one in outcome for difference in one.differences]
+    return comparison.quantile(differences, tolerance.share) <= tolerance.limit
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", parameters(STOCK_RIGHT))
+def test_stock_is_right_where_no_head_is_replicated(case, outcomes, oracles):
+    """Else the next two tests would show nothing about heads and idle ranks."""
+    outcome = outcomes[case.name]
+    assert not isinstance(outcome, ServerError), outcome
+    assert accepts(oracles[case.num_kv_heads][1], outcome), describe(outcome)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", parameters(STOCK_WRONG))
+def test_stock_is_wrong_with_replicated_heads(case, outcomes, oracles):
+    outcome = outcomes[case.name]
+    assert not isinstance(outcome, ServerError), f"stock fails with an error now: {outcome}"
+    assert not accepts(oracles[case.num_kv_heads][1], outcome), describe(outcome)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", parameters(STOCK_CRASHES))
+def test_stock_crashes_with_data_parallel_attention(case, outcomes):
+    """It divides the heads over all of TP: the KV cache does not fit its rows, and without tokens it cannot reshape."""
+    outcome = outcomes[case.name]
+    assert isinstance(outcome, ServerError), describe(outcome)
+    assert "cannot reshape tensor of 0 elements" in str(outcome) or "view size is not compatible" in str(outcome)

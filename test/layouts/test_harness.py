@@ -1,0 +1,85 @@
+"""A rank that fails, dies or hangs fails the run, says why, and leaves no process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from layouts.harness import LayoutFailed, run_layout
+from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+
+PROMPTS = [[[1, 2, 3, 4, 5]]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    shape = SmallModel(num_hidden_layers=1, num_key_value_heads=2, hidden_size=64, intermediate_size=32)
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), shape)
+
+
+def fail_on_rank_1(runner):
+    if runner.tp_rank == 1:
+        raise ValueError("the reason")
+    return lambda: None
+
+
+def die_on_rank_1(runner):
+    if runner.tp_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lambda: None
+
+
+def hang_on_rank_1(runner):
+    if runner.tp_rank == 1:
+        time.sleep(600)
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("probe", "said"),
+    [
+        (fail_on_rank_1, ["rank 1 failed", "ValueError: the reason", "fail_on_rank_1"]),
+        (die_on_rank_1, ["rank 1 died with exit code -9"]),
+        (hang_on_rank_1, ["did not answer within 15 s", "hang_on_rank_1"]),
+    ],
+)
+def test_a_lost_rank_ends_the_run(checkpoint, probe, said):
+    before = set(psutil.Process().children(recursive=True))
+    started = time.monotonic()
+    with pytest.raises(LayoutFailed) as failure:
+        run_layout(checkpoint, tp=2, prompts_by_dp_rank=PROMPTS, steps=2, probe=probe, timeout_s=15)
+    assert all(part in str(failure.value) for part in said), str(failure.value)
+    assert time.monotonic() - started < 45
+    assert set(psutil.Process().children(recursive=True)) == before
+
+
+def test_forced_tokens_are_fed_back(checkpoint):
+    free = run_layout(checkpoint, prompts_by_dp_rank=PROMPTS, steps=3)
+    other = [(token + 1) % 1000 for token in free.tokens[0][0]]
+    forced = run_layout(checkpoint, prompts_by_dp_rank=PROMPTS, steps=3, forced_tokens=[[other]])
+    assert forced.tokens == [[other]]
+    assert (forced.logprobs[0][0][0] == free.logprobs[0][0][0]).all()
+    assert (forced.logprobs[0][0][1:] != free.logprobs[0][0][1:]).any()
+
+
+def test_chunks_do_not_change_the_answer(checkpoint):
+    prompts = [[list(range(20)), [7, 8, 9]]]
+    whole = run_layout(checkpoint, prompts_by_dp_rank=prompts, steps=3, chunk=32)
+    chunked = run_layout(checkpoint, prompts_by_dp_rank=prompts, steps=3, chunk=3)
+    assert chunked.tokens == whole.tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (dict(prompts_by_dp_rank=[[[1]]], tp=2, dp=2), "1 DP ranks were given and dp is 2"),
+        (dict(prompts_by_dp_rank=[[[1]]], tp=4, ep=3), "must both divide tp 4"),
+        (dict(prompts_by_dp_rank=[[]]), "every DP rank is idle"),
+    ],
+)
+def test_contradictions_are_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        run_layout("nowhere", **arguments)
