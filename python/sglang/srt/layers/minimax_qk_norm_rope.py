@@ -60,11 +60,17 @@ class LaunchPlan(NamedTuple):
 
     @property
     def registers_per_thread(self) -> int:
-        return REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8
+        return min(REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8, 248)
 
 
 # Measured on H200 at 16 heads of 128 a rank (TP4), from few tokens to many; other widths scale the warps.
-PLANS_AT_2048_VALUES = (LaunchPlan(8, 2, 1), LaunchPlan(4, 4, 1), LaunchPlan(4, 8, 2), LaunchPlan(4, 8, 4))
+PLANS_AT_2048_VALUES = (
+    LaunchPlan(8, 1, 1),
+    LaunchPlan(2, 8, 1),
+    LaunchPlan(2, 8, 2),
+    LaunchPlan(2, 8, 4),
+    LaunchPlan(2, 8, 2),
+)
 
 
 def launch_plans(values_per_row: int) -> list[LaunchPlan]:
@@ -353,12 +359,12 @@ def minimax_qk_norm_rope(
 
 
 @triton.jit
-def _load_quarters(pointers, mask, QUARTER: tl.constexpr):
+def _load_quarters(pointers, mask, other: tl.constexpr, QUARTER: tl.constexpr):
     """Four tiles of one layout, [heads, QUARTER] each: neox pairs meet in one thread, without a shuffle."""
-    a = tl.load(pointers, mask=mask, other=0.0)
-    b = tl.load(pointers + QUARTER, mask=mask, other=0.0)
-    c = tl.load(pointers + 2 * QUARTER, mask=mask, other=0.0)
-    d = tl.load(pointers + 3 * QUARTER, mask=mask, other=0.0)
+    a = tl.load(pointers, mask=mask, other=other)
+    b = tl.load(pointers + QUARTER, mask=mask, other=other)
+    c = tl.load(pointers + 2 * QUARTER, mask=mask, other=other)
+    d = tl.load(pointers + 3 * QUARTER, mask=mask, other=other)
     return a, b, c, d
 
 
@@ -415,13 +421,16 @@ def _finish_row(
     a, b, c, d = quarters
     cos, sin = rotation
     is_qk = head < NUM_HEADS + NUM_KV_HEADS
-    inverse_rms = tl.where(head < NUM_HEADS, tl.rsqrt(q_sum / q_count + eps), tl.rsqrt(k_sum / k_count + eps))
-    a_normed = a.to(tl.float32) * inverse_rms * weights[0].to(tl.float32)
-    b_normed = b.to(tl.float32) * inverse_rms * weights[1].to(tl.float32)
-    a = tl.where(is_qk, _cast(a_normed * cos - b_normed * sin, dtype, PACKED), a)
-    b = tl.where(is_qk, _cast(b_normed * cos + a_normed * sin, dtype, PACKED), b)
-    c = tl.where(is_qk, _cast(c.to(tl.float32) * inverse_rms * weights[2].to(tl.float32), dtype, PACKED), c)
-    d = tl.where(is_qk, _cast(d.to(tl.float32) * inverse_rms * weights[3].to(tl.float32), dtype, PACKED), d)
+    k_or_v = tl.where(is_qk, tl.rsqrt(k_sum / k_count + eps), 1.0)  # v is scaled by 1 and its weight is 1
+    inverse_rms = tl.where(head < NUM_HEADS, tl.rsqrt(q_sum / q_count + eps), k_or_v)
+    a = a.to(tl.float32) * inverse_rms * weights[0].to(tl.float32)
+    b = b.to(tl.float32) * inverse_rms * weights[1].to(tl.float32)
+    a_rotated = tl.where(is_qk, a * cos - b * sin, a)
+    b_rotated = tl.where(is_qk, b * cos + a * sin, b)
+    a = _cast(a_rotated, dtype, PACKED)
+    b = _cast(b_rotated, dtype, PACKED)
+    c = _cast(c.to(tl.float32) * inverse_rms * weights[2].to(tl.float32), dtype, PACKED)
+    d = _cast(d.to(tl.float32) * inverse_rms * weights[3].to(tl.float32), dtype, PACKED)
     _store_quarters(qkv_ptr + row.to(tl.int64) * qkv_stride + offset, a, b, c, d, is_qk & is_row, QUARTER)
     if STORE:
         k_slot = k_cache_ptr + slot * k_cache_stride + (offset - NUM_HEADS * HEAD_DIM)
@@ -456,11 +465,11 @@ def _rows(
         # Volatile keeps this load here: what depends on it must not start only after the wait.
         positions = positions + (tl.load(positions_ptr + row, mask=is_row[i], other=0, volatile=True).to(tl.int64),)
         row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
-        quarters = quarters + (_load_quarters(row_ptr + offset, inside & is_row[i], QUARTER),)
+        quarters = quarters + (_load_quarters(row_ptr + offset, inside & is_row[i], 0.0, QUARTER),)
     for i in tl.static_range(ROWS):
         slots = slots + (tl.load(out_cache_loc_ptr + rows[i], mask=is_row[i], other=0).to(tl.int64),)
     weight_pointers = tl.where(is_q, q_weight_ptr + offset, k_weight_ptr + (offset - NUM_HEADS * HEAD_DIM))
-    weights = _load_quarters(weight_pointers, is_q | is_k, QUARTER)
+    weights = _load_quarters(weight_pointers, is_q | is_k, 1.0, QUARTER)
 
     sums = ()
     messages = message_offset(epoch, cta, turn, max_ctas, SLOTS, RANKS)
@@ -480,12 +489,12 @@ def _rows(
         sums = await_sums(inbox + messages, epoch, num_rows, timeout_ns, layer_id, rank, ROWS, POLL)
     x = quarters[0]
     if ROWS > 1:  # several rows do not fit in registers as float32: each is read again, from the L1 cache
-        x = _load_quarters(qkv_ptr + rows[0].to(tl.int64) * qkv_stride + offset, inside & is_row[0], QUARTER)
+        x = _load_quarters(qkv_ptr + rows[0].to(tl.int64) * qkv_stride + offset, inside & is_row[0], 0.0, QUARTER)
     for i in tl.static_range(ROWS):
         if i + 1 < ROWS:
             next_rotation = _load_rotation(cos_sin_ptr, positions[i + 1], column, QUARTER)
             next_ptr = qkv_ptr + rows[i + 1].to(tl.int64) * qkv_stride
-            next_x = _load_quarters(next_ptr + offset, inside & is_row[i + 1], QUARTER)
+            next_x = _load_quarters(next_ptr + offset, inside & is_row[i + 1], 0.0, QUARTER)
         _finish_row(
             x, weights, rotation, rows[i], slots[i], is_row[i], sums[2 * i], sums[2 * i + 1],
             q_count, k_count, eps, offset, head, qkv_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride,
