@@ -64,7 +64,6 @@ class NoServer:
 
 def start_rank(rank: int, world: int, port: int, max_tokens: int):
     import torch
-
     from sglang.srt import server_args
     from sglang.srt.distributed import parallel_state
 
@@ -102,7 +101,6 @@ class Layer:
 
     def build_ours(self, layer_id: int):
         import torch
-
         from sglang.srt.distributed import parallel_state
         from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
 
@@ -159,7 +157,6 @@ class Layer:
 
 def build_rope():
     import torch
-
     from sglang.srt.layers.rotary_embedding import get_rope
 
     with torch.device("cuda"):
@@ -324,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layouts", type=Layout.parse, nargs="+", help="default: 48:8 on 1, 2, 4, 8 GPUs, as there are")
+    parser.add_argument("--layouts", type=Layout.parse, nargs="+", help="default: 48:8 on 1, 2, 4, 8 GPUs")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--stock", metavar="PATH", help="PYTHONPATH of sglang 0.5.10.post1")
     parser.add_argument("--peer", metavar="PATH", help="PYTHONPATH of sglang 0.5.11")

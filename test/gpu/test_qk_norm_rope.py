@@ -25,7 +25,7 @@ GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def needs_gpus(count: int):
-    return pytest.mark.skipif(GPUS < count, reason=f"needs {count} GPUs, and this host has {GPUS}")
+    return pytest.mark.skipif(count > GPUS, reason=f"needs {count} GPUs, and this host has {GPUS}")
 
 
 # ---------------------------------------------------------------- what every process does

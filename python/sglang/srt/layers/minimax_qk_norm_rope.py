@@ -5,9 +5,9 @@
     q, k = rope(q), rope(k)                                 # neox pairs, on the first half of every head
     k_cache[out_cache_loc], v_cache[out_cache_loc] = k, v
 
-One CTA takes one token's row of qkv into registers, sums the squares of its q and of its k, swaps the two sums with
-its peers (:mod:`minimax_sum_exchange`), scales, rotates, and writes q and k back where they lay, and k and v into
-the cache. Statistics, products and rotation are float32 and the result is cast once.
+A CTA takes one token's row of qkv (several rows, where there are many tokens) into registers, sums the squares of its
+q and of its k, swaps the two sums with its peers (:mod:`minimax_sum_exchange`), scales, rotates, and writes q and k
+back where they lay, and k and v into the cache. Statistics, products and rotation are float32; the result is cast once.
 
 Four ways, one chosen when a layer is built:
     torch       not a GPU. The sums are all-reduced by the engine's group.
@@ -19,6 +19,8 @@ It is Triton and not CUDA C++ because a serving machine with a CUDA wheel has no
 Triton and a few lines of PTX. docs/performance.md has the measurements.
 """
 
+# ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
+
 from __future__ import annotations
 
 import functools
@@ -28,8 +30,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
 from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
 from sglang.srt.layers.minimax_sharding import shard_attention
 from sglang.srt.layers.minimax_sum_exchange import (
@@ -45,10 +45,11 @@ from sglang.srt.layers.minimax_sum_exchange import (
     send_sums,
 )
 from sglang.srt.utils.custom_op import register_custom_op
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 logger = logging.getLogger(__name__)
 
-REGISTERS_PER_SM = 65536  # of every NVIDIA GPU since Kepler
+REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
 
 
 class LaunchPlan(NamedTuple):
@@ -185,15 +186,15 @@ class QKNormRope:
         quarter = self.head_dim // 4
         if self.head_dim != 2 * self.rotary_dim or quarter & (quarter - 1) or quarter == 0:
             raise ValueError(
-                f"head_dim {self.head_dim} with rotary_dim {self.rotary_dim}: on a GPU the fused QK norm and RoPE takes "
-                "a head_dim that is a power of two, half of it rotated. Call the norm, RoPE and store one by one instead."
+                f"head_dim {self.head_dim} with rotary_dim {self.rotary_dim}: on a GPU the fused QK norm and RoPE "
+                "takes a head_dim that is a power of two, half of it rotated. Call norm, RoPE and store one by one."
             )
         if self.num_ranks == 1:
             return self._run_alone
         if not peers_are_reachable(self.group, self.device):
             _log_once(
-                f"QK norm: the {self.num_ranks} attention-TP ranks are not NVLink peers of one host; it takes two "
-                "launches and an all-reduce instead of one launch."
+                f"QK norm: the {self.num_ranks} attention-TP ranks are not NVLink peers of one host (or custom "
+                "all-reduce is disabled); it takes two launches and an all-reduce instead of one launch."
             )
             return self._run_collective
         self.exchange = exchange_of(self.group, self.device, max(plan.ctas_per_sm for plan in self.plans), slot)
@@ -204,8 +205,8 @@ class QKNormRope:
         tokens = qkv.shape[0]
         _require(
             qkv.dim() == 2 and qkv.shape[1] == sum(self.sizes) and qkv.stride(1) == 1,
-            f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}, and must be [tokens, {sum(self.sizes)}] with "
-            "contiguous rows: pass the output of the qkv projection as it is",
+            f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}, and must be [tokens, {sum(self.sizes)}] "
+            "with contiguous rows: pass the output of the qkv projection as it is",
         )
         for name, weight, size in (("q_weight", q_weight, self.sizes[0]), ("k_weight", k_weight, self.sizes[1])):
             _require(
@@ -241,8 +242,9 @@ class QKNormRope:
         q, k, v = qkv.split(self.sizes, dim=-1)
         sums = self._all_reduced(sums_of_squares(q, k))
         normed = norm_rope_reference(
-            q, k, q_weight, k_weight, sums, positions, cos_sin_cache, self.q_count, self.k_count, self.eps, self.head_dim
-        )
+            q, k, q_weight, k_weight, sums, positions, cos_sin_cache,
+            self.q_count, self.k_count, self.eps, self.head_dim,
+        )  # fmt: skip
         q.copy_(normed[0])
         k.copy_(normed[1])
         if k_cache is not None:

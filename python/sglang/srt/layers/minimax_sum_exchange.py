@@ -2,9 +2,9 @@
 
     sums[token] = all-reduce(partial sums[token])           # what it replaces: a collective between two launches
 
-Every rank writes its two partial sums for a token into the inbox of every rank and polls its own inbox. A message
-is 16 bytes, {first: f32, second: f32, epoch: u64}, written and read by one 128-bit relaxed access at system scope,
-which PTX makes single-copy atomic: who reads this launch's epoch has this launch's sums, so there is no flag to
+Every rank writes its two partial sums for a token into the inbox of every rank, its own too, and polls its own. A
+message is 16 bytes, {first: f32, second: f32, epoch: u64}, written and read by one 128-bit relaxed access at system
+scope, which PTX makes single-copy atomic: who reads this launch's epoch has this launch's sums, so there is no flag to
 order after the data and no fence. Every rank adds the messages in rank order, its own included, so all ranks get
 the same bits, and the same bits every time.
 
@@ -28,7 +28,6 @@ each.
 
 from __future__ import annotations
 
-import functools
 import functools
 import logging
 
@@ -93,9 +92,12 @@ def peers_are_reachable(group, device: torch.device) -> bool:
     """Whether all ranks of ``group`` are 2 to ``MAX_RANKS`` NVIDIA GPUs of one host, NVLink between every pair.
 
     Collective over the group, and the same answer on every rank. PCIe peers do not count: a 16-byte store is one
-    access over NVLink, and nobody says so of PCIe.
+    access over NVLink, and nobody says so of PCIe. Nor do peers of a server that was started with
+    ``--disable-custom-all-reduce``, which is how a user says that peer access does not work on the host.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    from sglang.srt.distributed import parallel_state
+
+    if device.type != "cuda" or torch.version.hip is not None or not parallel_state._ENABLE_CUSTOM_ALL_REDUCE:
         return False
     from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
         can_use_custom_all_reduce_with_nvlink,
@@ -147,7 +149,7 @@ def inbox_of_peer(inboxes_ptr, num_ranks):
 
 @triton.jit
 def send_sums(peer_inbox, offset, first, second, epoch, num_receivers):
-    """Thread r of the CTA, r < num_receivers, writes {first, second, epoch} to rank r, ``offset`` bytes into its inbox."""
+    """Thread r of the CTA, r < num_receivers, writes {first, second, epoch} at ``offset`` of rank r's inbox."""
     tl.inline_asm_elementwise(
         """
         {
@@ -195,8 +197,10 @@ def await_sums(messages, epoch, num_rows, timeout_ns, layer_id, rank, ROWS: tl.c
     else:
         a, b, c, d, e, f, g, h, missing = tl.inline_asm_elementwise(
             POLL, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&r,l,l,r,l", [messages, epoch, num_rows, timeout_ns],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.int32),
-            is_pure=False, pack=1,
+            dtype=(
+                tl.float32, tl.float32, tl.float32, tl.float32,
+                tl.float32, tl.float32, tl.float32, tl.float32, tl.int32,
+            ), is_pure=False, pack=1,
         )  # fmt: skip
         sums = (a, b, c, d, e, f, g, h)
     if missing >= 0:
@@ -218,7 +222,9 @@ def poll_assembly(rows: int, ranks: int) -> str:
     the first message, the epoch, how many of the rows are sent at all, the time limit in ns.
 
     Lane l of every warp polls message l: one load a turn for all rows, and no barrier. The time is read once in 4096
-    polls. After the limit thread 0 alone returns, to say who is missing; the others wait for its trap.
+    polls. After the limit thread 0 alone returns, to say who is missing: the rest of its warp exits, since
+    lanes that stayed would keep it from getting past the point where the warp meets again, and other warps poll on
+    until it traps.
     """
     if rows * ranks > 32:
         raise ValueError(f"{rows} rows of {ranks} messages: a warp polls 32 messages at most")
@@ -278,9 +284,7 @@ def poll_assembly(rows: int, ranks: int) -> str:
     rem.u32 missing, waiting, {ranks};
     setp.eq.u32 yes, thread, 0;
     @yes bra REPORT;
-    HALT:
-    nanosleep.u32 100000;
-    bra HALT;
+    exit;
     REPORT:
     {nothing_lines}
     bra DONE;
