@@ -1,0 +1,265 @@
+"""QK norm + RoPE + store on real GPUs: one process a GPU, sums swapped over NVLink.
+
+Every check compares with float64, or bit by bit with another run that must give the same.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_minimax import overlay
+
+overlay.install()
+
+HEAD_DIM, ROTARY_DIM, EPS, MAX_POSITION = 128, 64, 1e-6, 4096
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def needs_gpus(count: int):
+    return pytest.mark.skipif(count > GPUS, reason=f"needs {count} GPUs, and this host has {GPUS}")
+
+
+# ---------------------------------------------------------------- what every process does
+
+
+def start_rank(rank: int, world: int, port: int):
+    """The engine's attention-TP group over ``world`` GPUs of this host."""
+    from sglang.srt import server_args
+    from sglang.srt.distributed import parallel_state
+
+    class NoServer:
+        def __getattr__(self, name):
+            return None
+
+    server_args.set_global_server_args_for_scheduler(NoServer())
+    torch.cuda.set_device(rank)
+    parallel_state.init_distributed_environment(world, rank, f"tcp://127.0.0.1:{port}", rank, "nccl")
+    parallel_state.initialize_model_parallel(world)
+    return parallel_state.get_attn_tp_group()
+
+
+def build(group, heads, kv_heads, layer_id=0, **options):
+    from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return QKNormRope(heads, kv_heads, HEAD_DIM, ROTARY_DIM, EPS, group, layer_id, device, **options)
+
+
+def draw(operator, heads, kv_heads, tokens, seed, dtype=torch.bfloat16, weight_dtype=torch.float32):
+    """The same whole rows on every rank, and this rank's part of them, rows at a stride with poison between."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    from sglang.srt.layers.minimax_sharding import shard_attention
+
+    shards = shard_attention(heads, kv_heads, operator.num_ranks)
+    mine = [shards.q.heads_of(operator.rank), *2 * [shards.kv.heads_of(operator.rank)]]
+    whole = [(normal(tokens, count * HEAD_DIM) * 2).to(dtype) for count in (heads, kv_heads, kv_heads)]
+    weights = [(1 + 0.2 * normal(count * HEAD_DIM)).to(weight_dtype) for count in (heads, kv_heads)]
+    part = [slice(of.start * HEAD_DIM, of.stop * HEAD_DIM) for of in mine]
+    row = torch.cat([x[:, of] for x, of in zip(whole, part, strict=True)], dim=-1)
+    wide = torch.full((tokens, row.shape[1] + 64), float("nan"), dtype=dtype, device="cuda")
+    slots = torch.randperm(tokens + 9, device="cuda", generator=generator)[:tokens]
+    cache = torch.full((2, tokens + 9, len(mine[1]), HEAD_DIM), 7.0, dtype=dtype, device="cuda")
+    return SimpleNamespace(
+        whole=whole, whole_weights=weights, part=part, row=row, wide=wide, qkv=wide[:, : row.shape[1]], slots=slots,
+        weights=[w[of].contiguous() for w, of in zip(weights, part[:2], strict=True)], cache=cache,
+        positions=torch.randint(0, MAX_POSITION, (tokens,), device="cuda", generator=generator),
+        cos_sin=normal(MAX_POSITION, ROTARY_DIM),
+    )  # fmt: skip
+
+
+def call(operator, data, store=True):
+    data.qkv.copy_(data.row)
+    cache = (data.cache[0], data.cache[1], data.slots) if store else ()
+    return operator(data.qkv, *data.weights, data.positions, data.cos_sin, *cache)
+
+
+def in_float64(x, weight, part, data):
+    """This rank's part of the whole row, normed over all of it and rotated."""
+    x = x.double()
+    normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.double())[:, part]
+    normed = normed.unflatten(-1, (-1, HEAD_DIM))
+    cos, sin = data.cos_sin[data.positions].double()[:, None].chunk(2, dim=-1)
+    a, b, rest = normed.split([ROTARY_DIM // 2, ROTARY_DIM // 2, HEAD_DIM - ROTARY_DIM], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).flatten(1)
+
+
+def check(operator, data, store=True):
+    """Returns q and k after comparing everything that a call writes, and what it must leave alone."""
+    q, k, v = call(operator, data, store)
+    unit = torch.finfo(data.row.dtype).eps / 2
+    for got, x, weight, part in zip((q, k), data.whole, data.whole_weights, data.part, strict=False):
+        want = in_float64(x, weight, part, data)
+        worst = ((got.double() - want).abs() / (want.abs() + 2e-3)).max().item() if got.numel() else 0.0
+        assert worst <= unit * 1.01, f"{tuple(got.shape)}: relative error {worst / unit:.3f} units of rounding"
+    assert torch.equal(v, data.row[:, -v.shape[1] :])
+    if store:
+        assert torch.equal(data.cache[0][data.slots].flatten(1), k)
+        assert torch.equal(data.cache[1][data.slots].flatten(1), v)
+    untouched = torch.ones(data.cache.shape[1], dtype=torch.bool, device="cuda")
+    if store:
+        untouched[data.slots] = False
+    assert (data.cache[:, untouched] == 7).all()
+    assert data.wide[:, data.row.shape[1] :].isnan().all()
+    return q, k
+
+
+def same_on_replicas(group, operator, k, kv_heads):
+    """Ranks that hold the same KV head must hold the same bits."""
+    replicas = operator.num_ranks * operator.num_kv_heads // kv_heads
+    everyone = [torch.empty_like(k, memory_format=torch.contiguous_format) for _ in range(operator.num_ranks)]
+    torch.distributed.all_gather(everyone, k.contiguous(), group=group.device_group)
+    for rank, other in enumerate(everyone):
+        if rank // replicas == operator.rank // replicas:
+            assert torch.equal(other.view(torch.int16), k.contiguous().view(torch.int16))
+
+
+def check_token_counts(group, operator, heads, kv_heads, counts):
+    for tokens in counts:
+        data = draw(operator, heads, kv_heads, tokens, seed=tokens)
+        _, k = check(operator, data)
+        first = data.qkv.clone()
+        if tokens:
+            same_on_replicas(group, operator, k, kv_heads)
+        call(operator, data)
+        assert torch.equal(first.view(torch.int16), data.qkv.view(torch.int16)), "two runs, two results"
+
+
+def check_graphs(group, heads, kv_heads, counts, replays):
+    """Graphs of several sizes and layers, replayed in one random order, eager calls in between, fresh inputs."""
+    layers = [build(group, heads, kv_heads, layer_id) for layer_id in range(3)]
+    captured = {}
+    for tokens in counts:
+        data = draw(layers[0], heads, kv_heads, tokens, seed=tokens)
+        copies = [data.qkv.clone() for _ in layers]
+
+        def run(copies=copies, data=data):
+            for layer, qkv in zip(layers, copies, strict=True):
+                layer(qkv, *data.weights, data.positions, data.cos_sin, data.cache[0], data.cache[1], data.slots)
+
+        for qkv in copies:
+            qkv.copy_(data.row)
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        captured[tokens] = graph, copies, data
+    order = random.Random(7)
+    for turn in range(replays):
+        graph, copies, data = captured[order.choice(counts)]
+        generator = torch.Generator("cuda").manual_seed(turn)
+        data.whole = [torch.randn(x.shape, device="cuda", generator=generator).to(x.dtype) for x in data.whole]
+        data.row = torch.cat([x[:, part] for x, part in zip(data.whole, data.part, strict=True)], dim=-1)
+        for qkv in copies:
+            qkv.copy_(data.row)
+        graph.replay()
+        check(layers[0], data)
+        for qkv in copies:
+            assert torch.equal(qkv.view(torch.int16), data.qkv.view(torch.int16))
+
+
+def check_rank(rank: int, world: int, port: int) -> None:
+    group = start_rank(rank, world, port)
+    operator = build(group, 48, 8)
+    expected = "_run_alone" if world == 1 else "_run_exchange"
+    assert operator._run.__name__ == expected, f"{operator._run.__name__} was chosen on a host of NVLink peers"
+    check_token_counts(group, operator, 48, 8, [0, 1, 2, 7, 64, 131, 264, 528, 529, 1056, 1057, 4096, 17000])
+    check_graphs(group, 48, 8, [1, 3, 64, 600, 1500], replays=40)
+    for dtype, weight_dtype in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        for store in (True, False):
+            check(operator, draw(operator, 48, 8, 33, 5, dtype, weight_dtype), store)
+    if world > 1:
+        for heads, kv_heads in ((48, 1), (2 * world, world // 2), (3 * world, world)):
+            few = build(group, heads, kv_heads)
+            check_token_counts(group, few, heads, kv_heads, [1, 50, 2500])
+        import sglang.srt.layers.minimax_qk_norm_rope as module
+
+        module.peers_are_reachable = lambda group, device: False
+        collective = build(group, 48, 8)
+        assert collective._run.__name__ == "_run_collective"
+        check_token_counts(group, collective, 48, 8, [0, 1, 65, 4096])
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def never_call(rank: int, world: int, port: int) -> None:
+    """Rank 0 waits for rank 1, which is there when the buffer is built and never calls."""
+    group = start_rank(rank, world, port)
+    operator = build(group, 48, 8, layer_id=17, peer_timeout_seconds=1.5)
+    if rank == 1:
+        time.sleep(12)
+        os._exit(0)
+    data = draw(operator, 48, 8, 4, seed=1)
+    started = time.monotonic()
+    try:
+        call(operator, data)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"trapped after {time.monotonic() - started:.1f} s: {str(error).splitlines()[0]}", flush=True)
+        os._exit(3)
+    os._exit(0)
+
+
+# ---------------------------------------------------------------- the tests
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(what: str, world: int, seconds: float) -> list[subprocess.CompletedProcess]:
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, what, str(rank), str(world), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    done = []
+    for rank in ranks:
+        try:
+            out, _ = rank.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            out = rank.communicate()[0] + "\nkilled: it ran out of time"
+        done.append(subprocess.CompletedProcess(rank.args, rank.returncode, out))
+    return done
+
+
+@pytest.mark.parametrize("world", [pytest.param(n, marks=needs_gpus(n)) for n in (1, 2, 4, 8)])
+def test_all_token_counts_layouts_and_graphs(world):
+    for rank, done in enumerate(run_ranks("check_rank", world, seconds=300)):
+        assert done.returncode == 0, f"rank {rank}:\n{done.stdout[-4000:]}"
+
+
+@needs_gpus(2)
+def test_a_dead_peer_traps_and_says_who_waited_for_whom():
+    waiting, _ = run_ranks("never_call", 2, seconds=120)
+    assert waiting.returncode == 3, waiting.stdout[-4000:]
+    assert "QK norm: no partial sums" in waiting.stdout, waiting.stdout[-4000:]
+    for operand in ("(operand 0) 17", "(operand 1) 0", "(operand 2) 1"):
+        assert operand in waiting.stdout, waiting.stdout[-4000:]
+
+
+if __name__ == "__main__":
+    function, *numbers = sys.argv[1:]
+    {"check_rank": check_rank, "never_call": never_call}[function](*map(int, numbers))

@@ -1,0 +1,235 @@
+"""QK norm + RoPE + store on one rank: against float64, for many layouts, in plain torch and in the kernel interpreted.
+
+Ranks are played one after the other in this process: their partial sums are added by hand, as the all-reduce would.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_minimax import overlay
+
+overlay.install()
+
+HEAD_DIM, ROTARY_DIM, EPS = 32, 16, 1e-6
+
+
+def brute_force(q, k, q_weight, k_weight, positions, cos_sin):
+    """The whole model's q and k rows, normed and rotated in float64, one value at a time in spirit."""
+
+    def norm(x, weight):
+        x = x.double()
+        return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + EPS) * weight.double()
+
+    def rope(x):
+        x = x.unflatten(-1, (-1, HEAD_DIM))
+        out = x.clone()
+        half = ROTARY_DIM // 2
+        for token, position in enumerate(positions.tolist()):
+            for i in range(half):
+                cos, sin = cos_sin[position, i].double(), cos_sin[position, half + i].double()
+                out[token, :, i] = x[token, :, i] * cos - x[token, :, i + half] * sin
+                out[token, :, i + half] = x[token, :, i + half] * cos + x[token, :, i] * sin
+        return out.flatten(1)
+
+    return rope(norm(q, q_weight)), rope(norm(k, k_weight))
+
+
+class AddedByHand:
+    """Stands in for a group: ``all_reduce`` gives the sum that was computed over all ranks beforehand."""
+
+    def __init__(self, ranks: int, rank: int) -> None:
+        self.world_size, self.rank_in_group, self.total = ranks, rank, None
+
+    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        return self.total
+
+
+def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted, rows=1, ctas=None):
+    from sglang.srt.layers.minimax_qk_norm import sums_of_squares
+    from sglang.srt.layers.minimax_qk_norm_rope import LaunchPlan, QKNormRope
+    from sglang.srt.layers.minimax_sharding import shard_attention
+
+    torch.manual_seed(heads * 1000 + kv_heads * 100 + ranks * 10 + tokens)
+    whole = SimpleNamespace(
+        q=torch.randn(tokens, heads * HEAD_DIM).to(dtype) * 3,
+        k=torch.randn(tokens, kv_heads * HEAD_DIM).to(dtype),
+        v=torch.randn(tokens, kv_heads * HEAD_DIM).to(dtype),
+        q_weight=torch.randn(heads * HEAD_DIM).to(weight_dtype),
+        k_weight=torch.randn(kv_heads * HEAD_DIM).to(weight_dtype),
+    )
+    positions = torch.randint(0, 100, (tokens,))
+    cos_sin = torch.randn(100, ROTARY_DIM)
+    slots = torch.randperm(tokens + 3)[:tokens]
+    want_q, want_k = brute_force(whole.q, whole.k, whole.q_weight, whole.k_weight, positions, cos_sin)
+    shards = shard_attention(heads, kv_heads, ranks)
+
+    def part(x, heads_of_rank):
+        return x[..., heads_of_rank.start * HEAD_DIM : heads_of_rank.stop * HEAD_DIM]
+
+    operators = [
+        QKNormRope(heads, kv_heads, HEAD_DIM, ROTARY_DIM, EPS, AddedByHand(ranks, rank), 0, "cpu")
+        for rank in range(ranks)
+    ]
+    mine = [(shards.q.heads_of(rank), shards.kv.heads_of(rank)) for rank in range(ranks)]
+    sums = sum(sums_of_squares(part(whole.q, q), part(whole.k, kv)) for q, kv in mine)
+    for operator, (q_heads, kv_heads_of_rank) in zip(operators, mine, strict=True):
+        operator.group.total = sums
+        row = torch.cat([part(whole.q, q_heads), part(whole.k, kv_heads_of_rank), part(whole.v, kv_heads_of_rank)], -1)
+        wide = torch.full((tokens, row.shape[1] + 16), float("nan"), dtype=dtype)
+        qkv = wide[:, : row.shape[1]].copy_(row)  # rows at a stride, with poison between them
+        k_cache = torch.full((tokens + 3, len(kv_heads_of_rank), HEAD_DIM), 7.0, dtype=dtype)
+        v_cache = k_cache.clone()
+        weights = part(whole.q_weight, q_heads), part(whole.k_weight, kv_heads_of_rank)
+        arguments = (qkv, *weights, positions, cos_sin, k_cache, v_cache, slots)
+        if interpreted and tokens:
+            given = None if ranks == 1 else sums
+            operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), *arguments, sums=given)
+            q, k, v = qkv.split(operator.sizes, dim=-1)
+        else:
+            q, k, v = operator(*arguments)
+        tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+        if interpreted and dtype == torch.bfloat16:
+            tolerance *= 2  # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds
+        for got, want in ((q, part(want_q, q_heads)), (k, part(want_k, kv_heads_of_rank))):
+            error = (got.double() - want).abs()
+            assert (error <= tolerance * (want.abs() + 4)).all(), error.max()
+        assert torch.equal(v, part(whole.v, kv_heads_of_rank))
+        assert torch.equal(k_cache[slots].flatten(1), k) and torch.equal(v_cache[slots].flatten(1), v)
+        untouched = torch.ones(tokens + 3, dtype=torch.bool).index_fill(0, slots, False)
+        assert (k_cache[untouched] == 7).all() and (v_cache[untouched] == 7).all()
+        assert wide[:, row.shape[1] :].isnan().all()
+
+
+LAYOUTS = [(48, 8, 1), (12, 2, 1), (12, 2, 2), (12, 2, 4), (12, 2, 12), (16, 1, 4), (5, 5, 5), (6, 3, 3)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads, kv_heads, ranks", LAYOUTS)
+def test_torch_path_agrees_with_float64(heads, kv_heads, ranks, dtype, tokens):
+    run_layout(heads, kv_heads, ranks, tokens, dtype, torch.float32, interpreted=False)
+
+
+def test_kernel_agrees_with_float64_when_interpreted():
+    """In a process of its own, since Triton decides at import whether kernels are interpreted."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_the_operator_traces_and_names_what_it_writes():
+    from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
+
+    operator = QKNormRope(4, 2, HEAD_DIM, ROTARY_DIM, EPS, None, 0, "cpu")
+    weights = torch.ones(4 * HEAD_DIM), torch.ones(2 * HEAD_DIM)
+    positions, cos_sin = torch.arange(3), torch.randn(8, ROTARY_DIM)
+    qkv = torch.randn(3, 8 * HEAD_DIM)
+    want = [part.clone() for part in operator(qkv.clone(), *weights, positions, cos_sin)]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(row):
+        q, k, v = operator((row * 1.0), *weights, positions, cos_sin)
+        return q + 0, k + 0, v + 0
+
+    for got, expected in zip(compiled(qkv), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"qkv": torch.zeros(3, 7)}, "qkv has shape"),
+        ({"q_weight": torch.ones(5)}, "q_weight has 5 values"),
+        ({"positions": torch.arange(4)}, "positions has shape"),
+        ({"cos_sin_cache": torch.zeros(8, 4)}, "cos_sin_cache has shape"),
+        ({"k_cache": torch.zeros(9, 2, HEAD_DIM, dtype=torch.float16)}, "k_cache must be"),
+        ({"out_cache_loc": None}, "out_cache_loc must have one slot"),
+    ],
+)
+def test_errors_name_the_value_and_the_rule(change, said):
+    from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
+
+    operator = QKNormRope(4, 2, HEAD_DIM, ROTARY_DIM, EPS, None, 0, "cpu")
+    arguments = {
+        "qkv": torch.zeros(3, 8 * HEAD_DIM),
+        "q_weight": torch.ones(4 * HEAD_DIM),
+        "k_weight": torch.ones(2 * HEAD_DIM),
+        "positions": torch.arange(3),
+        "cos_sin_cache": torch.zeros(8, ROTARY_DIM),
+        "k_cache": torch.zeros(9, 2, HEAD_DIM),
+        "v_cache": torch.zeros(9, 2, HEAD_DIM),
+        "out_cache_loc": torch.arange(3),
+    }
+    with pytest.raises(ValueError, match=said):
+        operator(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("values_per_row", [256, 512, 1024, 2048, 4096])
+def test_launch_plans_fit_the_multiprocessor_and_the_inbox(values_per_row):
+    from sglang.srt.layers.minimax_qk_norm_rope import REGISTERS_PER_SM, launch_plans
+    from sglang.srt.layers.minimax_sum_exchange import MAX_RANKS, ROWS_PER_CTA
+
+    for plan in launch_plans(values_per_row):
+        threads = 32 * plan.num_warps * plan.ctas_per_sm
+        assert plan.ctas_per_sm <= 32 and threads <= 1536, "more than the smallest multiprocessor holds"
+        assert 64 <= plan.registers_per_thread <= 255
+        assert threads * plan.registers_per_thread <= REGISTERS_PER_SM, "waiting CTAs must all be resident"
+        assert plan.rows * MAX_RANKS <= 32, "one warp polls all messages"
+        assert ROWS_PER_CTA % plan.rows == 0, "a turn must not run over the CTA's part of the inbox"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("ranks, rows, once", [(1, 1, True), (2, 1, True), (4, 4, True), (8, 2, False)])
+def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once):
+    """Through ptxas, so that the PTX of the exchange is read by the one who must accept it."""
+    triton = pytest.importorskip("triton")
+    from sglang.srt.layers import minimax_qk_norm_rope as module
+    from sglang.srt.layers.minimax_sum_exchange import poll_assembly
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = module._qk_norm_rope_kernel
+    constants = {
+        "NUM_HEADS": 12, "NUM_KV_HEADS": 2, "HEADS_BLOCK": 16, "HEAD_DIM": 128, "STORE": True, "SUMS_GIVEN": False,
+        "ROWS": rows, "ONCE": once, "RANKS": ranks, "PDL": capability >= 90, "PACKED": capability >= 90, "SLOTS": 16,
+        "POLL": poll_assembly(rows, ranks) if ranks > 1 else "", "sums_ptr": None,
+    }  # fmt: skip
+    if ranks == 1:
+        constants |= {"inboxes_ptr": None, "epochs_ptr": None}
+    int64 = {"positions_ptr", "out_cache_loc_ptr", "inboxes_ptr", "epochs_ptr"}
+    float32 = {"cos_sin_ptr", "q_weight_ptr", "k_weight_ptr"}
+
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return "*i64" if name in int64 else "*fp32" if name in float32 else "*bf16"
+        return "fp32" if name == "eps" else "i32"
+
+    source = ASTSource(kernel, {name: type_of(name) for name in kernel.arg_names}, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 2})
+    polls = "ld.relaxed.sys.global.b128" in compiled.asm["ptx"]
+    assert polls == (ranks > 1) and len(compiled.asm["cubin"]) > 0
+
+
+def test_a_warp_polls_no_more_messages_than_it_has_lanes():
+    from sglang.srt.layers.minimax_sum_exchange import poll_assembly
+
+    assert poll_assembly(4, 8).count("shfl.sync") == 64
+    with pytest.raises(ValueError, match="32 messages at most"):
+        poll_assembly(8, 8)
+
+
+if __name__ == "__main__":
+    for layout in [(12, 2, 1), (5, 5, 1), (12, 2, 4)]:
+        for dtype, weight_dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
+            run_layout(*layout, 3, dtype, weight_dtype, interpreted=True)
+    for rows, ctas in ((2, 2), (4, 1)):  # several rows a CTA, and rows that are not there
+        run_layout(5, 5, 1, 3, torch.bfloat16, torch.float32, interpreted=True, rows=rows, ctas=ctas)
