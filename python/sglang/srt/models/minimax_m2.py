@@ -53,7 +53,11 @@ from sglang.srt.layers.linear import QKVParallelLinear, ReplicatedLinear, RowPar
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import ExpertShape, quantisation_block, shard_attention, shard_heads
-from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
+from sglang.srt.layers.moe import (
+    get_moe_a2a_backend,
+    get_moe_runner_backend,
+    should_use_flashinfer_cutlass_moe_fp4_allgather,
+)
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.token_dispatcher import DeepEPConfig
 from sglang.srt.layers.moe.topk import TopK
@@ -280,6 +284,7 @@ class MiniMaxM2MoE(nn.Module):
         self, config: PretrainedConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
+        _check_routing_stays_here()
         self.layer_id = layer_id
         self.tp_size = get_tensor_model_parallel_world_size()
         self.e_score_correction_bias = None
@@ -395,6 +400,17 @@ class MiniMaxM2MoE(nn.Module):
     def op_combine_b(self, state) -> None:
         state.hidden_states_mlp_output = self.experts.dispatcher.combine_b(
             tbo_subbatch_index=state.get("tbo_subbatch_index")
+        )
+
+
+def _check_routing_stays_here() -> None:
+    """Some MoE kernels route by themselves, from the router's logits, and know softmax or groups of experts only."""
+    backend = get_moe_runner_backend()
+    if backend.is_flashinfer_trtllm() or backend.is_flashinfer_mxfp4() or backend.is_triton_kernels():
+        raise ValueError(
+            f"--moe-runner-backend {backend.value} chooses the experts in its kernel, by rules other than MiniMax-M2's "
+            f"sigmoid scores with a selection bias, and would answer wrongly. Use auto, triton, deep_gemm, cutlass, "
+            f"flashinfer_cutlass or flashinfer_trtllm_routed"
         )
 
 
