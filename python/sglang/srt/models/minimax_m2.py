@@ -70,7 +70,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, PPProxyTensors
 from sglang.srt.models.minimax_m2_weights import CheckedWeights
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import add_prefix, is_cuda, is_non_idle_and_non_empty, log_info_on_rank0, make_layers
+from sglang.srt.utils import add_prefix, is_cuda, log_info_on_rank0, make_layers
 from sglang.srt.utils.hf_transformers_utils import get_rope_config
 from torch import nn
 from transformers import PretrainedConfig
@@ -363,8 +363,8 @@ class MiniMaxM2MoE(nn.Module):
     # The stages of experts with a dispatcher in two-batch overlap.
     def op_gate(self, state) -> None:
         hidden_states = state.hidden_states_mlp_input
-        routed = is_non_idle_and_non_empty(state.forward_batch.forward_mode, hidden_states)
-        state.router_logits = self._router_logits(hidden_states) if routed else None
+        # An idle batch may hold padding, which is routed as well: the dispatcher takes as many routes as tokens.
+        state.router_logits = self._router_logits(hidden_states) if hidden_states.shape[0] != 0 else None
 
     def op_select_experts(self, state) -> None:
         router_logits, hidden_states = state.pop("router_logits"), state.hidden_states_mlp_input
