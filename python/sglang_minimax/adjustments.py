@@ -2,7 +2,8 @@
 
 Each entry is (engine module, function of that module), and the function runs once, right after the engine's
 module was imported. The functions live with their subject: :mod:`sglang_minimax.server_arguments` for what is
-decided when the server's arguments are read, :mod:`sglang_minimax.cpu_host` for a host without a GPU.
+decided when the server's arguments are read, :mod:`sglang_minimax.request_checks` for what a request may hold,
+:mod:`sglang_minimax.cpu_host` for a host without a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ Adjustment = tuple[str, Callable[[ModuleType], None]]
 
 def for_this_host() -> Iterator[Adjustment]:
     """The adjustments that apply to this process, decided before anything of the engine is imported."""
-    from sglang_minimax import cpu_host, server_arguments
+    from sglang_minimax import cpu_host, request_checks, server_arguments
 
     yield from server_arguments.ADJUSTMENTS
+    yield from request_checks.ADJUSTMENTS
     if cpu_host.has_no_accelerator():
         cpu_host.prepare_environment()
         yield from cpu_host.ADJUSTMENTS

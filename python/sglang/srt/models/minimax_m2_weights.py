@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from sglang.srt.distributed import get_pp_group, get_tensor_model_parallel_rank
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.utils import get_layer_id
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
+from sglang.srt.models.minimax_m2_files import damaged_files
+from sglang.srt.server_args import get_global_server_args
 from torch import nn
 
 if TYPE_CHECKING:
@@ -133,24 +136,32 @@ class CheckedWeights:
         Raises:
             ValueError: any fault, with this rank, the first of each kind and how many more.
         """
-        for name, tensor in weights:
-            targets = resolve_weight_name(self.model, name, self.params)
-            if targets is None:
-                self.faults["belong to no parameter, and to nothing that is known to be skipped"].append(
-                    f"{name} {tuple(tensor.shape)}"
-                )
-            elif targets != SKIPPED:
-                for target in targets:
-                    self._load_one(name, tensor, target, whole)
+        try:
+            for name, tensor in weights:
+                self._load_targets(name, tensor, whole)
+        except SafetensorError as error:
+            raise ValueError(f"A file of the checkpoint cannot be read: {error}{_damaged_files()}") from error
         if whole:
             self._find_unfilled()
         if self.faults:
-            raise ValueError(self._message())
+            raise ValueError(self._message() + (_damaged_files() if whole else ""))
         return set(self.filled)
+
+    def _load_targets(self, name: str, tensor: torch.Tensor, whole: bool) -> None:
+        targets = resolve_weight_name(self.model, name, self.params)
+        if targets is None:
+            self.faults["belong to no parameter, and to nothing that is known to be skipped"].append(
+                f"{name} {tuple(tensor.shape)}"
+            )
+        elif targets != SKIPPED:
+            for target in targets:
+                self._load_one(name, tensor, target, whole)
 
     def _load_one(self, name: str, tensor: torch.Tensor, target: Target, whole: bool) -> None:
         param, owner = self.params[target.param], self.owners[target.param]
         part = (target.shard, target.expert)
+        if fault := _value_fault(tensor):
+            self.faults["hold values that are not finite"].append(f"{name} {tuple(tensor.shape)}: {fault}")
         if whole:
             expected = full_shape(owner, param, target)
             fault = _shape_fault(expected, tensor) or _dtype_fault(owner, param, target, tensor)
@@ -196,6 +207,11 @@ class CheckedWeights:
 
 # Methods whose parameters have the checkpoint's own shapes and dtypes, but for sharding. Others repack while loading.
 _KEEPS_SHAPES = re.compile(r"^(Unquantized|Fp8|ModelOpt|AWQ|GPTQ|CompressedTensors)")
+
+
+def _damaged_files() -> str:
+    """Lines for the end of a message: which files of the server's checkpoint are missing or cut off, if any."""
+    return "".join(f"\n{fault}" for fault in damaged_files(get_global_server_args().model_path))
 
 
 def full_shape(owner: nn.Module, param: nn.Parameter, target: Target) -> tuple[int, ...] | None:
@@ -269,6 +285,20 @@ def _dtype_fault(owner: nn.Module, param: nn.Parameter, target: Target, tensor: 
     if quantised == wants_quantised:
         return None
     return f"has dtype {tensor.dtype} where {param.dtype} belongs"
+
+
+def _value_fault(tensor: torch.Tensor) -> str | None:
+    """NaN or infinity in a norm's weight or the router's bias: every answer would be NaN, which sampling hides.
+
+    Only tensors of one dimension are looked at, [heads * head_dim], [hidden] or [experts]: they cost nothing, and
+    each of their values reaches every token.
+    """
+    if tensor.dim() != 1 or not tensor.is_floating_point() or tensor.element_size() == 1:
+        return None
+    wrong = (~torch.isfinite(tensor)).nonzero().flatten().tolist()
+    if not wrong:
+        return None
+    return f"{len(wrong)} of {tensor.numel()}, the first {tensor[wrong[0]].item()} at index {wrong[0]}"
 
 
 def _call_loader(param: nn.Parameter, tensor: torch.Tensor, target: Target) -> None:
