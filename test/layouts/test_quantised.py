@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts.harness import run_layout
+from layouts.harness import LayoutFailed, run_layout
 from safetensors.torch import load_file, save_file
 from sglang.srt.layers.quantization import awq, gptq, modelopt_quant
 
@@ -87,6 +87,10 @@ def write_quantised(plain: Path, folder: Path, form: Format) -> dict[str, np.nda
             continue
         for suffix, (dtype, shape) in form.tensors(*tensor.shape).items():
             values = torch.randint(0, 120, shape, generator=generator)
+            if suffix == "g_idx":  # the group of each input, the same for q, k and v, which share it
+                values = torch.arange(*shape) // GROUP
+            if suffix == "input_scale" and ".w3." in name:  # gate and up have the same input, and so one scale for it
+                values = tensors[f"{name.replace('.w3.', '.w1.').removesuffix('weight')}{suffix}"].clone()
             values = values.to(torch.uint8).view(dtype) if dtype == torch.float8_e4m3fn else values.to(dtype)
             tensors[f"{name.removesuffix('weight')}{suffix}"] = values
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -142,19 +146,25 @@ def expected_parameters(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name of the fused parameter, what it must hold on ``rank``) for all quantised parameters."""
     out_axis, in_axis = (1, 0) if form.transposed else (0, 1)
+    kv_shards = min(tp, SHAPE.num_key_value_heads)
     moe_tp, per_rank = tp // ep, SHAPE.num_local_experts // ep
     first_expert, width = rank // moe_tp * per_rank, rank % moe_tp
     for layer in range(SHAPE.num_hidden_layers):
         for suffix in form.tensors(256, 256):
             attention = f"model.layers.{layer}.self_attn."
-            rank_of = {"q": (rank, tp), "k": (rank * 2 // tp, 2), "v": (rank * 2 // tp, 2)}
+            own_kv = rank * kv_shards // tp, kv_shards
+            rank_of = {"q": (rank, tp), "k": own_kv, "v": own_kv}
             shards = [
                 part(tensors[f"{attention}{name}_proj.{suffix}"], out_axis, *where) for name, where in rank_of.items()
             ]
             yield f"{attention}qkv_proj.{suffix}", together(shards, out_axis)
-            yield f"{attention}o_proj.{suffix}", part(tensors[f"{attention}o_proj.{suffix}"], in_axis, rank, tp)
+            output = part(tensors[f"{attention}o_proj.{suffix}"], in_axis, rank, tp)
+            yield f"{attention}o_proj.{suffix}", np.atleast_1d(output)
             experts = f"model.layers.{layer}.block_sparse_moe.experts."
-            own = [f"{experts}{expert}." for expert in range(first_expert, first_expert + per_rank)]
+            mine = range(first_expert, first_expert + per_rank)
+            if suffix == "input_scale":  # of which the engine's kernels want the largest of all experts
+                mine = range(SHAPE.num_local_experts)
+            own = [f"{experts}{expert}." for expert in mine]
             gate_up = [
                 together([part(tensors[f"{one}{w}.{suffix}"], out_axis, width, moe_tp) for w in ("w1", "w3")], out_axis)
                 for one in own
@@ -171,16 +181,30 @@ def together(shards: list[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate(shards, axis) if shards[0].ndim > axis else shards[0]
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
-@pytest.mark.parametrize("name", FORMATS)
+ANY = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+WHOLE_EXPERTS = [(tp, ep) for tp, ep in ANY if tp == ep]
+CASES = [(name, *layout) for name in FORMATS for layout in (WHOLE_EXPERTS if name == "gptq" else ANY)]
+
+
+@pytest.mark.parametrize(("name", "tp", "ep"), CASES)
 def test_every_parameter_holds_its_shard(checkpoints, as_if_on_a_gpu, name, tp, ep):
     folder, tensors = checkpoints[name]
-    result = run_layout(
-        folder, tp=tp, ep=ep, prompts_by_dp_rank=[[[1]]], steps=0, dtype="float16" if name != "nvfp4" else "bfloat16",
-        probe=keep_parameters, timeout_s=60,
-    )  # fmt: skip
-    for rank, params in enumerate(result.probed):
+    for rank, params in enumerate(load(folder, name, tp, ep)):
         for param, expected in expected_parameters(tensors, FORMATS[name], rank, tp, ep):
             got = params[param]
             assert got.shape == expected.shape, f"rank {rank}: {param} {got.shape}, not {expected.shape}"
             assert (got == expected).all(), f"rank {rank}: {param}"
+
+
+def load(folder: Path, name: str, tp: int, ep: int) -> list[dict[str, np.ndarray]]:
+    dtype = "bfloat16" if name == "nvfp4" else "float16"
+    return run_layout(
+        folder, tp=tp, ep=ep, prompts_by_dp_rank=[[[1]]], steps=0, dtype=dtype, probe=keep_parameters, timeout_s=60
+    ).probed
+
+
+@pytest.mark.parametrize(("tp", "ep"), [layout for layout in ANY if layout not in WHOLE_EXPERTS])
+def test_gptq_experts_cut_by_width_are_refused_with_the_way_out(checkpoints, as_if_on_a_gpu, tp, ep):
+    """The engine's own allocation, of all scales on every rank, cannot be loaded by its own cutting of them."""
+    with pytest.raises(LayoutFailed, match=f"GPTQ experts cannot be divided over --tp {tp} --ep {ep}.* Use --ep {tp}"):
+        load(checkpoints["gptq"][0], "gptq", tp, ep)
