@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sglang_minimax.reference import Reference
 from sglang_minimax.server_process import Server, free_port
 
@@ -65,6 +67,17 @@ def serve(checkpoint: Path, log: Path, *flags: str, port: int | None = None) -> 
     with Server([*command, "--port", str(port), *flags], log, port=port) as server:
         server.wait_until_ready(START_SECONDS, on_progress=lambda reached: None)
         yield server, Client(port)
+
+
+@contextlib.contextmanager
+def reference_beside(checkpoint: Path) -> Iterator[Reference]:
+    """transformers in one thread: with more, each step waits for a thread that gets no core beside the ranks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield Reference(checkpoint)
+    finally:
+        torch.set_num_threads(before)
 
 
 def chosen(answer: dict) -> tuple[list[int], list[float]]:

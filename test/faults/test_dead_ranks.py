@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.serving import Client, check_answer, serve
+from faults.serving import Client, check_answer, reference_beside, serve
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
@@ -28,6 +28,12 @@ PROMPT, STEPS = [7, 70, 700], 4
 def checkpoint(tmp_path_factory):
     shape = SmallModel(num_hidden_layers=2, num_local_experts=8)
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), shape)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    with reference_beside(checkpoint) as reference:
+        yield reference
 
 
 class LongRequest(threading.Thread):
@@ -73,9 +79,8 @@ def check_serves(client: Client, reference: Reference) -> None:
     check_answer(client.generate(PROMPT, STEPS), PROMPT, STEPS, reference)
 
 
-def test_a_killed_and_a_stopped_rank_end_the_server_and_a_restart_serves(checkpoint, tmp_path: Path):
-    port, reference = free_port(), Reference(checkpoint)
-
+def test_a_killed_and_a_stopped_rank_end_the_server_and_a_restart_serves(checkpoint, reference, tmp_path: Path):
+    port = free_port()
     with serve(checkpoint, tmp_path / "killed.log", *LAYOUT.split(), port=port) as (server, client):
         check_serves(client, reference)
         after_kill = signal_while_serving(server, client, signal.SIGKILL, "scheduler_DP1_TP3")

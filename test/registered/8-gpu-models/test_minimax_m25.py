@@ -221,10 +221,12 @@ def write_profile(
 def compare_with_transformers(url: str, variant: str) -> None:
     """Greedy answers to a batch and to each prompt alone: transformers' tokens, and their log-probabilities."""
     import requests
+    import torch
 
     from sglang_minimax.comparison import FLOAT32_TOLERANCE
     from sglang_minimax.reference import Reference
 
+    torch.set_num_threads(1)  # the ranks have the cores, and a second thread would wait for one at every step
     steps = 8
     prompts = [[11, 12, 13], list(range(100, 140)), [7], [5, 50, 500, 55]]
     expected = Reference(MODEL).greedy(prompts, steps)
