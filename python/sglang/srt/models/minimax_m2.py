@@ -765,14 +765,21 @@ def _check_experts(config: PretrainedConfig) -> None:
     """Refuses a division of the experts that cannot work, before any of their weights is allocated."""
     server_args = get_global_server_args()
     tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
+    quantisation = getattr(config, "quantization_config", None) or {}
     shape = ExpertShape(
         config.num_local_experts + server_args.ep_num_redundant_experts,
         config.intermediate_size,
-        quantisation_block(getattr(config, "quantization_config", None)),
+        quantisation_block(quantisation),
     )
     reason = shape.reason_against(tp_size, ep_size, server_args.moe_dp_size)
     if reason is not None:
         raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}")
+    if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
+        raise ValueError(
+            f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
+            f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
+            f"keeps experts whole."
+        )
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:
