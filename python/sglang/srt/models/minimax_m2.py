@@ -59,7 +59,6 @@ from sglang.srt.layers.moe import (
     should_use_flashinfer_cutlass_moe_fp4_allgather,
 )
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
-from sglang.srt.layers.moe.fused_moe_triton import fused_moe
 from sglang.srt.layers.moe.token_dispatcher import DeepEPConfig
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
@@ -686,7 +685,6 @@ class MiniMaxM2ForCausalLM(nn.Module):
         self.capture_aux_hidden_states = False
         self.weights_loaded = False
         _prepare_fused_all_reduce(config.hidden_size)
-        _sum_experts_in_one_kernel()
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings(input_ids)
@@ -802,16 +800,6 @@ def _prepare_fused_all_reduce(hidden_size: int) -> None:
         log_info_on_rank0(
             logger, "FlashInfer's fused all-reduce + norm is not available here: all-reduce and norm run apart, slower."
         )
-
-
-def _sum_experts_in_one_kernel() -> None:
-    """Lets the engine sum a token's experts with its own kernel for few tokens too.
-
-    Up to 32 tokens it does so through torch.compile, which takes several times as long: docs/performance.md. Both sum
-    in float32. Only processes that serve this model are affected.
-    """
-    if is_cuda():
-        fused_moe.moe_sum_reduce_torch_compile = fused_moe.moe_sum_reduce
 
 
 EntryClass = MiniMaxM2ForCausalLM
