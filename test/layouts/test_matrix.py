@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 from layouts import proof
-from layouts.harness import run_layout
-from layouts.matrix import ROWS, Oracles, Outcome, run_row, small
+from layouts.harness import LayoutFailed, run_layout
+from layouts.matrix import REDUNDANT, ROWS, Oracles, Outcome, run_row, small
 from sglang.srt.models import minimax_m2
 
 from sglang_minimax.checkpoints import write_checkpoint
@@ -25,6 +25,13 @@ def test_row(name, oracles):
     outcome = run_row(ROWS[name], oracles)
     assert not outcome.faults, "\n".join(outcome.faults)
     assert outcome.compared > 0
+
+
+def test_copies_of_experts_that_each_rank_would_choose_for_itself_are_refused(oracles):
+    checkpoint, *_ = oracles.of("2 KV heads")
+    arguments = {**REDUNDANT, "ep_dispatch_algorithm": "static"}
+    with pytest.raises(LayoutFailed, match="--ep-num-redundant-experts 4 --ep-dispatch-algorithm static need an a2a"):
+        run_layout(checkpoint, tp=2, ep=2, prompts_by_dp_rank=[[[1]]], steps=0, server_arguments=arguments)
 
 
 # --- What the matrix must find ---------------------------------------------------------------------------
@@ -92,7 +99,7 @@ def test_bfloat16_stays_near_float32(tmp_path):
 def test_the_table_is_written_between_its_marks_and_nowhere_else(tmp_path):
     document = tmp_path / "proof.md"
     document.write_text(f"before\n{proof.BEGIN}\nold\n{proof.END}\nbehind\n")
-    outcomes = {"tp2_next_norm": Outcome(1.25e-6, 1234, 2.5, [])}
+    outcomes = {"tp2_next_norm": Outcome(1.2e-6, 1234, 2.5, [])}
     proof.write(document, proof.table(outcomes, 60))
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nbehind\n") and "old" not in text
