@@ -44,7 +44,9 @@ def memory_mb(server) -> float:
 async def send_all(url: str, bodies: list[dict], on_progress) -> list[dict]:
     """At most ``AT_ONCE`` in flight; ``on_progress`` is called a few times on the way, with none in flight."""
     answers: list[dict] = []
-    async with aiohttp.ClientSession(trust_env=False) as session:
+    # A connection each: the server closes one that was idle for 5 s, perhaps while the next request is written to it.
+    connections = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connections, trust_env=False) as session:
         places = asyncio.Semaphore(AT_ONCE)
 
         async def one(body: dict) -> dict:
