@@ -50,6 +50,7 @@ MODEL = SmallModel(
 MODELS = {
     "2 KV heads": MODEL,
     "1 KV head": dataclasses.replace(MODEL, num_key_value_heads=1),  # TP2 puts it on both ranks
+    "11 experts": dataclasses.replace(MODEL, num_local_experts=11),
     # 384 / 2 = 192 and 384 / 4 = 96 are no multiples of the FP8 block, like the published 1536 / 8 and 1536 / 16.
     "FP8": dataclasses.replace(MODEL, intermediate_size=384),
 }
@@ -78,6 +79,7 @@ OURS = [
     Case("TP2 of one KV head", 2, "--tp 2", model="1 KV head"),
     Case("TP2 of one KV head without graphs", 2, "--tp 2" + NO_GRAPHS, model="1 KV head"),
     Case("TP2 EP2", 2, "--tp 2 --ep 2"),
+    Case("TP2 of 11 experts", 2, "--tp 2", model="11 experts"),
     Case("TP1 FP8", 1, "--tp 1", model="FP8"),
     Case("TP2 FP8, EP chosen", 2, "--tp 2", model="FP8"),
     Case("TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE),

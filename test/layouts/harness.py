@@ -4,7 +4,7 @@
 the engine, so that sixteen ranks cost seconds; on GPUs, where a process that uses CUDA cannot be forked, they
 are spawned. Each rank builds the engine's ``ServerArgs`` and ``ModelRunner`` and steps through the same
 batches that the engine's scheduler would form: prompts in chunks, then decode, with the DP ranks agreeing on
-their token counts and taking IDLE batches where they have nothing to do.
+their token counts and taking IDLE batches where they have nothing to do. See ``batches.py``.
 
     result = run_layout("path/to/checkpoint", tp=4, dp=2, prompts_by_dp_rank=[[[1, 2, 3]], []], steps=4)
     result.tokens[0][0]     # four greedy tokens of the first prompt of DP rank 0
@@ -41,40 +41,44 @@ Probe = Callable[[Any], Callable[[], Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One run, as every rank sees it. ``dp`` above 1 means DP attention: attention TP is then ``tp / dp``."""
+    """One run, as every rank sees it. ``dp`` above 1 means DP attention: attention TP is then ``tp / dp``.
+
+    There are ``tp * pp`` ranks, those of the first pipeline stage first. ``arrivals`` and ``lengths`` are indexed like
+    ``prompts_by_dp_rank``; ``steps`` is the longest of ``lengths``.
+    """
 
     checkpoint: str
     prompts_by_dp_rank: tuple[tuple[tuple[int, ...], ...], ...]
     tp: int = 1
     dp: int = 1
     ep: int = 1
+    pp: int = 1
     dtype: str = "float32"
     device: str = "cpu"
     steps: int = 16
     chunk: int = 16
+    arrivals: tuple[tuple[int, ...], ...] = ()
+    lengths: tuple[tuple[int, ...], ...] = ()
     forced_tokens: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    hidden_states: bool = False
     server_arguments: tuple[tuple[str, Any], ...] = ()
     probe: Probe | None = None
-
-    @property
-    def prefill_rounds(self) -> int:
-        """Rounds that the longest prompt of any DP rank takes; shorter prompts join in the later ones."""
-        longest = max(len(prompt) for prompts in self.prompts_by_dp_rank for prompt in prompts)
-        return -(-longest // self.chunk)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayoutResult:
     """What the ranks answered. Indices: DP rank, then prompt.
 
-    tokens: the tokens that were chosen (greedy) or forced, ``steps`` a prompt.
-    logprobs: float32 [steps, vocab] a prompt; row i is the distribution that token i was taken from.
+    tokens: the tokens that were chosen (greedy) or forced, as many a prompt as asked for.
+    logprobs: float32 [tokens, vocab] a prompt; row i is the distribution that token i was taken from.
+    cached: how many tokens of a prompt were found in the prefix cache.
     probed: what each rank's probe returned, by rank; None without a probe.
     seconds: "start" (until the slowest rank has loaded the model), "run" and "total".
     """
 
     tokens: list[list[list[int]]]
     logprobs: list[list[np.ndarray]]
+    cached: list[list[int]]
     probed: list[Any]
     seconds: dict[str, float]
 
@@ -90,23 +94,30 @@ def run_layout(
     tp: int = 1,
     dp: int = 1,
     ep: int = 1,
+    pp: int = 1,
     dtype: str = "float32",
     device: str = "cpu",
     steps: int = 16,
     chunk: int = 16,
+    arrivals: Sequence[Sequence[int]] | None = None,
+    lengths: Sequence[Sequence[int]] | None = None,
     forced_tokens: Sequence[Sequence[Sequence[int]]] | None = None,
+    hidden_states: bool = False,
     server_arguments: dict[str, Any] | None = None,
     probe: Probe | None = None,
     timeout_s: float = 300,
 ) -> LayoutResult:
-    """Runs one batch of prompts through ``tp`` ranks and returns tokens and log-probabilities.
+    """Runs prompts through ``tp * pp`` ranks and returns tokens and log-probabilities.
 
     Args:
         checkpoint: folder of a checkpoint in the published format.
         prompts_by_dp_rank: token ids; one list of prompts for each of the ``dp`` DP ranks, empty for an idle one.
-        steps: tokens to decode for each prompt.
+        steps: tokens to decode for each prompt; 0 loads the model and runs nothing.
         chunk: at most so many tokens of a prompt go through the model at once.
+        arrivals: the turn in which each prompt arrives, indexed like the prompts; without it all arrive in turn 0.
+        lengths: tokens to decode for each prompt, instead of ``steps`` for all.
         forced_tokens: indexed like the result's ``tokens``; fed back instead of the greedy ones.
+        hidden_states: the forward passes return what the model's head, or EAGLE3, would take: for probes.
         server_arguments: further fields of the engine's ``ServerArgs``.
         probe: called in each rank with its ``ModelRunner`` once the model is loaded; what it returns is called
             after the last step, and its value comes back in ``probed``. On GPUs it must be importable.
@@ -124,48 +135,68 @@ def run_layout(
         raise ValueError(f"dp {dp} and ep {ep} must both divide tp {tp}")
     if not any(prompts_by_dp_rank):
         raise ValueError("every DP rank is idle: give at least one prompt")
+    lengths = _each(prompts_by_dp_rank, lengths, steps, "lengths")
     layout = Layout(
         checkpoint=os.fspath(checkpoint),
         prompts_by_dp_rank=_frozen(prompts_by_dp_rank),
         tp=tp,
         dp=dp,
         ep=ep,
+        pp=pp,
         dtype=dtype,
         device=device,
-        steps=steps,
+        steps=max(length for row in lengths for length in row),
         chunk=chunk,
+        arrivals=_each(prompts_by_dp_rank, arrivals, 0, "arrivals"),
+        lengths=lengths,
         forced_tokens=None if forced_tokens is None else _frozen(forced_tokens),
+        hidden_states=hidden_states,
         server_arguments=tuple((server_arguments or {}).items()),
         probe=probe,
     )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="layout-") as logs:
         reports = _run_ranks(layout, Path(logs), timeout_s)
-    tokens, logprobs = _by_dp_rank(layout, reports)
+    first_of_dp_ranks = _first_of_dp_ranks(layout, reports)
     seconds = {part: max(report["seconds"][part] for report in reports) for part in ("start", "run")}
     seconds["total"] = time.monotonic() - started
-    return LayoutResult(tokens, logprobs, [report["probed"] for report in reports], seconds)
+    return LayoutResult(
+        *([report[what] for report in first_of_dp_ranks] for what in ("tokens", "logprobs", "cached")),
+        probed=[report["probed"] for report in reports],
+        seconds=seconds,
+    )
 
 
 def _frozen(nested):
     return tuple(tuple(tuple(map(int, tokens)) for tokens in requests) for requests in nested)
 
 
-def _by_dp_rank(layout: Layout, reports: list[dict]) -> tuple[list, list]:
-    """One answer for each DP rank, after checking that the ranks which share its attention agree."""
+def _each(prompts_by_dp_rank, values, default: int, what: str) -> tuple[tuple[int, ...], ...]:
+    """One integer a prompt: ``values``, or ``default`` for all.
+
+    Raises:
+        ValueError: ``values`` has another shape than the prompts.
+    """
+    counts = [len(prompts) for prompts in prompts_by_dp_rank]
+    if values is None:
+        return tuple((default,) * count for count in counts)
+    if [len(row) for row in values] != counts:
+        raise ValueError(f"{what} {values} must have one number for each prompt: {counts} on the DP ranks")
+    return tuple(tuple(map(int, row)) for row in values)
+
+
+def _first_of_dp_ranks(layout: Layout, reports: list[dict]) -> list[dict]:
+    """One report for each DP rank, from the last pipeline stage, after checking that those who must agree do."""
     attn_tp = layout.tp // layout.dp
-    tokens, logprobs = [], []
-    for first in range(0, layout.tp, attn_tp):
-        mine = reports[first]
-        for rank in range(first + 1, first + attn_tp):
-            if reports[rank]["tokens"] != mine["tokens"]:
-                raise LayoutFailed(
-                    f"ranks {first} and {rank} hold the same requests and chose other tokens: "
-                    f"{mine['tokens']} and {reports[rank]['tokens']}"
-                )
-        tokens.append(mine["tokens"])
-        logprobs.append(mine["logprobs"])
-    return tokens, logprobs
+    first_of_last_stage = len(reports) - layout.tp
+    for rank, report in enumerate(reports):
+        other = first_of_last_stage + rank % layout.tp // attn_tp * attn_tp
+        if report["tokens"] != reports[other]["tokens"]:
+            raise LayoutFailed(
+                f"ranks {other} and {rank} hold the same requests and chose other tokens: "
+                f"{reports[other]['tokens']} and {report['tokens']}"
+            )
+    return reports[first_of_last_stage::attn_tp]
 
 
 # --- Processes: started, watched, ended ------------------------------------------------------------------
@@ -180,7 +211,7 @@ def _run_ranks(layout: Layout, logs: Path, timeout_s: float) -> list[dict]:
     context = multiprocessing.get_context(method)
     ranks, connections, store = [], [], None
     try:
-        for rank in range(layout.tp):
+        for rank in range(layout.tp * layout.pp):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_rank_main, args=(layout, rank, logs / f"rank{rank}.log", theirs), daemon=True
@@ -263,9 +294,11 @@ def _rank_main(layout: Layout, rank: int, log: Path, connection) -> None:
     faulthandler.enable(stream)
     faulthandler.register(signal.SIGUSR1, stream, all_threads=True)
     try:
+        from layouts.batches import run_rank
+
         _prepare_process(layout)
         os.environ["MASTER_PORT"] = str(connection.recv())
-        report = _run_rank(layout, rank)
+        report = run_rank(layout, rank)
         _release_shared_memory()
     except BaseException:
         report = {"error": traceback.format_exc()}
@@ -305,213 +338,6 @@ def _release_shared_memory() -> None:
 
 def _import_engine() -> None:
     """Everything a rank uses, so that forked ranks share it."""
+    importlib.import_module("layouts.batches")
     for module in ("model_executor.model_runner", "managers.scheduler_dp_attn_mixin", "models.registry"):
         importlib.import_module(f"sglang.srt.{module}")
-
-
-# --- In a rank -------------------------------------------------------------------------------------------
-
-
-def _run_rank(layout: Layout, rank: int) -> dict:
-    started = time.monotonic()
-    batches = RankBatches(layout, rank)
-    finish = layout.probe(batches.runner) if layout.probe else lambda: None
-    loaded = time.monotonic()
-    batches.run()
-    return {
-        "tokens": batches.tokens,
-        "logprobs": [np.stack(rows) for rows in batches.logprobs],
-        "probed": finish(),
-        "seconds": {"start": loaded - started, "run": time.monotonic() - loaded},
-    }
-
-
-def server_args_of(layout: Layout):
-    """The engine's ``ServerArgs`` for ``layout``: its own defaults but for sizes, which follow from the batch."""
-    from sglang.srt.server_args import ServerArgs
-
-    requests = max(map(len, layout.prompts_by_dp_rank))
-    tokens = max(sum(len(p) + layout.steps for p in prompts) for prompts in layout.prompts_by_dp_rank)
-    arguments = dict(
-        model_path=layout.checkpoint,
-        skip_tokenizer_init=True,
-        device=layout.device,
-        dtype=layout.dtype,
-        tp_size=layout.tp,
-        ep_size=layout.ep,
-        dp_size=layout.dp,
-        enable_dp_attention=layout.dp > 1,
-        max_running_requests=(requests + 1) * layout.dp,
-        max_total_tokens=tokens + 256,
-        cuda_graph_max_bs=requests,
-        disable_radix_cache=True,
-        random_seed=0,
-    )
-    return ServerArgs(**(arguments | dict(layout.server_arguments)))
-
-
-class RankBatches:
-    """One rank's model runner and the batches it steps through."""
-
-    def __init__(self, layout: Layout, rank: int) -> None:
-        from sglang.srt.layers.moe import initialize_moe_config
-        from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
-        from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
-
-        self.layout = layout
-        self.dp_rank = rank // (layout.tp // layout.dp)
-        self.prompts = layout.prompts_by_dp_rank[self.dp_rank]
-        self.tokens: list[list[int]] = [[] for _ in self.prompts]
-        self.logprobs: list[list[np.ndarray]] = [[] for _ in self.prompts]
-        self.server_args = server_args_of(layout)
-        for initialize in (initialize_moe_config, initialize_fp8_gemm_config, initialize_fp4_gemm_config):
-            initialize(self.server_args)
-        self.runner = self._load_model(rank)
-        self.tree_cache = self._chunk_cache()
-
-    def _load_model(self, rank: int):
-        from sglang.srt.configs.model_config import ModelConfig
-        from sglang.srt.model_executor.model_runner import ModelRunner
-
-        return ModelRunner(
-            model_config=ModelConfig.from_server_args(self.server_args),
-            mem_fraction_static=self.server_args.mem_fraction_static,
-            gpu_id=rank,
-            tp_rank=rank,
-            tp_size=self.layout.tp,
-            moe_ep_rank=rank // (self.layout.tp // self.layout.ep),
-            moe_ep_size=self.layout.ep,
-            pp_rank=0,
-            pp_size=1,
-            nccl_port=0,  # not used: the store's address comes from the environment
-            server_args=self.server_args,
-            dp_rank=self.dp_rank if self.layout.dp > 1 else None,
-            attn_cp_rank=0,
-            moe_dp_rank=0,
-        )
-
-    def _chunk_cache(self):
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.chunk_cache import ChunkCache
-
-        return ChunkCache(
-            CacheInitParams(
-                disable=True,
-                req_to_token_pool=self.runner.req_to_token_pool,
-                token_to_kv_pool_allocator=self.runner.token_to_kv_pool_allocator,
-                page_size=self.runner.page_size,
-            )
-        )
-
-    def run(self) -> None:
-        import torch
-
-        with torch.inference_mode():
-            batch = self._prefill()
-            for _ in range(1, self.layout.steps):
-                if batch is not None:
-                    fed_back = [tokens[-1] for tokens in self.tokens]
-                    batch.output_ids = torch.tensor(fed_back, device=self.runner.device)
-                    batch.prepare_for_decode()
-                self._take_tokens(self._forward(batch))
-
-    def _prefill(self):
-        """All prompts in chunks; the batch of the last round holds them all and goes on to decode.
-
-        Prompts end together, so a short one joins late, and a DP rank whose prompts are all short is idle first.
-        """
-        requests = [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
-        batch = logits = None
-        for remaining in reversed(range(self.layout.prefill_rounds)):
-            joining = [request for request in requests if self._extend_to(request, remaining)]
-            batch = self._schedule_batch(joining)
-            if joining:
-                batch.prepare_for_extend()
-            logits = self._forward(batch if joining else None)
-        self._take_tokens(logits)
-        return batch if requests else None
-
-    def _request(self, index: int, prompt: Prompt):
-        from sglang.srt.managers.schedule_batch import Req
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
-        sampling = SamplingParams(temperature=0, max_new_tokens=self.layout.steps)
-        request = Req(rid=str(index), origin_input_text="", origin_input_ids=list(prompt), sampling_params=sampling)
-        request.fill_ids = []
-        request.logprob_start_len = -1
-        return request
-
-    def _extend_to(self, request, remaining_rounds: int) -> bool:
-        """Sets ``request`` up for this round's chunk; False if it has none yet."""
-        done, end = len(request.fill_ids), len(request.origin_input_ids) - remaining_rounds * self.layout.chunk
-        if end <= 0:
-            return False
-        if done:
-            slots = self.runner.req_to_token_pool.req_to_token[request.req_pool_idx, :done]
-            request.prefix_indices = slots.to(request.prefix_indices.dtype)
-        request.fill_ids = request.origin_input_ids[:end]
-        request.set_extend_input_len(end - done)
-        return True
-
-    def _schedule_batch(self, requests):
-        from sglang.srt.managers.schedule_batch import ScheduleBatch
-        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-
-        return ScheduleBatch.init_new(
-            reqs=requests,
-            req_to_token_pool=self.runner.req_to_token_pool,
-            token_to_kv_pool_allocator=self.runner.token_to_kv_pool_allocator,
-            tree_cache=self.tree_cache,
-            model_config=self.runner.model_config,
-            enable_overlap=False,
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-        )
-
-    def _idle_batch(self):
-        batch = self._schedule_batch([])
-        batch.prepare_for_idle()
-        return batch
-
-    def _forward(self, batch):
-        """Logits [requests, vocab] of one step, or None where this rank has no batch and its peers neither."""
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-        from sglang.srt.utils import require_mlp_sync
-
-        if require_mlp_sync(self.server_args):
-            batch = self._agree_on_token_counts(batch)
-        if batch is None:
-            return None
-        forward_batch = ForwardBatch.init_new(batch.get_model_worker_batch(), self.runner)
-        return self.runner.forward(forward_batch).logits_output.next_token_logits
-
-    def _agree_on_token_counts(self, batch):
-        """What the scheduler does before each step under DP attention: an idle rank gets an IDLE batch."""
-        from sglang.srt.layers.dp_attention import get_attention_tp_size
-        from sglang.srt.managers.scheduler_dp_attn_mixin import prepare_mlp_sync_batch_raw
-        from sglang.srt.utils import require_mlp_tp_gather
-
-        return prepare_mlp_sync_batch_raw(
-            batch,
-            dp_size=self.layout.dp,
-            attn_tp_size=get_attention_tp_size(),
-            attn_cp_size=1,
-            tp_group=self.runner.tp_group,
-            get_idle_batch=self._idle_batch,
-            disable_cuda_graph=self.server_args.disable_cuda_graph,
-            require_mlp_tp_gather=require_mlp_tp_gather(self.server_args),
-            disable_overlap_schedule=True,
-            offload_tags=set(),
-        )
-
-    def _take_tokens(self, logits) -> None:
-        """Keeps the log-probabilities of one step and chooses its tokens: greedy, or the forced ones."""
-        if not self.prompts:
-            return
-        assert logits.shape[0] == len(self.prompts), f"{logits.shape[0]} rows of logits for {len(self.prompts)} prompts"
-        logprobs = logits.float().log_softmax(dim=-1).cpu()
-        for index, row in enumerate(logprobs):
-            step = len(self.tokens[index])
-            forced = self.layout.forced_tokens
-            token = int(row.argmax()) if forced is None else forced[self.dp_rank][index][step]
-            self.tokens[index].append(token)
-            self.logprobs[index].append(row.numpy())

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from sglang.srt.batch_overlap import two_batch_overlap
+from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.distributed import attention_tensor_model_parallel_all_reduce, get_tp_group
+from sglang.srt.eplb.expert_location_dispatch import topk_ids_logical_to_physical
 from sglang.srt.layers import communicator, flashinfer_comm_fusion
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.moe import fused_moe_native
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
 from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
+from sglang.srt.layers.quantization import fp8
 from sglang.srt.models import minimax_m2
 
 
@@ -38,11 +43,15 @@ def token_exchange(monkeypatch) -> None:
     monkeypatch.setattr(fused_moe, "create_moe_dispatcher", TokenExchange)
     forward_native = TopK.forward_native
 
-    def with_padding(self, hidden_states, router_logits, *, num_token_non_padded=None, **info):
-        """A real backend does not send padding. The engine's top-k in plain torch cannot mark it: here it travels."""
-        return forward_native(self, hidden_states, router_logits, **info)
+    def route(self, hidden_states, router_logits, *, num_token_non_padded=None, expert_location_dispatch_info=None):
+        """A real backend does not send padding. The engine's top-k in plain torch cannot mark it: here it travels.
 
-    monkeypatch.setattr(TopK, "forward_native", with_padding)
+        Nor does it name the places of experts that lie elsewhere or more than once; the engine's own function does.
+        """
+        output = forward_native(self, hidden_states, router_logits)
+        return output._replace(topk_ids=topk_ids_logical_to_physical(output.topk_ids, expert_location_dispatch_info))
+
+    monkeypatch.setattr(TopK, "forward_native", route)
 
 
 def fp4_all_gather(monkeypatch) -> None:
@@ -50,6 +59,68 @@ def fp4_all_gather(monkeypatch) -> None:
     for module in (communicator, minimax_m2):
         monkeypatch.setattr(module, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: True)
     token_exchange(monkeypatch)
+
+
+def stages_in_order(monkeypatch) -> None:
+    """Every layer as the stages of two-batch overlap, one after the other, with the whole batch as the only half."""
+
+    def forward_layers(self, positions, hidden_states, forward_batch, residual, captured):
+        forward_batch.tbo_padded_len = len(positions)  # which the engine sets for real halves only
+        layers = self.layers[self.start_layer : self.end_layer]
+        return two_batch_overlap._model_forward_non_tbo(
+            inputs={
+                "positions": positions,
+                "hidden_states": hidden_states,
+                "forward_batch": forward_batch,
+                "residual": residual,
+                "zero_allocator": None,
+            },
+            operations_strategy=OperationsStrategy.concat(
+                [layer.overlap_strategy(forward_batch.forward_mode) for layer in layers]
+            ),
+        )
+
+    monkeypatch.setattr(minimax_m2.MiniMaxM2Model, "_forward_layers", forward_layers)
+
+
+def exchange_in_order(monkeypatch) -> None:
+    """:func:`token_exchange` through the stages of :func:`stages_in_order`."""
+    token_exchange(monkeypatch)
+    stages_in_order(monkeypatch)
+
+
+def fp8_in_plain_torch(monkeypatch) -> None:
+    """Weights in FP8 blocks, as the engine loaded them, times their scales: then float32 like any others.
+
+    The engine's own FP8 products need a GPU, or AMX. Which part of weight and scales a rank holds is as it would be.
+    """
+    monkeypatch.setattr(fp8.Fp8Config, "get_supported_act_dtypes", classmethod(lambda cls: [torch.float32]))
+    monkeypatch.setattr(fp8.Fp8LinearMethod, "process_weights_after_loading", lambda self, layer: _expand(layer, ""))
+    monkeypatch.setattr(
+        fp8.Fp8LinearMethod, "apply", lambda self, layer, x, bias=None: torch.nn.functional.linear(x, layer.weight)
+    )
+
+    def expand_experts(self, layer) -> None:
+        _expand(layer, "w13_")
+        _expand(layer, "w2_")
+
+    def apply(self, layer, dispatch_output):
+        output = fused_moe_native.moe_forward_native(
+            layer, dispatch_output.hidden_states, dispatch_output.topk_output, layer.moe_runner_config
+        )
+        return StandardCombineInput(hidden_states=output)
+
+    monkeypatch.setattr(fp8.Fp8MoEMethod, "process_weights_after_loading", expand_experts)
+    monkeypatch.setattr(fp8.Fp8MoEMethod, "apply", apply)
+
+
+def _expand(layer, prefix: str, block: int = 128) -> None:
+    """Multiplies a weight of [..., rows, columns] by its scales of [..., row blocks, column blocks], in place."""
+    weight, scales = getattr(layer, prefix + "weight"), getattr(layer, prefix + "weight_scale_inv")
+    assert weight.dtype == torch.float8_e4m3fn, f"{prefix}weight was loaded as {weight.dtype}"
+    spread = scales.float().repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
+    meant = weight.float() * spread[..., : weight.shape[-2], : weight.shape[-1]]
+    setattr(layer, prefix + "weight", torch.nn.Parameter(meant, requires_grad=False))
 
 
 class TokenExchange(BaseDispatcher):

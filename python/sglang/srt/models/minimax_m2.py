@@ -53,7 +53,11 @@ from sglang.srt.layers.linear import QKVParallelLinear, ReplicatedLinear, RowPar
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import ExpertShape, quantisation_block, shard_attention, shard_heads
-from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
+from sglang.srt.layers.moe import (
+    get_moe_a2a_backend,
+    get_moe_runner_backend,
+    should_use_flashinfer_cutlass_moe_fp4_allgather,
+)
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.token_dispatcher import DeepEPConfig
 from sglang.srt.layers.moe.topk import TopK
@@ -66,7 +70,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, PPProxyTensors
 from sglang.srt.models.minimax_m2_weights import CheckedWeights
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import add_prefix, is_cuda, is_non_idle_and_non_empty, log_info_on_rank0, make_layers
+from sglang.srt.utils import add_prefix, is_cuda, log_info_on_rank0, make_layers
 from sglang.srt.utils.hf_transformers_utils import get_rope_config
 from torch import nn
 from transformers import PretrainedConfig
@@ -280,6 +284,7 @@ class MiniMaxM2MoE(nn.Module):
         self, config: PretrainedConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
+        _check_routing_stays_here()
         self.layer_id = layer_id
         self.tp_size = get_tensor_model_parallel_world_size()
         self.e_score_correction_bias = None
@@ -358,8 +363,8 @@ class MiniMaxM2MoE(nn.Module):
     # The stages of experts with a dispatcher in two-batch overlap.
     def op_gate(self, state) -> None:
         hidden_states = state.hidden_states_mlp_input
-        routed = is_non_idle_and_non_empty(state.forward_batch.forward_mode, hidden_states)
-        state.router_logits = self._router_logits(hidden_states) if routed else None
+        # An idle batch may hold padding, which is routed as well: the dispatcher takes as many routes as tokens.
+        state.router_logits = self._router_logits(hidden_states) if hidden_states.shape[0] != 0 else None
 
     def op_select_experts(self, state) -> None:
         router_logits, hidden_states = state.pop("router_logits"), state.hidden_states_mlp_input
@@ -395,6 +400,17 @@ class MiniMaxM2MoE(nn.Module):
     def op_combine_b(self, state) -> None:
         state.hidden_states_mlp_output = self.experts.dispatcher.combine_b(
             tbo_subbatch_index=state.get("tbo_subbatch_index")
+        )
+
+
+def _check_routing_stays_here() -> None:
+    """Some MoE kernels route by themselves, from the router's logits, and know softmax or groups of experts only."""
+    backend = get_moe_runner_backend()
+    if backend.is_flashinfer_trtllm() or backend.is_flashinfer_mxfp4() or backend.is_triton_kernels():
+        raise ValueError(
+            f"--moe-runner-backend {backend.value} chooses the experts in its kernel, by rules other than MiniMax-M2's "
+            f"sigmoid scores with a selection bias, and would answer wrongly. Use auto, triton, deep_gemm, cutlass, "
+            f"flashinfer_cutlass or flashinfer_trtllm_routed"
         )
 
 
@@ -749,14 +765,21 @@ def _check_experts(config: PretrainedConfig) -> None:
     """Refuses a division of the experts that cannot work, before any of their weights is allocated."""
     server_args = get_global_server_args()
     tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
+    quantisation = getattr(config, "quantization_config", None) or {}
     shape = ExpertShape(
         config.num_local_experts + server_args.ep_num_redundant_experts,
         config.intermediate_size,
-        quantisation_block(getattr(config, "quantization_config", None)),
+        quantisation_block(quantisation),
     )
     reason = shape.reason_against(tp_size, ep_size, server_args.moe_dp_size)
     if reason is not None:
         raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}")
+    if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
+        raise ValueError(
+            f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
+            f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
+            f"keeps experts whole."
+        )
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:

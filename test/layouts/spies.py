@@ -1,0 +1,139 @@
+"""Probes that record, in each rank, what a layout's forward passes did. What they return comes back to the test."""
+
+from __future__ import annotations
+
+import collections
+import functools
+
+import torch
+
+
+def watch_passes(runner):
+    """A probe: one record a forward pass.
+
+    "mode", "padding": the batch's forward mode, and how the DP ranks' tokens were padded (None without DP attention).
+    "reduced": for each layer of this stage, (times that experts ran, sums over ranks of what they gave).
+    "who": for each layer whose experts ran in one piece, whom the model expected to do that sum.
+    "stages": layers that ran as stages of two-batch overlap, counted once for each half of the batch.
+    """
+    watch = _Watch()
+    watch.install()
+    return lambda: watch.passes
+
+
+class _Watch:
+    """Counts collectives that sum hidden states, between the experts' output and the next attention's.
+
+    What the engine's groups and dispatchers use to sum is, on a CPU, one of a few functions of torch.distributed: they
+    are counted there, so that it makes no difference who calls them. Attention's own sums, of squares and in
+    ``prepare_mlp``, are not counted, nor is what happens before the first experts or behind the last layer.
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[dict] = []
+        self.current: dict | None = None
+        self.layer: int | None = None
+
+    def install(self) -> None:
+        from sglang.srt.layers.communicator import LayerCommunicator
+        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+        from sglang.srt.models import minimax_m2
+
+        for name in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter", "reduce"):
+            _wrap(torch.distributed, name, self._on_sum)
+        _wrap(FusedMoE, "run_moe_core", self._on_experts)
+        for owner, name in (
+            (LayerCommunicator, "prepare_mlp"),
+            (minimax_m2.MiniMaxM2Attention, "forward_prepare"),
+            (minimax_m2.MiniMaxM2Attention, "forward_core"),
+        ):
+            _wrap(owner, name, self._on_attention)
+        _wrap(minimax_m2.MiniMaxM2MoE, "forward", self._on_routed)
+        _wrap(minimax_m2.MiniMaxM2MoE, "op_experts", self._on_stage)
+        _wrap(minimax_m2.MiniMaxM2Model, "forward", self._on_pass)
+
+    def _on_pass(self, model_forward, model, input_ids, positions, forward_batch, *rest):
+        padding = forward_batch.dp_padding_mode
+        mode = getattr(forward_batch, "_original_forward_mode", forward_batch.forward_mode)
+        self.current = {
+            "mode": mode.name,
+            "padding": padding.name if padding is not None else None,
+            "reduced": collections.defaultdict(lambda: [0, 0]),
+            "who": {},
+            "stages": 0,
+        }
+        output = model_forward(model, input_ids, positions, forward_batch, *rest)
+        reduced = {layer: tuple(counts) for layer, counts in self.current["reduced"].items()}
+        self.passes.append({**self.current, "reduced": reduced})
+        self.current = self.layer = None
+        return output
+
+    def _on_experts(self, run_moe_core, experts, *args, **kwargs):
+        self.layer = experts.layer_id
+        self.current["reduced"][self.layer][0] += 1
+        return run_moe_core(experts, *args, **kwargs)
+
+    def _on_sum(self, collective, *args, **kwargs):
+        if self.layer is not None:
+            self.current["reduced"][self.layer][1] += 1
+        return collective(*args, **kwargs)
+
+    def _on_attention(self, part, *args, **kwargs):
+        layer, self.layer = self.layer, None
+        output = part(*args, **kwargs)
+        self.layer = layer
+        return output
+
+    def _on_routed(self, moe_forward, moe, hidden_states, forward_batch, reduction):
+        self.current["who"][moe.layer_id] = reduction.name
+        return moe_forward(moe, hidden_states, forward_batch, reduction)
+
+    def _on_stage(self, op_experts, *args, **kwargs):
+        self.current["stages"] += 1
+        return op_experts(*args, **kwargs)
+
+
+def _wrap(owner, name: str, around) -> None:
+    """Replaces ``owner.name``, in this process, by ``around(original, *arguments)``."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        return around(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+class CaptureForEagle3:
+    """A probe: asks for the outputs of ``layers`` as an EAGLE3 draft model does, and keeps what the engine hands on.
+
+    Returns, for each request in the order of their places in the pool, the tokens that went in and float32
+    [tokens, len(layers) * hidden_size].
+    """
+
+    def __init__(self, layers: list[int]) -> None:
+        self.layers = layers
+
+    def __call__(self, runner):
+        runner.model.set_eagle3_layers_to_capture(self.layers)
+        tokens: dict[int, list[int]] = collections.defaultdict(list)
+        states: dict[int, list[torch.Tensor]] = collections.defaultdict(list)
+
+        def keep(forward, forward_batch, *args, **kwargs):
+            pool = forward_batch.req_pool_indices.tolist()
+            lengths = [1] * len(pool) if forward_batch.forward_mode.is_decode() else forward_batch.extend_seq_lens_cpu
+            input_ids = forward_batch.input_ids.tolist()
+            output = forward(forward_batch, *args, **kwargs)
+            if not pool:  # idle
+                return output
+            hidden_states = output.logits_output.hidden_states
+            assert len(hidden_states) >= len(input_ids) == sum(lengths)  # the engine leaves some padding behind them
+            start = 0
+            for place, length in zip(pool, lengths, strict=True):
+                tokens[place] += input_ids[start : start + length]
+                states[place].append(hidden_states[start : start + length].float())
+                start += length
+            return output
+
+        _wrap(runner, "forward", keep)
+        return lambda: [(tokens[place], torch.cat(states[place]).numpy()) for place in sorted(tokens)]

@@ -1,0 +1,102 @@
+"""Decisions of the model file that need no ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
+from sglang.srt.models import minimax_m2
+from sglang.srt.models.minimax_m2 import ExpertReduction, MiniMaxM2Attention, MiniMaxM2ForCausalLM
+
+
+def communicator(reduce_scatter: bool, next_norm: bool):
+    return SimpleNamespace(
+        should_use_reduce_scatter=lambda batch: reduce_scatter,
+        should_fuse_mlp_allreduce_with_next_layer=lambda batch: next_norm,
+    )
+
+
+@pytest.mark.parametrize(
+    ("a2a", "fp4", "reduce_scatter", "next_norm", "who"),
+    [
+        ("none", False, False, False, ExpertReduction.MODEL),
+        ("none", False, False, True, ExpertReduction.NEXT_NORM),
+        ("none", False, True, False, ExpertReduction.REDUCE_SCATTER),
+        ("none", False, True, True, ExpertReduction.REDUCE_SCATTER),
+        ("none", True, True, True, ExpertReduction.DISPATCHER),
+        *[(a2a, False, True, True, ExpertReduction.DISPATCHER) for a2a in ("deepep", "mooncake", "mori", "flashinfer")],
+    ],
+)
+def test_exactly_one_reduces(monkeypatch, a2a, fp4, reduce_scatter, next_norm, who):
+    monkeypatch.setattr(minimax_m2, "get_moe_a2a_backend", lambda: MoeA2ABackend(a2a))
+    monkeypatch.setattr(minimax_m2, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: fp4)
+    assert ExpertReduction.of(communicator(reduce_scatter, next_norm), None) is who
+
+
+@pytest.mark.parametrize("backend", MoeRunnerBackend)
+def test_a_kernel_that_routes_by_other_rules_is_an_error(monkeypatch, backend):
+    monkeypatch.setattr(minimax_m2, "get_moe_runner_backend", lambda: backend)
+    if backend.value in ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel"):
+        with pytest.raises(ValueError, match=f"--moe-runner-backend {backend.value} chooses the experts in its kernel"):
+            minimax_m2._check_routing_stays_here()
+    else:
+        minimax_m2._check_routing_stays_here()
+
+
+class Attention:
+    """Attention that fails at its first projection, so that a return before it shows."""
+
+    def __init__(self, reduce_results: bool) -> None:
+        self.o_proj = SimpleNamespace(reduce_results=reduce_results)
+
+    def qkv_proj(self, hidden_states):
+        raise AssertionError("projected")
+
+
+def batch(idle: bool):
+    return SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: idle))
+
+
+@pytest.mark.parametrize(("tokens", "idle"), [(0, False), (0, True), (3, True)])
+def test_attention_without_tokens_returns_before_any_projection(tokens, idle):
+    hidden_states = SimpleNamespace(shape=(tokens, 8))
+    prepared = MiniMaxM2Attention.forward_prepare(Attention(False), None, hidden_states, batch(idle))
+    assert MiniMaxM2Attention.forward_core(None, prepared) is hidden_states
+
+
+def test_attention_with_tokens_projects():
+    with pytest.raises(AssertionError, match="projected"):
+        MiniMaxM2Attention.forward_prepare(Attention(False), None, SimpleNamespace(shape=(3, 8)), batch(False))
+
+
+def test_attention_that_would_leave_others_waiting_is_an_error_that_says_why():
+    with pytest.raises(AssertionError, match="would wait for this one for ever"):
+        MiniMaxM2Attention.forward_prepare(Attention(True), None, SimpleNamespace(shape=(0, 8)), batch(True))
+
+
+def captured_layers(num_layers: int, already=(), pp_ranks: int = 1):
+    """A stand-in for the model with what ``set_eagle3_layers_to_capture`` reads and writes."""
+    return SimpleNamespace(
+        pp_group=SimpleNamespace(is_last_rank=True, world_size=pp_ranks),
+        config=SimpleNamespace(num_hidden_layers=num_layers),
+        model=SimpleNamespace(layers_to_capture=list(already)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "already", "entering"),
+    [(None, [], [2, 31, 59]), ([1, 30, 61], [], [2, 31, 62]), (None, [2, 31, 62], [2, 31, 62])],
+)
+def test_eagle3_layers(asked, already, entering):
+    """The engine asks a second time, for none, before it captures graphs: what the draft model asked for stays."""
+    model = captured_layers(62, already)
+    MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(model, asked)
+    assert model.model.layers_to_capture == entering and model.capture_aux_hidden_states
+
+
+def test_eagle3_refuses_unknown_layers_and_pipelines():
+    with pytest.raises(ValueError, match=r"outputs of layers \[62\] of 62"):
+        MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62), [62])
+    with pytest.raises(ValueError, match="--pp is 2"):
+        MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62, pp_ranks=2), [3])
