@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from dataclasses import dataclass
-from types import ModuleType
 
-from sglang_minimax import overlay
-
-
-def _load_sharding() -> ModuleType:
-    """The overlay's arithmetic, by its file: with ``SGLANG_MINIMAX_OVERLAY=0`` the demo runs the stock engine,
-    which does not have it."""
-    path = os.path.join(overlay.folder(), "srt", "layers", "minimax_sharding.py")
-    spec = importlib.util.spec_from_file_location("sglang_minimax_sharding_of_demo", path)
-    assert spec is not None and spec.loader is not None, f"{path} cannot be loaded as a module"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-_sharding = _load_sharding()
+from sglang_minimax import sharding
 
 WIDEST_ON_CPU = 16
 
@@ -57,13 +38,13 @@ class ModelShape:
         if tp < 1 or dp < 1 or tp % dp:
             return f"--tp {tp} must be a multiple of --dp {dp}, and both at least 1"
         try:
-            _sharding.shard_attention(self.num_heads, self.num_kv_heads, tp // dp)
+            sharding.shard_attention(self.num_heads, self.num_kv_heads, tp // dp)
         except ValueError as error:
             return str(error)
-        experts = _sharding.ExpertShape(self.num_experts, self.expert_width)
+        experts = sharding.ExpertShape(self.num_experts, self.expert_width)
         if ep is not None:
             return experts.reason_against(tp, ep)
-        if not _sharding.working_ep_sizes(experts, tp):
+        if not sharding.working_ep_sizes(experts, tp):
             return f"no --ep divides {self.num_experts} experts of width {self.expert_width} at --tp {tp}"
         return None
 

@@ -102,7 +102,7 @@ def settle_ep_size(shape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_s
     Raises:
         ValueError: neither is possible; names the rule, the EP sizes that work, or the TP sizes where none does.
     """
-    from sglang.srt.layers.minimax_sharding import working_ep_sizes, working_tp_sizes
+    from sglang_minimax.sharding import working_ep_sizes, working_tp_sizes
 
     reason = shape.reason_against(tp_size, ep_size, moe_dp_size)
     if reason is None:
@@ -123,22 +123,51 @@ def settle_ep_size(shape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_s
 
 def _enable_fused_all_reduce(args, module: ModuleType) -> None:
     """The engine's conditions for its other mixtures of experts, for this one."""
-    device_name = module.get_device_name() or ""
-    hopper_without_its_bug = "H20" not in device_name or "H200" in device_name
     if (
         not args.enable_flashinfer_allreduce_fusion
         and not args.enforce_disable_flashinfer_allreduce_fusion
         and _is_minimax(args)
-        and (module.is_sm90_supported() or module.is_sm100_supported())
-        and args.tp_size > 1
-        and not args.enable_dp_attention
-        and args.attn_cp_size <= 1
-        and args.nnodes == 1
-        and hopper_without_its_bug
-        and args.moe_a2a_backend == "none"
+        and reason_against_fused_all_reduce(
+            device_name=module.get_device_name() or "",
+            hopper_or_blackwell=module.is_sm90_supported() or module.is_sm100_supported(),
+            tp_size=args.tp_size,
+            enable_dp_attention=args.enable_dp_attention,
+            nnodes=args.nnodes,
+            attn_cp_size=args.attn_cp_size,
+            moe_a2a_backend=args.moe_a2a_backend,
+        )
+        is None
     ):
         args.enable_flashinfer_allreduce_fusion = True
         logger.info("FlashInfer's fused all-reduce + norm is on; --enforce-disable-flashinfer-allreduce-fusion: off")
+
+
+def reason_against_fused_all_reduce(
+    *,
+    device_name: str,
+    hopper_or_blackwell: bool,
+    tp_size: int,
+    enable_dp_attention: bool,
+    nnodes: int,
+    attn_cp_size: int = 1,
+    moe_a2a_backend: str = "none",
+) -> str | None:
+    """The first condition of FlashInfer's fused all-reduce + norm that does not hold, as a clause, or None."""
+    if not hopper_or_blackwell:
+        return "it is for Hopper and Blackwell"
+    if tp_size <= 1:
+        return "one rank has nothing to reduce"
+    if enable_dp_attention:
+        return "under DP attention the ranks that attend and those that hold the experts differ"
+    if attn_cp_size > 1:
+        return "it cannot work on the groups of context parallelism"
+    if nnodes > 1:
+        return "it reaches the GPUs of one node only"
+    if "H20" in device_name and "H200" not in device_name:
+        return "it is off on H20"
+    if moe_a2a_backend != "none":
+        return f"--moe-a2a-backend {moe_a2a_backend} reduces by itself"
+    return None
 
 
 def _mark_default(cls: type, field: str, default) -> None:

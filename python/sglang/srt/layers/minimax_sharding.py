@@ -156,6 +156,25 @@ class ExpertShape:
             )
         return None
 
+    def experts_of(self, rank: int, tp_size: int, ep_size: int) -> range:
+        """The experts of which ``rank`` holds a part; neighbours share. For ``moe_dp_size`` 1."""
+        held = self.num_experts // ep_size
+        first = rank // (tp_size // ep_size) * held
+        return range(first, first + held)
+
+    def columns_of(self, rank: int, tp_size: int, ep_size: int) -> range:
+        """The columns of each of those experts that ``rank`` holds."""
+        ranks = tp_size // ep_size
+        first = rank % ranks * (self.width // ranks)
+        return range(first, first + self.width // ranks)
+
+
+def pipeline_layers(num_layers: int, stage: int, num_stages: int) -> range:
+    """The layers of one pipeline stage: where they do not divide, the last stages take one more, as in the engine."""
+    each, more = divmod(num_layers, num_stages)
+    first = stage * each + max(0, stage - (num_stages - more))
+    return range(first, first + each + (stage >= num_stages - more))
+
 
 def working_ep_sizes(shape: ExpertShape, tp_size: int, moe_dp_size: int = 1) -> list[int]:
     """The EP sizes that work at ``tp_size``, smallest first; empty where none does."""

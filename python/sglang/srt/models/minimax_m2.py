@@ -686,6 +686,15 @@ class MiniMaxM2ForCausalLM(nn.Module):
         self.weights_loaded = False
         _prepare_fused_all_reduce(config.hidden_size)
 
+    # The engine makes a KV cache for the layers from start_layer to end_layer, and for all of the model's without them.
+    @property
+    def start_layer(self) -> int:
+        return self.model.start_layer
+
+    @property
+    def end_layer(self) -> int:
+        return self.model.end_layer
+
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings(input_ids)
 

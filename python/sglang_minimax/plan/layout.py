@@ -1,0 +1,231 @@
+"""The flags a person would give the server, the rules that they must keep, and the nearest ones that do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+from sglang_minimax import sharding
+from sglang_minimax.plan.hardware import GPUS_PER_NODE, Gpu
+from sglang_minimax.plan.shape import NVFP4_GROUP, ModelShape
+from sglang_minimax.server_arguments import settle_ep_size
+
+KV_CACHE_DTYPES = {"auto": None, "bf16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Bytes of one value by ``--kv-cache-dtype``; None: what the checkpoint says."""
+
+_VOCABULARY_PADDING = 64  # the engine pads the vocabulary to a multiple of this before it divides it
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What one would give the server, under the names of its flags; None where the engine is left to choose."""
+
+    tp: int = 1
+    dp: int = 1
+    enable_dp_attention: bool = False
+    ep: int | None = None
+    pp: int = 1
+    nnodes: int = 1
+    kv_cache_dtype: str = "auto"
+    mem_fraction_static: float | None = None
+    context_length: int | None = None
+    quantization: str | None = None
+    moe_runner_backend: str = "auto"
+
+    def words(self) -> list[str]:
+        """The flags as given to the server, without those that say what the engine does anyway."""
+        words = ["--tp", str(self.tp)]
+        for flag, value, default in (
+            ("--dp", self.dp, 1),
+            ("--ep", self.ep, None),
+            ("--pp", self.pp, 1),
+            ("--nnodes", self.nnodes, 1),
+            ("--quantization", self.quantization, None),
+            ("--kv-cache-dtype", self.kv_cache_dtype, "auto"),
+            ("--mem-fraction-static", self.mem_fraction_static, None),
+            ("--context-length", self.context_length, None),
+            ("--moe-runner-backend", self.moe_runner_backend, "auto"),
+        ):
+            if value != default:
+                words += [flag, str(value)]
+        return [*words, "--enable-dp-attention"] if self.enable_dp_attention else words
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Flags as the engine settles them, with the numbers that follow. Made by :func:`settle`.
+
+    ep: the EP size in force; ``ep_chosen_because`` says why, where it was left out and 1 does not work.
+    attention_ranks: ranks of one attention-TP group.
+    dp_groups: groups of requests inside one server of ``tp * pp`` ranks: DP ranks under DP attention, else 1.
+    servers: copies of the whole model that one command starts: ``--dp`` without DP attention.
+    """
+
+    flags: Flags
+    ep: int
+    ep_chosen_because: str | None
+    attention_ranks: int
+    dp_groups: int
+    servers: int
+
+    @property
+    def tp(self) -> int:
+        return self.flags.tp
+
+    @property
+    def pp(self) -> int:
+        return self.flags.pp
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.servers
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that divide one expert's width."""
+        return self.tp // self.ep
+
+    @property
+    def vocabulary_ranks(self) -> int:
+        """Ranks that divide the embedding; the head is always divided over all of TP."""
+        return self.attention_ranks if self.dp_groups > 1 else self.tp
+
+    @property
+    def tp_ranks_per_node(self) -> int:
+        """Ranks of one TP group that share a node."""
+        return self.tp // max(self.flags.nnodes // self.pp, 1)
+
+
+def settle(flags: Flags, model: ModelShape, gpu: Gpu) -> Layout:
+    """The layout that the engine makes of ``flags``.
+
+    Raises:
+        ValueError: the first rule that fails, as a sentence. Memory is not looked at here.
+    """
+    for name in ("tp", "dp", "ep", "pp", "nnodes"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    dp_attention = flags.enable_dp_attention and flags.dp > 1
+    attention_ranks = sharding.attention_tp_size(flags.tp, flags.dp if dp_attention else 1)
+    sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, attention_ranks)
+    ep = settle_ep_size(model.experts, flags.tp, flags.ep or 1, flags.ep is None)
+    layout = Layout(
+        flags=flags,
+        ep=ep,
+        ep_chosen_because=model.experts.reason_against(flags.tp, 1) if flags.ep is None and ep != 1 else None,
+        attention_ranks=attention_ranks,
+        dp_groups=flags.dp if dp_attention else 1,
+        servers=1 if dp_attention else flags.dp,
+    )
+    for rule in (_weights_rule(layout, model), _placement_rule(layout, model), _engine_rule(layout, model, gpu)):
+        if rule is not None:
+            raise ValueError(rule)
+    return layout
+
+
+def _weights_rule(layout: Layout, model: ModelShape) -> str | None:
+    padded = padded_vocabulary(model)
+    if padded % layout.tp or padded % layout.vocabulary_ranks:
+        return f"the vocabulary, padded to {padded} words, is not a multiple of the {layout.tp} ranks that divide it"
+    quantisation = model.quantisation
+    width = model.intermediate_size // layout.expert_ranks
+    if quantisation.kind == "nvfp4" and width % NVFP4_GROUP:
+        return f"the expert width a rank, {width}, is not a multiple of the {NVFP4_GROUP} values of an NVFP4 scale"
+    if quantisation.kind != "fp8" or not quantisation.attention:
+        return None
+    shards = sharding.shard_attention(
+        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
+    )
+    rows, columns = quantisation.block
+    for what, heads in (("q", shards.q.heads_per_rank), ("k and v", shards.kv.heads_per_rank)):
+        values = heads * model.head_dim
+        cut_columns = what == "q" and layout.attention_ranks > 1  # of the output projection
+        if values % rows or (cut_columns and values % columns):
+            return (
+                f"a rank's {what} projection, {heads} heads of {model.head_dim}, is not a multiple of the "
+                f"quantisation block {rows} x {columns}"
+            )
+    return None
+
+
+def _placement_rule(layout: Layout, model: ModelShape) -> str | None:
+    flags, gpus = layout.flags, layout.gpus
+    if flags.pp > model.num_hidden_layers:
+        return f"--pp {flags.pp} is more than the {model.num_hidden_layers} layers"
+    if layout.servers > 1 and flags.nnodes > 1:
+        return f"--dp {flags.dp} without --enable-dp-attention starts copies of the server, on one node only"
+    if gpus % flags.nnodes:
+        return f"{gpus} GPUs (--tp times --pp) are not a multiple of --nnodes {flags.nnodes}"
+    if flags.pp % flags.nnodes and flags.nnodes % flags.pp:
+        return f"--pp {flags.pp} and --nnodes {flags.nnodes}: one must be a multiple of the other"
+    if gpus // flags.nnodes > GPUS_PER_NODE:
+        return (
+            f"{gpus} GPUs on {flags.nnodes} node(s) are {gpus // flags.nnodes} a node, and a node has {GPUS_PER_NODE}: "
+            f"--nnodes {-(-gpus // GPUS_PER_NODE)}"
+        )
+    return None
+
+
+def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
+    flags, quantisation = layout.flags, model.quantisation
+    if flags.kv_cache_dtype not in KV_CACHE_DTYPES:
+        return f"--kv-cache-dtype {flags.kv_cache_dtype} is not planned; these are: {', '.join(KV_CACHE_DTYPES)}"
+    if flags.context_length is not None and not 1 <= flags.context_length <= model.max_position_embeddings:
+        return (
+            f"--context-length {flags.context_length} must be between 1 and the model's "
+            f"{model.max_position_embeddings} positions"
+        )
+    if flags.mem_fraction_static is not None and not 0 < flags.mem_fraction_static < 1:
+        return f"--mem-fraction-static {flags.mem_fraction_static} must be between 0 and 1"
+    if quantisation.kind == "nvfp4" and gpu.architecture != "blackwell":
+        return f"NVFP4 weights need a Blackwell GPU, and {gpu.name} is none: --gpu b200, or a checkpoint in FP8"
+    if flags.moe_runner_backend in ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel"):
+        return (
+            f"--moe-runner-backend {flags.moe_runner_backend} chooses the experts by other rules than MiniMax-M2's "
+            f"sigmoid scores with a selection bias: leave it out"
+        )
+    if flags.moe_runner_backend == "flashinfer_cutlass":
+        if quantisation.kind == "fp8":
+            return "--moe-runner-backend flashinfer_cutlass takes NVFP4 or unquantised experts, not FP8 blocks"
+        if layout.ep not in (1, layout.tp):
+            return f"--moe-runner-backend flashinfer_cutlass needs --ep 1 or --ep {layout.tp}, and not {layout.ep}"
+    return None
+
+
+def padded_vocabulary(model: ModelShape) -> int:
+    """Rows of the embedding, and of the head, over all ranks."""
+    return -(-model.vocab_size // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
+
+
+def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:
+    """Other flags that lay the model over up to ``most_gpus`` GPUs, those that change ``flags`` least first."""
+    sizes = sorted({size for size in (1, 2, 4, 8, 16, 32, flags.tp, flags.dp, flags.pp) if 1 <= size <= most_gpus})
+    others = {}
+    for tp, pp in itertools.product(sizes, sorted({1, 2, 4, 8, max(flags.pp, 1)})):
+        if tp * pp > most_gpus:
+            continue
+        divisors = [size for size in sizes if tp % size == 0]
+        nodes = -(-tp * pp // GPUS_PER_NODE)
+        for ep, dp, nnodes in itertools.product((flags.ep, None, *divisors), divisors, (flags.nnodes, nodes)):
+            other = replace(flags, tp=tp, dp=dp, pp=pp, ep=ep, nnodes=nnodes, enable_dp_attention=dp > 1)
+            others[other] = None
+    others.pop(flags, None)
+    return sorted(others, key=lambda other: _change(flags, other))
+
+
+def _change(flags: Flags, other: Flags) -> tuple:
+    """How much ``other`` changes: the number of GPUs, how many flags, then by what factor."""
+
+    def factor(one: int | None, two: int | None) -> float:
+        return abs(math.log2(max(one or 1, 1) / max(two or 1, 1)))
+
+    names = ("tp", "dp", "ep", "pp", "nnodes")
+    changed = [name for name in names if getattr(flags, name) != getattr(other, name)]
+    return (
+        abs(flags.tp * flags.pp - other.tp * other.pp),
+        len(changed) + ("pp" in changed),  # a pipeline is another way to serve, more than another number
+        sum(factor(getattr(flags, name), getattr(other, name)) for name in names),
+        other.words(),
+    )

@@ -1,0 +1,124 @@
+"""Which paths the model takes under a layout, and why; and the command of every node."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from sglang_minimax.plan.hardware import Gpu
+from sglang_minimax.plan.layout import Layout
+from sglang_minimax.plan.shape import ModelShape
+from sglang_minimax.server_arguments import reason_against_fused_all_reduce
+
+_FUSED_UP_TO_TOKENS = 2048  # of one batch: the engine's limit for the fused all-reduce
+
+
+@dataclass(frozen=True)
+class Path:
+    """One decision: what it is about, what is taken, and why."""
+
+    name: str
+    taken: str
+    why: str
+
+
+def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
+    """The decisions of ``models/minimax_m2.py`` and of the engine under it, for a server with these flags."""
+    return [
+        _qk_norm(model, layout),
+        _fused_all_reduce(layout, gpu),
+        _expert_sum(model, layout, gpu),
+        _fp4_all_gather(model, layout),
+        _attention_backend(gpu),
+    ]
+
+
+def _qk_norm(model: ModelShape, layout: Layout) -> Path:
+    if not model.use_qk_norm:
+        return Path("QK norm", "none", "the config says use_qk_norm: false")
+    if layout.attention_ranks == 1:
+        return Path("QK norm", "on each rank alone", "a rank holds all heads of its requests")
+    return Path(
+        "QK norm",
+        f"one all-reduce over {layout.attention_ranks} ranks",
+        "q and k are normed over all heads: two float32 sums of squares a token are added up",
+    )
+
+
+def fused_all_reduce_reason(layout: Layout, gpu: Gpu) -> str | None:
+    """Why FlashInfer's fused all-reduce + norm stays off, or None where the server turns it on."""
+    return reason_against_fused_all_reduce(
+        device_name=gpu.name,
+        hopper_or_blackwell=gpu.is_hopper_or_blackwell,
+        tp_size=layout.tp,
+        enable_dp_attention=layout.dp_groups > 1,
+        nnodes=layout.flags.nnodes,
+    )
+
+
+def _fused_all_reduce(layout: Layout, gpu: Gpu) -> Path:
+    reason = fused_all_reduce_reason(layout, gpu)
+    if reason is not None:
+        return Path("fused all-reduce + norm", "off", reason)
+    return Path(
+        "fused all-reduce + norm",
+        f"on, up to {_FUSED_UP_TO_TOKENS} tokens",
+        "one node, no DP attention; off if FlashInfer cannot make its workspace",
+    )
+
+
+def fp4_all_gather_reason(model: ModelShape, layout: Layout) -> str | None:
+    """Why tokens are not gathered in FP4, or None where they are."""
+    if model.quantisation.kind != "nvfp4":
+        return "the experts are not in NVFP4"
+    if layout.dp_groups == 1:
+        return "without DP attention every rank has all tokens"
+    if layout.ep != layout.dp_groups:
+        return f"EP {layout.ep} must equal DP {layout.dp_groups}"
+    if layout.flags.moe_runner_backend != "flashinfer_cutlass":
+        return "it needs --moe-runner-backend flashinfer_cutlass"
+    return None
+
+
+def _fp4_all_gather(model: ModelShape, layout: Layout) -> Path:
+    reason = fp4_all_gather_reason(model, layout)
+    if reason is not None:
+        return Path("FP4 all-gather", "off", reason)
+    return Path("FP4 all-gather", "on", "tokens travel to the experts in NVFP4: EP equals DP, flashinfer_cutlass")
+
+
+def _expert_sum(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
+    name = "sum over experts"
+    if layout.tp == 1:
+        return Path(name, "none", "one rank holds all experts")
+    if fp4_all_gather_reason(model, layout) is None:
+        return Path(name, "the dispatcher's reduce-scatter", "FP4 all-gather gives each DP rank its tokens back")
+    if layout.dp_groups > 1:
+        return Path(
+            name,
+            "reduce-scatter",
+            "where DP ranks are padded to one length, as in decode; else the model's all-reduce",
+        )
+    if fused_all_reduce_reason(layout, gpu) is None:
+        return Path(
+            name, "in the next layer's norm", f"above {_FUSED_UP_TO_TOKENS} tokens and in the last layer: the model"
+        )
+    return Path(name, f"the model's all-reduce over {layout.tp} ranks", "no one after the experts does it")
+
+
+def _attention_backend(gpu: Gpu) -> Path:
+    backend = {"hopper": "fa3", "blackwell": "trtllm_mha", "cdna3": "aiter"}[gpu.architecture]
+    return Path("attention backend", backend, f"the engine's default on {gpu.name}; --attention-backend: another")
+
+
+def commands(model: ModelShape, layout: Layout) -> list[str]:
+    """One command a node, in the order of their ranks."""
+    flags = layout.flags
+    words = ["python", "-m", "sglang.launch_server", "--model-path", model.name, *flags.words()]
+    words += ["--tool-call-parser", "minimax-m2", "--reasoning-parser", "minimax-append-think"]
+    if flags.nnodes == 1:
+        return [shlex.join(words)]
+    return [
+        shlex.join([*words, "--node-rank", str(node), "--dist-init-addr", "FIRST_NODE:50000"])
+        for node in range(flags.nnodes)
+    ]

@@ -1,0 +1,127 @@
+"""All that is said about one layout, as plain data: what ``--json`` prints and what the screen renders."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, replace
+
+from sglang_minimax import sharding
+from sglang_minimax.plan.hardware import Gpu
+from sglang_minimax.plan.layout import Flags, Layout, neighbours, settle
+from sglang_minimax.plan.memory import BEFORE_LOADING_MIB, Memory, plan_memory
+from sglang_minimax.plan.paths import Path, commands, paths
+from sglang_minimax.plan.shape import ModelShape
+
+NUM_NEAREST = 4
+
+UNCHECKED = (
+    "Weights are the exact bytes of the parameters that the model makes. KV cache follows from the engine's formulas, "
+    f"with an estimate of {BEFORE_LOADING_MIB / 1024:.0f} GiB for what CUDA and NCCL take before. None of it was "
+    "checked against a load on a GPU."
+)
+
+
+@dataclass(frozen=True)
+class RankHolds:
+    """What one TP rank holds of every layer. Heads, experts and columns are (first, last), both included.
+
+    kv_replicas: how many ranks of its attention-TP group hold the same KV head.
+    """
+
+    rank: int
+    dp_rank: int
+    q_heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    kv_replicas: int
+    experts: tuple[int, int]
+    expert_columns: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A layout that works, with what follows from it, or a rule that fails, with the nearest layouts that keep all.
+
+    broken_rule: None where the layout works; the fields after ``nearest`` are None or empty where it does not.
+    """
+
+    model: ModelShape
+    gpu: Gpu
+    flags: Flags
+    broken_rule: str | None
+    nearest: list[Flags]
+    layout: Layout | None = None
+    ranks: list[RankHolds] = dataclasses.field(default_factory=list)
+    stages: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    memory: Memory | None = None
+    paths: list[Path] = dataclasses.field(default_factory=list)
+    commands: list[str] = dataclasses.field(default_factory=list)
+
+    def as_data(self) -> dict:
+        """For JSON: the fields of this and of what it holds, and in words what was not checked."""
+        data = dataclasses.asdict(self)
+        data["valid"] = self.broken_rule is None
+        data["nearest"] = [" ".join(flags.words()) for flags in self.nearest]
+        if self.layout is not None and self.memory is not None:
+            data["layout"]["gpus"] = self.layout.gpus
+            data["memory"]["weights_total"] = sum(self.memory.weights.values())
+            data["basis"] = UNCHECKED
+        return data
+
+
+def make_report(model: ModelShape, flags: Flags, gpu: Gpu) -> Report:
+    """What is to be said about ``flags``; a layout that cannot work is a report too."""
+    try:
+        layout = settle(flags, model, gpu)
+        memory = plan_memory(model, layout, gpu)
+    except ValueError as error:
+        return Report(model, gpu, flags, str(error).rstrip("."), nearest_that_work(model, flags, gpu))
+    stages = [sharding.pipeline_layers(model.num_hidden_layers, stage, layout.pp) for stage in range(layout.pp)]
+    return Report(
+        model, gpu, flags, None, [], layout,
+        ranks=rank_holds(model, layout),
+        stages=[(stage[0], stage[-1]) for stage in stages],
+        memory=memory,
+        paths=paths(model, layout, gpu),
+        commands=commands(model, layout),
+    )  # fmt: skip
+
+
+def rank_holds(model: ModelShape, layout: Layout) -> list[RankHolds]:
+    """What every TP rank holds, in rank order."""
+    shards = sharding.shard_attention(
+        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
+    )
+    holds = []
+    for rank in range(layout.tp):
+        dp_rank, attention_rank = divmod(rank, layout.attention_ranks)
+        parts = (
+            shards.q.heads_of(attention_rank),
+            shards.kv.heads_of(attention_rank),
+            model.experts.experts_of(rank, layout.tp, layout.ep),
+            model.experts.columns_of(rank, layout.tp, layout.ep),
+        )
+        q, kv, experts, columns = ((part[0], part[-1]) for part in parts)
+        holds.append(RankHolds(rank, dp_rank, q, kv, shards.kv.replicas, experts, columns))
+    return holds
+
+
+def nearest_that_work(model: ModelShape, flags: Flags, gpu: Gpu) -> list[Flags]:
+    """The flags that change ``flags`` least and work, on at most 16 GPUs or as many as were asked for."""
+
+    def works(other: Flags) -> bool:
+        try:
+            plan_memory(model, settle(other, model, gpu), gpu)
+        except ValueError:
+            return False
+        return True
+
+    context, fraction = flags.context_length, flags.mem_fraction_static
+    mended = replace(
+        flags,
+        context_length=context if context is None or 1 <= context <= model.max_position_embeddings else None,
+        mem_fraction_static=fraction if fraction is None or 0 < fraction < 1 else None,
+    )
+    candidates = [] if mended == flags else [mended]
+    candidates += neighbours(mended, max(16, min(flags.tp * flags.pp, 64)))
+    return list(itertools.islice(filter(works, candidates), NUM_NEAREST))

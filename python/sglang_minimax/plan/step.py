@@ -1,0 +1,305 @@
+"""A model of one decode step, and the layouts of some hardware ranked by it.
+
+The model, per layer, for a rank:
+
+    step = max(bytes read / HBM rate, operations / FP8 rate) + collectives + what a layer costs besides
+
+Its assumptions, each of which :data:`ASSUMPTIONS` says in words: it ranks layouts, it does not promise times. One
+constant is fitted to one measured step (:func:`fixed_us_per_layer`); the other measured steps are predictions, and
+:func:`errors` says how far off they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from sglang_minimax import sharding
+from sglang_minimax.plan.hardware import GPUS, GPUS_PER_NODE, Gpu
+from sglang_minimax.plan.layout import Flags, Layout, padded_vocabulary, settle
+from sglang_minimax.plan.memory import kv_bytes_per_token, plan_memory, weight_bytes
+from sglang_minimax.plan.shape import ModelShape, read_model
+
+HBM_SHARE = 0.9  # a copy on an H200 was measured at 4.3 TB/s of the datasheet's 4.8
+COLLECTIVE_US = 5.0  # an all-reduce of 16 x 3072 bfloat16 on four H200, inside a decode step, was measured at this
+NETWORK_US = 30.0  # a collective that leaves the node: assumed, not measured
+CONTEXT_TOKENS = 8192  # of one request, where --context-length is left out
+
+ASSUMPTIONS = (
+    f"HBM gives {HBM_SHARE:.0%} of the datasheet's rate (a copy on an H200 was measured at 4.3 of 4.8 TB/s)",
+    "weights of an expert are read once where a token of the batch goes to it; routing is even and independent, "
+    "and the ranks wait for the EP group to which most experts of a batch fall",
+    f"a collective takes {COLLECTIVE_US:.0f} us inside a node (measured on four H200: an all-reduce of 98 kB) and "
+    f"{NETWORK_US:.0f} us across nodes (assumed), plus its bytes at the link's or the network's datasheet rate",
+    "three collectives a layer: QK norm, attention, experts; an all-gather more under DP attention",
+    "arithmetic runs at the datasheet's dense FP8 rate, beside the memory reads",
+    "everything else costs a constant a layer, the same on every GPU and for every batch: fitted to the measured "
+    "TP4 step at batch 1 of the stock engine",
+    "pipeline stages work on parts of the batch in turn, without gaps",
+    "prefill, scheduling and sampling are left out",
+)
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A decode step that was measured: the stock engine's, TP4 on H200, FP8 blocks, dummy weights.
+
+    sglang 0.5.10.post1, ``sglang.bench_one_batch``, 62 layers, --attention-backend triton, CUDA graphs, 512 tokens
+    in and 34 out, median step; four H200 of one host, CUDA 13, torch 2.11.
+
+    Dummy weights do not route evenly. At batch 16 a layer's expert GEMMs were measured at 27.8 us, in which 4.3 TB/s
+    reads 34 of a rank's 256 expert parts; even routing would touch 102. So these steps lie between the model's two
+    predictions, for even routing and for all tokens alike, and do not say which of a real model's is nearer.
+    """
+
+    batch: int
+    ms: float
+    context: int = 529
+
+
+MEASURED = (MeasuredStep(1, 8.66), MeasuredStep(16, 9.67), MeasuredStep(64, 11.11))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step of one server. Times in milliseconds; ``batch`` counts requests of all DP groups."""
+
+    batch: int
+    memory_ms: float
+    arithmetic_ms: float
+    collectives_ms: float
+    fixed_ms: float
+
+    @property
+    def ms(self) -> float:
+        return max(self.memory_ms, self.arithmetic_ms) + self.collectives_ms + self.fixed_ms
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.batch / self.ms * 1000
+
+
+def predict(
+    model: ModelShape,
+    layout: Layout,
+    gpu: Gpu,
+    batch: int,
+    context: int,
+    fixed_us: float | None = None,
+    routed_alike: bool = False,
+) -> Step:
+    """One step of ``batch`` requests that hold ``context`` tokens each.
+
+    With pipeline stages, the time until each request has its next token: all stages, each on its part of the batch.
+
+    Args:
+        fixed_us: what a layer costs besides; None: as fitted.
+        routed_alike: all tokens go to the same experts, instead of evenly to all.
+    """
+    fixed_us = fixed_us_per_layer() if fixed_us is None else fixed_us
+    part = math.ceil(batch / layout.pp)
+    num_layers = model.num_hidden_layers
+    requests = math.ceil(part / layout.dp_groups)
+    rate = gpu.hbm_gb_per_s * 1e9 * HBM_SHARE
+    touched = _experts_touched(model, 1 if routed_alike else part)
+    read = sum(_bytes_read(model, layout, stage, touched, requests, context) for stage in range(layout.pp))
+    return Step(
+        batch,
+        read / rate * 1e3,
+        _operations(model, layout, part, requests, context) / (gpu.fp8_tflops * 1e12) * 1e3,
+        (num_layers * _collectives_us(model, layout, gpu, part) + (layout.pp - 1) * COLLECTIVE_US) / 1e3,
+        num_layers * fixed_us / 1e3,
+    )
+
+
+def _experts_touched(model: ModelShape, tokens: int) -> float:
+    """The share of the experts that some of ``tokens`` tokens goes to, routing being even and independent."""
+    return 1 - (1 - model.num_experts_per_tok / model.num_local_experts) ** tokens
+
+
+def _bytes_read(model: ModelShape, layout: Layout, stage: int, touched: float, requests: int, context: int) -> float:
+    weights = weight_bytes(model, layout, stage)
+    # Of the embedding only the rows of the batch's tokens are read: nothing beside the rest.
+    others = weights["attention"] + weights["router"] + weights["norms"] + weights["head"]
+    cache = requests * context * kv_bytes_per_token(model, layout, stage)
+    return weights["experts"] * _busiest_rank(model, layout, touched) + others + cache
+
+
+def _busiest_rank(model: ModelShape, layout: Layout, touched: float) -> float:
+    """The share of its experts that the busiest of the EP groups reads: the others wait for it.
+
+    The usual estimate of the largest of ``ep`` draws that are about normal.
+    """
+    held = model.num_local_experts // layout.ep
+    return min(1.0, touched + math.sqrt(2 * math.log(layout.ep) * touched * (1 - touched) / held))
+
+
+def _operations(model: ModelShape, layout: Layout, tokens: int, requests: int, context: int) -> float:
+    """Multiplications and additions of one rank in all its stages."""
+    shards = sharding.shard_attention(
+        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
+    )
+    q, kv = shards.q.heads_per_rank * model.head_dim, shards.kv.heads_per_rank * model.head_dim
+    attention = requests * (2 * model.hidden_size * (2 * q + 2 * kv) + 4 * q * context)
+    experts = tokens * model.num_experts_per_tok * 6 * model.hidden_size * model.intermediate_size / layout.tp
+    head = tokens * 2 * model.hidden_size * padded_vocabulary(model) / layout.tp
+    return model.num_hidden_layers * (attention + experts) + head
+
+
+def _collectives_us(model: ModelShape, layout: Layout, gpu: Gpu, tokens: int) -> float:
+    """Collectives of one layer."""
+
+    def one(ranks: int, sent_bytes: float) -> float:
+        if ranks == 1:
+            return 0.0
+        leaves = ranks > layout.tp_ranks_per_node
+        rate = gpu.network_gb_per_s if leaves else gpu.link_gb_per_s
+        return (NETWORK_US if leaves else COLLECTIVE_US) + sent_bytes * (ranks - 1) / ranks / (rate * 1e3)
+
+    hidden = tokens * model.hidden_size * 2  # bytes of all tokens in bfloat16
+    mine = hidden / layout.dp_groups
+    total = one(layout.attention_ranks, 8 * tokens / layout.dp_groups) + one(layout.attention_ranks, 2 * mine)
+    if layout.dp_groups == 1:
+        return total + one(layout.tp, 2 * hidden)
+    gathered = hidden / 4 if layout.flags.moe_runner_backend == "flashinfer_cutlass" else hidden
+    return total + one(layout.tp, gathered) + one(layout.tp, hidden)
+
+
+@functools.cache
+def fixed_us_per_layer() -> float:
+    """What a layer costs besides, in microseconds: the rest of the measured step at batch 1."""
+    measured = MEASURED[0]
+    step = _of_measured(measured, 0.0)
+    return (measured.ms - step.ms) * 1e3 / read_model("m2.5").num_hidden_layers
+
+
+def _of_measured(measured: MeasuredStep, fixed_us: float, routed_alike: bool = False) -> Step:
+    model, gpu = read_model("m2.5"), GPUS["h200"]
+    layout = settle(Flags(tp=4), model, gpu)
+    return predict(model, layout, gpu, measured.batch, measured.context, fixed_us, routed_alike)
+
+
+@dataclass(frozen=True)
+class Error:
+    """A measured step and the model's predictions of it in milliseconds, for even routing and for all tokens alike."""
+
+    measured: MeasuredStep
+    even_ms: float
+    alike_ms: float
+
+
+def errors() -> list[Error]:
+    """How far the model is off the measured steps; the first was fitted."""
+    fixed_us = fixed_us_per_layer()
+    return [
+        Error(step, _of_measured(step, fixed_us).ms, _of_measured(step, fixed_us, routed_alike=True).ms)
+        for step in MEASURED
+    ]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout of the hardware: ``copies`` servers of it, and a step of each for the goal."""
+
+    layout: Layout
+    copies: int
+    kv_tokens: int
+    step: Step
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all servers together."""
+        return self.copies * self.step.tokens_per_s
+
+
+def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> list[Candidate]:
+    """The layouts that use all ``gpus``, best first.
+
+    "latency": the shortest step of one request. "throughput": most tokens a second of all servers together, with as
+    many requests of the context length as the KV cache holds, and at most as many as CUDA graphs are captured for.
+
+    Args:
+        flags: what holds for every layout: KV-cache dtype, memory fraction, context length, quantisation.
+    """
+    context = flags.context_length or min(CONTEXT_TOKENS, model.max_position_embeddings)
+    found = []
+    for layout in _layouts(model, gpu, gpus, flags):
+        try:
+            memory = plan_memory(model, layout, gpu)
+        except ValueError:
+            continue
+        requests = memory.tokens // context
+        if requests == 0:
+            continue
+        graphs = 512 if gpu.memory_mib >= 160 * 1024 or layout.tp >= 4 else 256
+        batch = 1 if goal == "latency" else min(requests, graphs) * layout.dp_groups
+        step = predict(model, layout, gpu, batch, context)
+        found.append(Candidate(layout, gpus // layout.gpus, memory.tokens * layout.dp_groups, step))
+
+    def rank(candidate: Candidate) -> tuple:
+        # Where the model sees no difference: more room for the cache, then the plainer flags.
+        first = candidate.step.ms if goal == "latency" else -candidate.tokens_per_s
+        words = candidate.layout.flags.words()
+        return (round(first, 3), -candidate.copies * candidate.kv_tokens, len(words), words)
+
+    return sorted(found, key=rank)
+
+
+def _layouts(model: ModelShape, gpu: Gpu, gpus: int, flags: Flags):
+    """Every valid layout whose servers, together, take all the GPUs; an EP that would be chosen anyway is left out."""
+    for size in _divisors(gpus):
+        for pp in (1, 2, 4, 8):
+            if size % pp:
+                continue
+            tp, nnodes = size // pp, -(-size // GPUS_PER_NODE)
+            for dp in _divisors(tp):
+                seen = set()
+                for ep in (None, *_divisors(tp)):
+                    asked = replace(
+                        flags, tp=tp, pp=pp, dp=dp, ep=ep, nnodes=nnodes, enable_dp_attention=dp > 1,
+                    )  # fmt: skip
+                    if model.quantisation.kind == "nvfp4" and dp > 1 and dp == ep == tp:
+                        asked = replace(asked, moe_runner_backend="flashinfer_cutlass")
+                    try:
+                        layout = settle(asked, model, gpu)
+                    except ValueError:
+                        continue
+                    if (layout.ep, asked.moe_runner_backend) not in seen:
+                        seen.add((layout.ep, asked.moe_runner_backend))
+                        yield layout
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+
+
+def as_data(candidates: list[Candidate]) -> dict:
+    """For JSON: the candidates in their order, the assumptions and the error against what was measured."""
+    return {
+        "layouts": [
+            {
+                "flags": " ".join(candidate.layout.flags.words()),
+                "ep": candidate.layout.ep,
+                "servers": candidate.copies,
+                "kv_tokens": candidate.kv_tokens,
+                "step": {**dataclasses.asdict(candidate.step), "ms": candidate.step.ms},
+                "tokens_per_s": candidate.tokens_per_s,
+            }
+            for candidate in candidates
+        ],
+        "assumptions": ASSUMPTIONS,
+        "fitted_to_batch": MEASURED[0].batch,
+        "errors": [
+            {
+                "batch": error.measured.batch,
+                "measured_ms": error.measured.ms,
+                "model_ms": error.even_ms,
+                "model_ms_all_tokens_routed_alike": error.alike_ms,
+            }
+            for error in errors()
+        ],
+    }
