@@ -62,7 +62,8 @@ class ModelShape:
             return str(error)
         experts = _sharding.ExpertShape(self.num_experts, self.expert_width)
         if ep is not None:
-            return experts.reason_against(tp, ep)
+            reason: str | None = experts.reason_against(tp, ep)
+            return reason
         if not _sharding.working_ep_sizes(experts, tp):
             return f"no --ep divides {self.num_experts} experts of width {self.expert_width} at --tp {tp}"
         return None
