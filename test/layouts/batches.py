@@ -23,7 +23,8 @@ def run_rank(layout: Layout, rank: int) -> dict:
     batches = RankBatches(layout, rank)
     finish = layout.probe(batches.runner) if layout.probe else lambda: None
     loaded = time.monotonic()
-    batches.run()
+    if layout.steps:
+        batches.run()
     return {
         "tokens": batches.tokens,
         "logprobs": [np.stack(rows) if rows else None for rows in batches.logprobs],

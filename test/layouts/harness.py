@@ -112,7 +112,7 @@ def run_layout(
     Args:
         checkpoint: folder of a checkpoint in the published format.
         prompts_by_dp_rank: token ids; one list of prompts for each of the ``dp`` DP ranks, empty for an idle one.
-        steps: tokens to decode for each prompt.
+        steps: tokens to decode for each prompt; 0 loads the model and runs nothing.
         chunk: at most so many tokens of a prompt go through the model at once.
         arrivals: the turn in which each prompt arrives, indexed like the prompts; without it all arrive in turn 0.
         lengths: tokens to decode for each prompt, instead of ``steps`` for all.

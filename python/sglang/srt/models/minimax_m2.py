@@ -59,7 +59,6 @@ from sglang.srt.layers.moe import (
     should_use_flashinfer_cutlass_moe_fp4_allgather,
 )
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
-from sglang.srt.layers.moe.fused_moe_triton import fused_moe
 from sglang.srt.layers.moe.token_dispatcher import DeepEPConfig
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
@@ -686,7 +685,6 @@ class MiniMaxM2ForCausalLM(nn.Module):
         self.capture_aux_hidden_states = False
         self.weights_loaded = False
         _prepare_fused_all_reduce(config.hidden_size)
-        _sum_experts_in_one_kernel()
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings(input_ids)
@@ -767,14 +765,21 @@ def _check_experts(config: PretrainedConfig) -> None:
     """Refuses a division of the experts that cannot work, before any of their weights is allocated."""
     server_args = get_global_server_args()
     tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
+    quantisation = getattr(config, "quantization_config", None) or {}
     shape = ExpertShape(
         config.num_local_experts + server_args.ep_num_redundant_experts,
         config.intermediate_size,
-        quantisation_block(getattr(config, "quantization_config", None)),
+        quantisation_block(quantisation),
     )
     reason = shape.reason_against(tp_size, ep_size, server_args.moe_dp_size)
     if reason is not None:
         raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}")
+    if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
+        raise ValueError(
+            f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
+            f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
+            f"keeps experts whole."
+        )
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:
@@ -795,16 +800,6 @@ def _prepare_fused_all_reduce(hidden_size: int) -> None:
         log_info_on_rank0(
             logger, "FlashInfer's fused all-reduce + norm is not available here: all-reduce and norm run apart, slower."
         )
-
-
-def _sum_experts_in_one_kernel() -> None:
-    """Lets the engine sum a token's experts with its own kernel for few tokens too.
-
-    Up to 32 tokens it does so through torch.compile, which takes several times as long: docs/performance.md. Both sum
-    in float32. Only processes that serve this model are affected.
-    """
-    if is_cuda():
-        fused_moe.moe_sum_reduce_torch_compile = fused_moe.moe_sum_reduce
 
 
 EntryClass = MiniMaxM2ForCausalLM

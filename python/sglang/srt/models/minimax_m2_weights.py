@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 NAMED_FAULTS = 8  # how many faults of a kind a message names; the rest are counted
 
-# Parameters that quantisation methods allocate with a usable value and many checkpoints do not carry.
+# Parameters that quantisation methods allocate with a usable value and many checkpoints do not carry, or that they make
+# out of others once these are loaded.
 _MAY_STAY_UNFILLED = re.compile(
     r"(\.bias|_?g_idx|g_idx_sort_indices|_?zero_point|qzeros|weight_shape|input_scale|input_global_scale"
-    r"|\.(k|v|q|prob)_scale|\.workspace)$"
+    r"|\.(k|v|q|prob)_scale|\.workspace|_blockscale_swizzled)$"
 )
 
 
@@ -279,8 +280,8 @@ def _shape_fault(expected: tuple[int, ...] | None, tensor: torch.Tensor) -> str 
 
 def _dtype_fault(owner: nn.Module, param: nn.Parameter, target: Target, tensor: torch.Tensor) -> str | None:
     """A quantised weight read as a plain one, or the other way round, copies without an error and means nothing."""
-    if "scale" in target.param or not _keeps_shapes(owner):
-        return None
+    if "scale" in target.param or target.param.endswith("qzeros") or not _keeps_shapes(owner):
+        return None  # GPTQ's experts keep int32 zero points as floats, and never read them
     quantised = tensor.element_size() == 1 or not tensor.is_floating_point()
     wants_quantised = param.element_size() == 1 or not param.is_floating_point()
     if quantised == wants_quantised:

@@ -1,0 +1,210 @@
+"""AWQ, GPTQ and NVFP4 checkpoints through the loader: on every rank every parameter holds its shard, value by value.
+
+Their products run on GPUs only. Here the engine is told that there is one, builds the layers that it would build there,
+and stops behind the loading. What belongs where is cut out of the checkpoint by fractions of heads, widths and experts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from layouts.harness import LayoutFailed, run_layout
+from safetensors.torch import load_file, save_file
+from sglang.srt.layers.quantization import awq, gptq, modelopt_quant
+
+from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+
+SHAPE = SmallModel(
+    num_hidden_layers=2, hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=128,
+    num_local_experts=4, intermediate_size=512, vocab_size=512,
+)  # fmt: skip
+GROUP, FP4_GROUP, PACKED = 64, 16, 8  # values a scale, of AWQ and GPTQ and of NVFP4; 4-bit values in an int32
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a checkpoint stores a projection of [out, in].
+
+    tensors: by suffix, (dtype, shape), from out and in.
+    transposed: whether its tensors are [in, out].
+    config: what config.json says.
+    """
+
+    tensors: callable
+    transposed: bool
+    config: dict
+
+
+FORMATS = {
+    "awq": Format(
+        lambda rows, columns: {
+            "qweight": (torch.int32, (columns, rows // PACKED)),
+            "qzeros": (torch.int32, (columns // GROUP, rows // PACKED)),
+            "scales": (torch.float16, (columns // GROUP, rows)),
+        },
+        True,
+        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm",
+         "modules_to_not_convert": ["gate", "lm_head"]},
+    ),
+    "gptq": Format(
+        lambda rows, columns: {
+            "qweight": (torch.int32, (columns // PACKED, rows)),
+            "qzeros": (torch.int32, (columns // GROUP, rows // PACKED)),
+            "scales": (torch.float16, (columns // GROUP, rows)),
+            "g_idx": (torch.int32, (columns,)),
+        },
+        True,
+        {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "lm_head": False,
+         "dynamic": {}},
+    ),
+    "nvfp4": Format(
+        lambda rows, columns: {
+            "weight": (torch.uint8, (rows, columns // 2)),
+            "weight_scale": (torch.float8_e4m3fn, (rows, columns // FP4_GROUP)),
+            "weight_scale_2": (torch.float32, ()),
+            "input_scale": (torch.float32, ()),
+        },
+        False,
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": FP4_GROUP, "ignore": ["lm_head", "*gate*"]},
+    ),
+}  # fmt: skip
+
+
+def write_quantised(plain: Path, folder: Path, form: Format) -> dict[str, np.ndarray]:
+    """``plain`` with each projection's weight replaced by random tensors of ``form``. Returns these, by name."""
+    shutil.copytree(plain, folder)
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if not (name.endswith("_proj.weight") or ".experts." in name):
+            tensors[name] = tensor
+            continue
+        for suffix, (dtype, shape) in form.tensors(*tensor.shape).items():
+            values = torch.randint(0, 120, shape, generator=generator)
+            if suffix == "g_idx":  # the group of each input, the same for q, k and v, which share it
+                values = torch.arange(*shape) // GROUP
+            if suffix == "input_scale" and ".w3." in name:  # gate and up have the same input, and so one scale for it
+                values = tensors[f"{name.replace('.w3.', '.w1.').removesuffix('weight')}{suffix}"].clone()
+            values = values.to(torch.uint8).view(dtype) if dtype == torch.float8_e4m3fn else values.to(dtype)
+            tensors[f"{name.removesuffix('weight')}{suffix}"] = values
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text()) | {"quantization_config": form.config}
+    (folder / "config.json").write_text(json.dumps(config))
+    return {name: as_array(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, dict[str, np.ndarray]]]:
+    folder = tmp_path_factory.mktemp("quantised")
+    plain = write_checkpoint(folder / "plain", SHAPE)
+    return {name: (folder / name, write_quantised(plain, folder / name, form)) for name, form in FORMATS.items()}
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch) -> None:
+    """The engine chooses these layers by the GPU that it finds, and repacks what they loaded by its kernels."""
+    for module in (awq, gptq):
+        monkeypatch.setattr(module, "_is_cuda", True)
+        monkeypatch.setattr(module, "check_marlin_supported", lambda **_: True)
+        monkeypatch.setattr(module, "verify_marlin_supported", lambda *_, **__: None)
+    monkeypatch.setattr(modelopt_quant, "is_blackwell_supported", lambda: True)
+    monkeypatch.setattr(modelopt_quant, "swizzle_blockscale", torch.clone)
+    for method in (
+        awq.AWQMarlinLinearMethod, awq.AWQMoEMethod, gptq.GPTQMarlinLinearMethod, gptq.GPTQMarlinMoEMethod,
+        modelopt_quant.ModelOptFp4LinearMethod, modelopt_quant.ModelOptNvFp4FusedMoEMethod,
+    ):  # fmt: skip
+        monkeypatch.setattr(method, "process_weights_after_loading", lambda self, layer: None)
+
+
+def keep_parameters(runner):
+    """A probe: the projections' and the experts' parameters of this rank, by name, as numpy arrays."""
+    return lambda: {
+        name: as_array(param.detach())
+        for name, param in runner.model.named_parameters()
+        if "_proj." in name or ".experts." in name
+    }
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """numpy has no FP8: its bytes stand for it."""
+    return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
+
+
+def part(tensor: np.ndarray, axis: int, number: int, of: int) -> np.ndarray:
+    """The ``number``-th of ``of`` equal parts of ``tensor`` along ``axis``; all of it where it has no such axis."""
+    return np.split(tensor, of, axis)[number] if tensor.ndim > axis else tensor
+
+
+def expected_parameters(
+    tensors: dict[str, np.ndarray], form: Format, rank: int, tp: int, ep: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name of the fused parameter, what it must hold on ``rank``) for all quantised parameters."""
+    out_axis, in_axis = (1, 0) if form.transposed else (0, 1)
+    kv_shards = min(tp, SHAPE.num_key_value_heads)
+    moe_tp, per_rank = tp // ep, SHAPE.num_local_experts // ep
+    first_expert, width = rank // moe_tp * per_rank, rank % moe_tp
+    for layer in range(SHAPE.num_hidden_layers):
+        for suffix in form.tensors(256, 256):
+            attention = f"model.layers.{layer}.self_attn."
+            own_kv = rank * kv_shards // tp, kv_shards
+            rank_of = {"q": (rank, tp), "k": own_kv, "v": own_kv}
+            shards = [
+                part(tensors[f"{attention}{name}_proj.{suffix}"], out_axis, *where) for name, where in rank_of.items()
+            ]
+            yield f"{attention}qkv_proj.{suffix}", together(shards, out_axis)
+            output = part(tensors[f"{attention}o_proj.{suffix}"], in_axis, rank, tp)
+            yield f"{attention}o_proj.{suffix}", np.atleast_1d(output)
+            experts = f"model.layers.{layer}.block_sparse_moe.experts."
+            mine = range(first_expert, first_expert + per_rank)
+            if suffix == "input_scale":  # of which the engine's kernels want the largest of all experts
+                mine = range(SHAPE.num_local_experts)
+            own = [f"{experts}{expert}." for expert in mine]
+            gate_up = [
+                together([part(tensors[f"{one}{w}.{suffix}"], out_axis, width, moe_tp) for w in ("w1", "w3")], out_axis)
+                for one in own
+            ]
+            yield f"{experts}w13_{suffix}", np.stack(gate_up)
+            down = [part(tensors[f"{name}w2.{suffix}"], in_axis, width, moe_tp) for name in own]
+            yield f"{experts}w2_{suffix}", np.stack(down)
+
+
+def together(shards: list[np.ndarray], axis: int) -> np.ndarray:
+    """Shards of one fused parameter: side by side, a scalar for each, or one for all where they share it."""
+    if shards[0].ndim == 0:
+        return np.stack(shards)
+    return np.concatenate(shards, axis) if shards[0].ndim > axis else shards[0]
+
+
+ANY = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+WHOLE_EXPERTS = [(tp, ep) for tp, ep in ANY if tp == ep]
+CASES = [(name, *layout) for name in FORMATS for layout in (WHOLE_EXPERTS if name == "gptq" else ANY)]
+
+
+@pytest.mark.parametrize(("name", "tp", "ep"), CASES)
+def test_every_parameter_holds_its_shard(checkpoints, as_if_on_a_gpu, name, tp, ep):
+    folder, tensors = checkpoints[name]
+    for rank, params in enumerate(load(folder, name, tp, ep)):
+        for param, expected in expected_parameters(tensors, FORMATS[name], rank, tp, ep):
+            got = params[param]
+            assert got.shape == expected.shape, f"rank {rank}: {param} {got.shape}, not {expected.shape}"
+            assert (got == expected).all(), f"rank {rank}: {param}"
+
+
+def load(folder: Path, name: str, tp: int, ep: int) -> list[dict[str, np.ndarray]]:
+    dtype = "bfloat16" if name == "nvfp4" else "float16"
+    return run_layout(
+        folder, tp=tp, ep=ep, prompts_by_dp_rank=[[[1]]], steps=0, dtype=dtype, probe=keep_parameters, timeout_s=60
+    ).probed
+
+
+@pytest.mark.parametrize(("tp", "ep"), [layout for layout in ANY if layout not in WHOLE_EXPERTS])
+def test_gptq_experts_cut_by_width_are_refused_with_the_way_out(checkpoints, as_if_on_a_gpu, tp, ep):
+    """The engine's own allocation, of all scales on every rank, cannot be loaded by its own cutting of them."""
+    with pytest.raises(LayoutFailed, match=f"GPTQ experts cannot be divided over --tp {tp} --ep {ep}.* Use --ep {tp}"):
+        load(checkpoints["gptq"][0], "gptq", tp, ep)
