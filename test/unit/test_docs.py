@@ -47,6 +47,7 @@ OTHERS = {
     "python -m sglang_minimax.": "python/sglang_minimax",
     "sglang-minimax ": "python/sglang_minimax",
     "python -m pytest": "test",
+    "python -m uv build": "test/unit/test_overlay.py",
     "python -m uv tool run": ".pre-commit-config.yaml",
     "pre-commit": ".pre-commit-config.yaml",
     "mkdocs": "mkdocs.yml",
