@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # run as a file, which finds its neighbours by the path of its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pytest
@@ -255,10 +259,6 @@ ROWS = {
 }  # fmt: skip
 
 
-# Layouts of the table that a CPU cannot run at all, and why.
-NOT_ON_CPU: dict[str, str] = {}
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What running a row gave.
@@ -453,3 +453,9 @@ def _capture_faults(row: Row, result: LayoutResult, oracles: Oracles) -> Iterato
             largest = np.abs(captured[tuple(sequence)] - expected).max()
             if not largest < TOLERANCE:
                 yield f"rank {rank}: captured hidden states differ by up to {largest:.2e}"
+
+
+if __name__ == "__main__":
+    from layouts.proof import main
+
+    sys.exit(main())

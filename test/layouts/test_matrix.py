@@ -1,9 +1,18 @@
-"""Every row of the matrix, on this host's CPU, one core a rank or less, over gloo."""
+"""Every row of the matrix on this host's CPU, and faults in the model that the matrix must find."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
-from layouts.matrix import ROWS, Oracles, run_row
+from layouts import proof
+from layouts.harness import LayoutFailed, run_layout
+from layouts.matrix import REDUNDANT, ROWS, Oracles, Outcome, run_row, small
+from sglang.srt.models import minimax_m2
+
+from sglang_minimax.checkpoints import write_checkpoint
+from sglang_minimax.reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -16,3 +25,93 @@ def test_row(name, oracles):
     outcome = run_row(ROWS[name], oracles)
     assert not outcome.faults, "\n".join(outcome.faults)
     assert outcome.compared > 0
+
+
+def test_copies_of_experts_that_each_rank_would_choose_for_itself_are_refused(oracles):
+    checkpoint, *_ = oracles.of("2 KV heads")
+    arguments = {**REDUNDANT, "ep_dispatch_algorithm": "static"}
+    with pytest.raises(LayoutFailed, match="--ep-num-redundant-experts 4 --ep-dispatch-algorithm static need an a2a"):
+        run_layout(checkpoint, tp=2, ep=2, prompts_by_dp_rank=[[[1]]], steps=0, server_arguments=arguments)
+
+
+# --- What the matrix must find ---------------------------------------------------------------------------
+
+
+def leave_out_the_sum(monkeypatch):
+    monkeypatch.setattr(minimax_m2.MiniMaxM2MoE, "_all_reduce", lambda self, output: output)
+
+
+def sum_twice(monkeypatch):
+    once = minimax_m2.MiniMaxM2MoE._all_reduce
+    monkeypatch.setattr(minimax_m2.MiniMaxM2MoE, "_all_reduce", lambda self, output: once(self, once(self, output)))
+
+
+def norm_own_heads_alone(monkeypatch):
+    monkeypatch.setattr(minimax_m2, "attention_tensor_model_parallel_all_reduce", lambda sums: sums)
+
+
+def count_replicas_once(monkeypatch):
+    monkeypatch.setattr(minimax_m2.MiniMaxM2RMSNormTP, "reduced_count", property(lambda self: self.hidden_size))
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "found"),
+    [
+        (leave_out_the_sum, "tp2_kv8", ["experts ran 1 times and were summed 0 times", "differ by up to"]),
+        (sum_twice, "tp2_kv8", ["experts ran 1 times and were summed 2 times", "differ by up to"]),
+        (norm_own_heads_alone, "tp2_kv8", ["differ by up to"]),
+        (count_replicas_once, "tp4_kv2", ["differ by up to"]),
+    ],
+)
+def test_a_fault_in_the_model_is_found(oracles, fault, name, found):
+    faults = run_row(dataclasses.replace(ROWS[name], simulation=fault), oracles).faults
+    for said in found:
+        assert any(said in line for line in faults), faults
+    assert len(found) > 1 or len(faults) == 1
+
+
+def test_a_row_that_does_not_meet_what_it_says_is_a_fault(oracles):
+    row = dataclasses.replace(ROWS["tp2_kv8"], meets=("IDLE",), reduced_by=(frozenset({"NEXT_NORM"}),) * 3)
+    faults = run_row(row, oracles).faults
+    assert "no rank met IDLE" in faults
+    assert "layer 2 was summed by ['MODEL'], not ['NEXT_NORM']" in faults and len(faults) == 4
+
+
+def test_bfloat16_stays_near_float32(tmp_path):
+    """The same bfloat16 weights: transformers computes in float32, the ranks in bfloat16, on the same tokens."""
+    steps = 16
+    path = write_checkpoint(tmp_path, small(num_key_value_heads=2, dtype="bfloat16"))
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8]]
+    expected = Reference(path).greedy(prompts, steps)
+    tokens = [completion.tokens for completion in expected]
+    result = run_layout(
+        path, tp=4, dtype="bfloat16", prompts_by_dp_rank=[prompts], forced_tokens=[tokens], steps=steps
+    )
+    for completion, rows in zip(expected, result.logprobs[0], strict=True):
+        got = rows[np.arange(steps), completion.tokens]
+        assert np.abs(got - completion.logprobs).mean() < 0.1
+        assert np.abs(got - completion.logprobs).max() < 0.5
+
+
+# --- The document ----------------------------------------------------------------------------------------
+
+
+def test_the_table_is_written_between_its_marks_and_nowhere_else(tmp_path):
+    document = tmp_path / "proof.md"
+    document.write_text(f"before\n{proof.BEGIN}\nold\n{proof.END}\nbehind\n")
+    outcomes = {"tp2_next_norm": Outcome(1.2e-6, 1234, 2.5, [])}
+    proof.write(document, proof.table(outcomes, 60))
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("\nbehind\n") and "old" not in text
+    assert "1,234 log-probabilities" in text and "1 rows in 60 s" in text
+    assert "| tp2_next_norm | TP2 | 8 KV heads; the next norm | 2 | 1.2e-06 | 2.5 | CPU ranks, simulated: " in text
+    document.write_text("no marks")
+    with pytest.raises(ValueError, match="needs the lines"):
+        proof.write(document, "")
+
+
+def test_the_document_names_every_row():
+    """A row that was added or taken away asks for another run of the command."""
+    text = proof.DOCUMENT.read_text()
+    written = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| tp")]
+    assert written == list(ROWS)

@@ -774,12 +774,23 @@ def _check_experts(config: PretrainedConfig) -> None:
     reason = shape.reason_against(tp_size, ep_size, server_args.moe_dp_size)
     if reason is not None:
         raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}")
+    if server_args.ep_num_redundant_experts and server_args.ep_dispatch_algorithm and _ranks_route_the_same_tokens():
+        raise ValueError(
+            f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts} --ep-dispatch-algorithm "
+            f"{server_args.ep_dispatch_algorithm} need an a2a backend: without one each rank routes all tokens and "
+            f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
+            f"--moe-a2a-backend, or leave the redundant experts out."
+        )
     if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
         raise ValueError(
             f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
             f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
             f"keeps experts whole."
         )
+
+
+def _ranks_route_the_same_tokens() -> bool:
+    return get_moe_a2a_backend().is_none() and not should_use_flashinfer_cutlass_moe_fp4_allgather()
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:
