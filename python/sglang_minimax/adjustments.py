@@ -9,9 +9,13 @@ decided when the server's arguments are read, :mod:`sglang_minimax.request_check
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from typing import Any, TypeAlias
 
-Adjustment = tuple[str, Callable[[ModuleType], None]]
+# A module of the engine, or an object of one of its classes: no types come with it, and ours are not its own.
+EngineModule: TypeAlias = Any
+EngineObject: TypeAlias = Any
+
+Adjustment = tuple[str, Callable[[EngineModule], None]]
 
 
 def for_this_host() -> Iterator[Adjustment]:

@@ -22,7 +22,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def write_checkpoint(folder: str | Path, model: SmallModel | None = None) -> Pat
     return folder
 
 
-def published_config(model: SmallModel) -> dict:
+def published_config(model: SmallModel) -> dict[str, Any]:
     """``config.json`` with the published models' keys.
 
     RoPE is written twice: the engine and the published code read ``rotary_dim`` and ``rope_theta``,
@@ -234,12 +234,14 @@ class _Draw:
         self._torch = torch
         self._generator = torch.Generator().manual_seed(model.seed)
 
-    def normal(self, rows: int, columns: int, *, std=None, gain=1.0, dtype=None) -> torch.Tensor:
+    def normal(
+        self, rows: int, columns: int, *, std: float | None = None, gain: float = 1.0, dtype: str | None = None
+    ) -> torch.Tensor:
         """``[rows, columns]``; without ``std`` a projection that scales its input by ``gain``."""
         std = gain / math.sqrt(columns) if std is None else std
         return self._cast(self._torch.randn(rows, columns, generator=self._generator) * std, dtype)
 
-    def uniform(self, size: int, *, low: float, high: float, dtype=None) -> torch.Tensor:
+    def uniform(self, size: int, *, low: float, high: float, dtype: str | None = None) -> torch.Tensor:
         return self._cast(self._torch.rand(size, generator=self._generator) * (high - low) + low, dtype)
 
     def norm_weight(self, size: int) -> torch.Tensor:
@@ -282,7 +284,8 @@ def write_fp8_blocks(checkpoint: str | Path, quantised: str | Path, dequantised:
     checkpoint, quantised, dequantised = Path(checkpoint), Path(quantised), Path(dequantised)
     for folder in (quantised, dequantised):
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-    in_blocks, plain = {}, {}
+    in_blocks: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
         if name.endswith("_proj.weight") or ".experts." in name:
             values, scales, meant = _quantise_blocks(tensor)
@@ -386,7 +389,7 @@ def _corpus(num_words: int) -> Iterator[str]:
         yield " " + "".join(rng.choice(onsets) + rng.choice(nuclei) + rng.choice(codas) for _ in range(syllables))
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

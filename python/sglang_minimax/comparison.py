@@ -113,7 +113,7 @@ def compare(answer: Answer, reference: Completion, token_texts: Sequence[str], t
     Raises:
         ValueError: the answer is not as long as the reference's, or a log-probability is not a number.
     """
-    expected: Sequence = reference.tokens
+    expected: Sequence[int | str] = reference.tokens
     if answer.tokens and isinstance(answer.tokens[0], str):
         expected = token_texts
     if not len(answer.tokens) == len(answer.logprobs) == len(expected):

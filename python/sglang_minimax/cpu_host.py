@@ -17,7 +17,14 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sglang_minimax.adjustments import EngineModule, EngineObject
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +71,11 @@ def stand_in_for_gpu_kernel_library() -> None:
     sys.modules.setdefault("common_ops", stand_in)
 
 
-def ranks_on_this_host(server_args) -> int:
+def ranks_on_this_host(server_args: EngineObject) -> int:
     """How many ranks of the server run on this host and share its cores and memory."""
     replicas = 1 if server_args.enable_dp_attention else server_args.dp_size
-    return max(1, server_args.tp_size * server_args.pp_size * replicas // server_args.nnodes)
+    ranks: int = server_args.tp_size * server_args.pp_size * replicas // server_args.nnodes
+    return max(1, ranks)
 
 
 def cpu_kernels_are_installed() -> bool:
@@ -80,12 +88,12 @@ def cpu_kernels_are_installed() -> bool:
 # --- Server arguments ------------------------------------------------------------------------------------
 
 
-def choose_server_defaults(server_args: ModuleType) -> None:
+def choose_server_defaults(server_args: EngineModule) -> None:
     """The engine's defaults for ``--device cpu`` are those of a Xeon with AMX and one rank a NUMA node."""
     engine = server_args.ServerArgs._handle_cpu_backends
 
     @functools.wraps(engine)
-    def handle_cpu_backends(self) -> None:
+    def handle_cpu_backends(self: EngineObject) -> None:
         if self.device == "cpu":
             fill_in_server_defaults(self)
         engine(self)
@@ -93,7 +101,7 @@ def choose_server_defaults(server_args: ModuleType) -> None:
     server_args.ServerArgs._handle_cpu_backends = handle_cpu_backends
 
 
-def fill_in_server_defaults(args) -> None:
+def fill_in_server_defaults(args: EngineObject) -> None:
     """Chooses what the person left open in ``args``, a ``ServerArgs`` whose device is ``cpu``, in place."""
     from sglang.srt.utils import cpu_has_amx_support
 
@@ -114,7 +122,7 @@ def fill_in_server_defaults(args) -> None:
 # --- Processes, threads, memory --------------------------------------------------------------------------
 
 
-def fork_ranks(engine: ModuleType) -> None:
+def fork_ranks(engine: EngineModule) -> None:
     """The engine spawns every rank as a fresh interpreter, since a process that uses CUDA cannot be forked.
 
     Each then imports the engine for itself: 0.8 GB and 7 s of a core, sixteen times. The server's launcher uses
@@ -124,7 +132,7 @@ def fork_ranks(engine: ModuleType) -> None:
     set_environment = engine._set_envs_and_config
 
     @functools.wraps(set_environment)
-    def set_environment_and_fork(server_args) -> None:
+    def set_environment_and_fork(server_args: EngineObject) -> None:
         set_environment(server_args)
         if server_args.device != "cpu":
             return
@@ -145,7 +153,7 @@ def _is_server_launcher() -> bool:
     return (spec is not None and spec.name.startswith("sglang.")) or os.path.basename(sys.argv[0]) == "sglang"
 
 
-def refuse_pipeline_parallelism(server_args) -> None:
+def refuse_pipeline_parallelism(server_args: EngineObject) -> None:
     """The engine's pipeline scheduler orders its stages with CUDA events and streams, and would fail half-way.
 
     Raises:
@@ -158,7 +166,7 @@ def refuse_pipeline_parallelism(server_args) -> None:
         )
 
 
-def share_cores_and_loopback(model_runner: ModuleType) -> None:
+def share_cores_and_loopback(model_runner: EngineModule) -> None:
     """The engine wants a NUMA node of its own for each rank, and on ARM assumes its CPU kernels.
 
     Here the ranks share the cores: as many threads a rank as there are cores for it, at least one, and no
@@ -171,14 +179,15 @@ def share_cores_and_loopback(model_runner: ModuleType) -> None:
         model_runner._is_cpu_arm64 = False
 
     @functools.wraps(engine_binding)
-    def init_threads_binding(self) -> None:
+    def init_threads_binding(self: EngineObject) -> None:
         import torch
 
         ranks = ranks_on_this_host(self.server_args)
         numa_nodes = len(model_runner.get_cpu_ids_by_node())
         chosen = "SGLANG_CPU_OMP_THREADS_BIND" in os.environ
         if chosen or (cpu_kernels_are_installed() and ranks <= numa_nodes):
-            return engine_binding(self)
+            engine_binding(self)
+            return
         cores = sorted(os.sched_getaffinity(0))
         threads = max(1, len(cores) // ranks)
         first = self.tp_rank * threads % len(cores)
@@ -192,7 +201,7 @@ def share_cores_and_loopback(model_runner: ModuleType) -> None:
             )
 
     @functools.wraps(engine_init)
-    def init_torch_distributed(self):
+    def init_torch_distributed(self: EngineObject) -> Any:
         if self.server_args.nnodes == 1 and (loopback := _loopback_interface()):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         return engine_init(self)
@@ -206,14 +215,14 @@ def _loopback_interface() -> str | None:
 
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
-            return name
+            return str(name)
     return None
 
 
-def let_the_controller_wait(data_parallel_controller: ModuleType) -> None:
+def let_the_controller_wait(data_parallel_controller: EngineModule) -> None:
     """The engine's DP controller asks for requests without pause: a whole core, of which there are few here."""
 
-    def event_loop(self) -> None:
+    def event_loop(self: EngineObject) -> None:
         while True:
             self.soft_watchdog.feed()
             if self.recv_from_tokenizer.poll(timeout=1000):  # milliseconds; returns as soon as there is a request
@@ -222,7 +231,7 @@ def let_the_controller_wait(data_parallel_controller: ModuleType) -> None:
     data_parallel_controller.DataParallelController.event_loop = event_loop
 
 
-def share_memory(kv_cache_mixin: ModuleType) -> None:
+def share_memory(kv_cache_mixin: EngineModule) -> None:
     """The engine gives each rank's KV cache all the memory that is free on its NUMA node.
 
     That is right for one rank a node. Ranks that share a host share what is left after all of them have
@@ -232,13 +241,13 @@ def share_memory(kv_cache_mixin: ModuleType) -> None:
     engine = mixin.profile_max_num_token
 
     @functools.wraps(engine)
-    def profile_max_num_token(self, pre_model_load_memory):
+    def profile_max_num_token(self: EngineObject, pre_model_load_memory: float) -> Any:
         return engine(self, pre_model_load_memory) // ranks_on_this_host(self.server_args)
 
     mixin.profile_max_num_token = profile_max_num_token
 
 
-def count_cores_without_lscpu(common: ModuleType) -> None:
+def count_cores_without_lscpu(common: EngineModule) -> None:
     """The engine runs ``lscpu`` to learn the NUMA nodes, and a slim container has no such program.
 
     Without it all cores that this process may use are taken for one node.
@@ -246,7 +255,7 @@ def count_cores_without_lscpu(common: ModuleType) -> None:
     engine = common.parse_lscpu_topology
 
     @functools.wraps(engine)
-    def parse_lscpu_topology():
+    def parse_lscpu_topology() -> Any:
         import shutil
 
         if shutil.which("lscpu"):
@@ -259,7 +268,7 @@ def count_cores_without_lscpu(common: ModuleType) -> None:
 # --- Collectives -----------------------------------------------------------------------------------------
 
 
-def run_custom_ops_on_cpu(common: ModuleType) -> None:
+def run_custom_ops_on_cpu(common: EngineModule) -> None:
     """The engine registers its custom ops for one device type, and CPU is none of those it knows.
 
     Among them are the collectives ``inplace_all_reduce``, ``reg_all_gather_into_tensor`` and
@@ -268,7 +277,13 @@ def run_custom_ops_on_cpu(common: ModuleType) -> None:
     engine = common.direct_register_custom_op
 
     @functools.wraps(engine)
-    def direct_register_custom_op(op_name, op_func, mutates_args, fake_impl=None, target_lib=None) -> None:
+    def direct_register_custom_op(
+        op_name: str,
+        op_func: Callable[..., Any],
+        mutates_args: list[str],
+        fake_impl: Callable[..., Any] | None = None,
+        target_lib: Any = None,
+    ) -> None:
         engine(op_name, op_func, mutates_args, fake_impl, target_lib)
         import torch
 
@@ -279,24 +294,26 @@ def run_custom_ops_on_cpu(common: ModuleType) -> None:
     common.direct_register_custom_op = direct_register_custom_op
 
 
-def leave_nccl_alone(pynccl: ModuleType) -> None:
+def leave_nccl_alone(pynccl: EngineModule) -> None:
     """The engine opens a CUDA device for every group of two or more, whatever device the group is for.
 
     It does not when the NCCL library cannot be loaded, which on a host with torch's CUDA build it can.
     """
 
-    def no_nccl(library_path=None):
+    def no_nccl(library_path: str | None = None) -> None:
         raise OSError("NCCL is for CUDA devices, and this host has none")
 
     pynccl.NCCLLibrary = no_nccl
 
 
-def copy_rows_by_slicing(dp_attention: ModuleType) -> None:
+def copy_rows_by_slicing(dp_attention: EngineModule) -> None:
     """The engine moves a DP rank's rows into and out of the gathered buffer with a Triton kernel."""
     dp_attention.memcpy_triton = copy_rows
 
 
-def copy_rows(dst, src, dim: int, offset, sz, offset_src: bool) -> None:
+def copy_rows(
+    dst: torch.Tensor, src: torch.Tensor, dim: int, offset: torch.Tensor, sz: torch.Tensor, offset_src: bool
+) -> None:
     """Copies ``sz`` rows between tensors of shape [rows, ...], starting at row ``offset`` of one of them.
 
     ``offset`` (in ``src`` if ``offset_src``, else in ``dst``) and ``sz`` are integer tensors of one element.
@@ -313,7 +330,7 @@ def copy_rows(dst, src, dim: int, offset, sz, offset_src: bool) -> None:
 # --- The model -------------------------------------------------------------------------------------------
 
 
-def keep_head_counts(update_config: ModuleType) -> None:
+def keep_head_counts(update_config: EngineModule) -> None:
     """On a CPU the engine pads heads and widths until the TP size divides them, for the tiles of AMX.
 
     Padding the KV heads from 8 to 16 gives another model than replicating them does. Whatever a GPU could
@@ -322,7 +339,9 @@ def keep_head_counts(update_config: ModuleType) -> None:
     engine = update_config.adjust_config_with_unaligned_cpu_tp
 
     @functools.wraps(engine)
-    def adjust_config_with_unaligned_cpu_tp(model_config, load_config, tp_size):
+    def adjust_config_with_unaligned_cpu_tp(
+        model_config: EngineObject, load_config: EngineObject, tp_size: int
+    ) -> EngineObject:
         from sglang.srt.layers.dp_attention import get_attention_tp_size
 
         heads, kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
@@ -339,7 +358,7 @@ def can_shard_heads(attn_tp_size: int, num_heads: int, num_kv_heads: int) -> boo
     return num_heads % attn_tp_size == 0 and shares
 
 
-def keep_float32(model_config: ModuleType) -> None:
+def keep_float32(model_config: EngineModule) -> None:
     """The engine serves a float32 checkpoint in float16, for tensor cores that this host does not have.
 
     Only where no ``--dtype`` was given; float16 has too small a range for weights that nobody scaled for it.
@@ -347,7 +366,7 @@ def keep_float32(model_config: ModuleType) -> None:
     engine = model_config._get_and_verify_dtype
 
     @functools.wraps(engine)
-    def get_and_verify_dtype(config, dtype):
+    def get_and_verify_dtype(config: EngineObject, dtype: str | torch.dtype) -> torch.dtype:
         import torch
 
         stored = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
@@ -358,7 +377,7 @@ def keep_float32(model_config: ModuleType) -> None:
     model_config._get_and_verify_dtype = get_and_verify_dtype
 
 
-def leave_out_other_ranks_experts(fused_moe_native: ModuleType) -> None:
+def leave_out_other_ranks_experts(fused_moe_native: EngineModule) -> None:
     """The engine's experts in plain torch index out of bounds at expert id -1 and fail without tokens.
 
     -1 marks a token's expert that is on another EP rank, and a padded token. Those pairs of token and expert
@@ -367,7 +386,9 @@ def leave_out_other_ranks_experts(fused_moe_native: ModuleType) -> None:
     engine = fused_moe_native.moe_forward_native
 
     @functools.wraps(engine)
-    def moe_forward_native(layer, x, topk_output, moe_runner_config):
+    def moe_forward_native(
+        layer: EngineObject, x: torch.Tensor, topk_output: EngineObject, moe_runner_config: EngineObject
+    ) -> torch.Tensor:
         import torch
 
         weights, ids = topk_output.topk_weights, topk_output.topk_ids
@@ -386,7 +407,7 @@ def leave_out_other_ranks_experts(fused_moe_native: ModuleType) -> None:
     fused_moe_native.moe_forward_native = moe_forward_native
 
 
-def fill_padded_sequences(torch_native_backend: ModuleType) -> None:
+def fill_padded_sequences(torch_native_backend: EngineModule) -> None:
     """DP attention pads the batch, and asks the attention backend for the length of a sequence that pads.
 
     The engine's torch_native backend has no answer. One token: the softmax over none would be NaN.
@@ -394,7 +415,7 @@ def fill_padded_sequences(torch_native_backend: ModuleType) -> None:
     torch_native_backend.TorchNativeAttnBackend.get_cuda_graph_seq_len_fill_value = lambda self: 1
 
 
-def pin_no_memory(forward_batch_info: ModuleType) -> None:
+def pin_no_memory(forward_batch_info: EngineModule) -> None:
     """DP attention copies its token counts through pinned memory, which only an accelerator's driver can pin."""
     forward_batch_info.torch = _UnpinnedTorch(forward_batch_info.torch)
 
@@ -402,17 +423,17 @@ def pin_no_memory(forward_batch_info: ModuleType) -> None:
 class _UnpinnedTorch:
     """``torch`` for one module, whose ``tensor`` does not pin."""
 
-    def __init__(self, torch: ModuleType) -> None:
+    def __init__(self, torch: EngineModule) -> None:
         self._torch = torch
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._torch, name)
 
-    def tensor(self, data, *, pin_memory: bool = False, **options):
+    def tensor(self, data: object, *, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         return self._torch.tensor(data, **options)
 
 
-def mask_tokens_on_cpu(xgrammar_backend: ModuleType) -> None:
+def mask_tokens_on_cpu(xgrammar_backend: EngineModule) -> None:
     """The engine applies the mask of a grammar (JSON schema, regex) with a Triton kernel, or refuses.
 
     The grammar library brings the same operation for a CPU.
@@ -421,7 +442,7 @@ def mask_tokens_on_cpu(xgrammar_backend: ModuleType) -> None:
     engine = grammar.apply_vocab_mask
 
     @functools.wraps(engine)
-    def apply_vocab_mask(self, logits, vocab_mask) -> None:
+    def apply_vocab_mask(self: EngineObject, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
         import xgrammar
 
         if logits.device.type == "cpu":
@@ -432,11 +453,11 @@ def mask_tokens_on_cpu(xgrammar_backend: ModuleType) -> None:
     grammar.apply_vocab_mask = apply_vocab_mask
 
 
-def name_the_triton_kernel(common: ModuleType) -> None:
+def name_the_triton_kernel(common: EngineModule) -> None:
     """Without a driver Triton says "0 active drivers": neither which kernel nor what to do about it."""
     from triton.runtime.jit import JITFunction
 
-    def run(self, *args, **kwargs):
+    def run(self: Any, *args: object, **kwargs: object) -> None:
         raise RuntimeError(
             f"The Triton kernel {self.fn.__module__}.{self.fn.__name__} was reached, and this host has no GPU. "
             f"There is no way around it in plain torch: leave out the option that leads here, or use a GPU."

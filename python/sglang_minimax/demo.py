@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 from rich.console import Console
@@ -57,6 +58,9 @@ ANSWER_SECONDS = 300.0
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 
+RunningT = TypeVar("RunningT", bound=SessionProcess)
+
+
 class CannotRun(Exception):
     """The demo cannot run as asked; the message says why and what to do instead."""
 
@@ -83,7 +87,7 @@ def free_memory_gb() -> float:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         free.append(limit - used + int(statistics["inactive_file"]))  # page cache is given back on demand
-    return min(free) / 1e9
+    return float(min(free)) / 1e9
 
 
 def read_model(checkpoint: Path) -> tuple[ModelShape, str]:
@@ -130,7 +134,7 @@ class ReferenceRuns:
     def __init__(self, checkpoint: Path, folder: Path, interrupts: Interrupts) -> None:
         self._checkpoint, self._folder, self._interrupts = checkpoint, folder, interrupts
 
-    def ask(self, request: dict, *, dtype: str) -> list[Completion]:
+    def ask(self, request: dict[str, Any], *, dtype: str) -> list[Completion]:
         question, reply = self._folder / "request.json", self._folder / "reply.json"
         log = self._folder / "reference.log"
         question.write_text(json.dumps(request), encoding="utf-8")
@@ -144,7 +148,7 @@ class ReferenceRuns:
 
 
 @contextlib.contextmanager
-def running(interrupts: Interrupts, start):
+def running(interrupts: Interrupts, start: Callable[[], RunningT]) -> Iterator[RunningT]:
     """A :class:`SessionProcess` that is ended whatever happens: no signal comes between its start and our care."""
     with contextlib.ExitStack() as stack:
         with interrupts.deferred():
@@ -216,7 +220,7 @@ class Expected:
         ]
 
 
-def tokenize(checkpoint: Path):
+def tokenize(checkpoint: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(checkpoint)

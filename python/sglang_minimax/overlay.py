@@ -20,7 +20,8 @@ import sys
 
 TYPE_CHECKING = False  # as typing's, without importing typing in every Python process
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
+    from importlib.machinery import ModuleSpec
     from types import ModuleType
 
 ENGINE_VERSION = "0.5.10.post1"
@@ -55,14 +56,16 @@ class EngineFinder:
     def __init__(self) -> None:
         self.after_import: dict[str, list[Callable[[ModuleType], None]]] = {}
 
-    def find_spec(self, name: str, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name == "sglang":
             return self._lay_over(_find_elsewhere(self, name, path, target))
         if name in self.after_import:
             return self._adjust(_find_elsewhere(self, name, path, target), self.after_import[name])
         return None
 
-    def _lay_over(self, spec):
+    def _lay_over(self, spec: ModuleSpec | None) -> ModuleSpec | None:
         if spec is None or not spec.submodule_search_locations:
             return None
         found = _engine_version(list(spec.submodule_search_locations))
@@ -80,7 +83,7 @@ class EngineFinder:
         return spec
 
     @staticmethod
-    def _adjust(spec, adjustments: Iterable[Callable[[ModuleType], None]]):
+    def _adjust(spec: ModuleSpec | None, adjustments: Iterable[Callable[[ModuleType], None]]) -> ModuleSpec | None:
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -90,7 +93,7 @@ class EngineFinder:
             for adjust in adjustments:
                 adjust(module)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
@@ -119,7 +122,9 @@ def load_engine_module(name: str) -> ModuleType:
     raise ModuleNotFoundError(f"the engine's own {name} is in none of {list(engine.__path__)}", name=name)
 
 
-def _find_elsewhere(finder: EngineFinder, name: str, path, target):
+def _find_elsewhere(
+    finder: EngineFinder, name: str, path: Sequence[str] | None, target: ModuleType | None
+) -> ModuleSpec | None:
     """The spec that the other finders give, regular packages first.
 
     An editable install puts our ``python`` folder on ``sys.path``, where ``sglang`` looks like a namespace
@@ -129,7 +134,7 @@ def _find_elsewhere(finder: EngineFinder, name: str, path, target):
         find = getattr(other, "find_spec", None)
         if other is finder or find is None:
             continue
-        spec = find(name, path, target)
+        spec: ModuleSpec | None = find(name, path, target)
         if spec is not None and spec.origin is not None:
             return spec
     return None

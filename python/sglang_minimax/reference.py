@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def _append(completion: Completion, token: int, distribution: torch.Tensor, top_
     completion.top.append(list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
 
 
-def answer(request: dict, reference: Reference) -> list[dict]:
+def answer(request: dict[str, Any], reference: Reference) -> list[dict[str, Any]]:
     """What the command replies to ``request``: see the module's docstring.
 
     Raises:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
+from sglang_minimax.adjustments import EngineModule, EngineObject
 from sglang_minimax.server_arguments import ARCHITECTURE
 
 _INT32 = range(-(2**31), 2**31)
@@ -36,7 +36,7 @@ _STRINGS = ("json_schema", "regex", "ebnf", "structural_tag")
 _STRINGS_OR_LISTS = ("stop", "stop_regex")
 
 
-def check_requests_first(tokenizer_manager: ModuleType) -> None:
+def check_requests_first(tokenizer_manager: EngineModule) -> None:
     """Runs the checks where every endpoint hands its request over; once, after the engine's module was imported.
 
     Only for this architecture: in a multimodal model an id outside the vocabulary may mean an image.
@@ -45,13 +45,13 @@ def check_requests_first(tokenizer_manager: ModuleType) -> None:
     generate, validate = manager.generate_request, manager._validate_one_request
 
     @functools.wraps(generate)
-    def generate_request(self, obj, request=None):
+    def generate_request(self: EngineObject, obj: EngineObject, request: EngineObject = None) -> Any:
         if isinstance(obj, tokenizer_manager.GenerateReqInput) and _is_ours(self):
             check_request(obj, self.model_config.vocab_size, has_tokenizer=self.tokenizer is not None)
         return generate(self, obj, request)
 
     @functools.wraps(validate)
-    def validate_one_request(self, obj, input_ids):
+    def validate_one_request(self: EngineObject, obj: EngineObject, input_ids: list[int] | None) -> None:
         try:
             if input_ids is not None and len(input_ids) == 0 and _is_ours(self):
                 raise ValueError("the prompt has no token: there is nothing to continue. Give at least one.")
@@ -68,11 +68,11 @@ def check_requests_first(tokenizer_manager: ModuleType) -> None:
 ADJUSTMENTS = [("sglang.srt.managers.tokenizer_manager", check_requests_first)]
 
 
-def _is_ours(manager) -> bool:
+def _is_ours(manager: EngineObject) -> bool:
     return ARCHITECTURE in (manager.model_config.hf_config.architectures or [])
 
 
-def check_request(request, vocab_size: int, *, has_tokenizer: bool) -> None:
+def check_request(request: EngineObject, vocab_size: int, *, has_tokenizer: bool) -> None:
     """Checks one request or batch as it came, an engine's ``GenerateReqInput``.
 
     Args:
@@ -127,7 +127,7 @@ def check_sampling_params(parameters: Mapping[str, Any], vocab_size: int, *, has
     _check(has_tokenizer or wanted == 0, "min_new_tokens", wanted, rule + "--skip-tokenizer-init, or use ignore_eos")
 
 
-def _check_token_ids(name: str, ids, vocab_size: int) -> None:
+def _check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
     _check(isinstance(ids, (list, tuple)), name, ids, "is a list of token ids")
     for position, token in enumerate(ids):
         if not (_is_integer(token) and 0 <= token < vocab_size):
@@ -135,7 +135,7 @@ def _check_token_ids(name: str, ids, vocab_size: int) -> None:
             raise ValueError(f"{name}[{position}] is {_shown(token)}: {rule}.")
 
 
-def _check_logit_bias(bias, vocab_size: int) -> None:
+def _check_logit_bias(bias: Any, vocab_size: int) -> None:
     _check(isinstance(bias, Mapping), "logit_bias", bias, "is an object from token ids to numbers")
     for token, value in bias.items():
         in_vocabulary = str(token).isdecimal() and int(token) < vocab_size
@@ -143,32 +143,32 @@ def _check_logit_bias(bias, vocab_size: int) -> None:
         _check(_is_number(value) and not math.isnan(value), f"logit_bias[{token}]", value, "is a number")
 
 
-def _each(ids) -> Iterable:
+def _each(ids: Any) -> Iterable[Any]:
     """``ids`` as a list of prompts, whether one was given or several."""
     if ids is None:
         return []
     return ids if len(ids) and isinstance(ids[0], (list, tuple)) else [ids]
 
 
-def _listed(value) -> Iterable:
+def _listed(value: Any) -> Iterable[Any]:
     if value is None:
         return []
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _is_integer(value) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, float) or _is_integer(value)
 
 
-def _check(holds: bool, name: str, value, rule: str) -> None:
+def _check(holds: bool, name: str, value: object, rule: str) -> None:
     if not holds:
         raise ValueError(f"{name}={_shown(value)} cannot be: {name} {rule}.")
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

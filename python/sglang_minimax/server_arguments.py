@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from types import ModuleType
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_minimax.adjustments import EngineModule, EngineObject
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.minimax_sharding import ExpertShape
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 
@@ -21,7 +27,7 @@ class LeftAlone(int):
     """A default that can be told from the same value given on the command line."""
 
 
-def adjust_server_args(module: ModuleType) -> None:
+def adjust_server_args(module: EngineModule) -> None:
     """Lets ``ServerArgs`` decide for this architecture; runs once, after ``sglang.srt.server_args`` was imported."""
     server_args = module.ServerArgs
     _mark_default(server_args, "ep_size", LeftAlone(1))
@@ -30,12 +36,20 @@ def adjust_server_args(module: ModuleType) -> None:
     _run_before(server_args, "_handle_moe_kernel_config", _settle_layout)
 
 
-def announce_overlay(module: ModuleType) -> None:
+def announce_overlay(module: EngineModule) -> None:
     """Says in the server's log, once and from rank 0, what is laid over what."""
     configure_scheduler = module.configure_scheduler
 
     @functools.wraps(configure_scheduler)
-    def announced(server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank):
+    def announced(
+        server_args: EngineObject,
+        tp_rank: int,
+        attn_cp_rank: int,
+        moe_dp_rank: int,
+        moe_ep_rank: int,
+        pp_rank: int,
+        dp_rank: int | None,
+    ) -> int | None:
         dp_rank = configure_scheduler(
             server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank
         )
@@ -55,11 +69,11 @@ ADJUSTMENTS = [
 ]
 
 
-def _is_minimax(args) -> bool:
+def _is_minimax(args: EngineObject) -> bool:
     return ARCHITECTURE in (args.get_model_config().hf_config.architectures or [])
 
 
-def _settle_layout(args) -> None:
+def _settle_layout(args: EngineObject) -> None:
     """Checks heads and experts against the ranks, and chooses EP where that was left open.
 
     Raises:
@@ -96,7 +110,7 @@ def _settle_layout(args) -> None:
         args.ep_size = ep_size
 
 
-def settle_ep_size(shape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_size: int = 1) -> int:
+def settle_ep_size(shape: ExpertShape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_size: int = 1) -> int:
     """The EP size to use: the given one if it works, else, if it was left alone, the smallest that does.
 
     Raises:
@@ -121,7 +135,7 @@ def settle_ep_size(shape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_s
     raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}. {way_out}.")
 
 
-def _enable_fused_all_reduce(args, module: ModuleType) -> None:
+def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
     """The engine's conditions for its other mixtures of experts, for this one."""
     if (
         not args.enable_flashinfer_allreduce_fusion
@@ -170,12 +184,12 @@ def reason_against_fused_all_reduce(
     return None
 
 
-def _mark_default(cls: type, field: str, default) -> None:
+def _mark_default(cls: Any, field: str, default: object) -> None:
     """Gives a dataclass another default, for the command line (the class attribute) and for calls."""
     initialise = cls.__init__
 
     @functools.wraps(initialise)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: EngineObject, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault(field, default)
         initialise(self, *args, **kwargs)
 
@@ -183,22 +197,22 @@ def _mark_default(cls: type, field: str, default) -> None:
     cls.__init__ = __init__
 
 
-def _run_before(cls: type, method: str, function) -> None:
+def _run_before(cls: type, method: str, function: Callable[[EngineObject], None]) -> None:
     original = getattr(cls, method)
 
     @functools.wraps(original)
-    def wrapped(self, *args, **kwargs):
+    def wrapped(self: EngineObject, *args: Any, **kwargs: Any) -> Any:
         function(self)
         return original(self, *args, **kwargs)
 
     setattr(cls, method, wrapped)
 
 
-def _run_after(cls: type, method: str, function) -> None:
+def _run_after(cls: type, method: str, function: Callable[[EngineObject], None]) -> None:
     original = getattr(cls, method)
 
     @functools.wraps(original)
-    def wrapped(self, *args, **kwargs):
+    def wrapped(self: EngineObject, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         function(self)
         return result

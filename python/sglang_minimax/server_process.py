@@ -21,6 +21,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -68,7 +69,7 @@ class SessionProcess:
     def __enter__(self) -> SessionProcess:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def has_ended(self) -> bool:
@@ -184,7 +185,7 @@ class StartProgress:
 class Server(SessionProcess):
     """The engine's HTTP server on this host's loopback interface."""
 
-    def __init__(self, command: Sequence[str], log: Path, *, port: int, **kwargs) -> None:
+    def __init__(self, command: Sequence[str], log: Path, *, port: int, **kwargs: Any) -> None:
         # The engine asks itself through HTTP while it warms up, and a proxy would be in the way.
         environment = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
         super().__init__(command, log, environment=environment, **kwargs)
@@ -210,7 +211,7 @@ class Server(SessionProcess):
                 raise ServerError(f"no server after {timeout_seconds:.0f} s:\n{self.end_of_log()}")
             time.sleep(_POLL_SECONDS)
 
-    def post(self, path: str, body: dict, *, timeout_seconds: float) -> dict | list:
+    def post(self, path: str, body: dict[str, Any], *, timeout_seconds: float) -> Any:
         """The JSON that the server replies to ``body``.
 
         Raises:
@@ -234,7 +235,7 @@ class Server(SessionProcess):
     def _is_healthy(self) -> bool:
         try:
             with self._opener.open(self._url + "/health", timeout=5) as reply:
-                return reply.status == 200
+                return int(reply.status) == 200
         except OSError:  # not listening yet, or still warming up (503)
             return False
 
@@ -288,7 +289,7 @@ class Interrupts:
         self._before = {signum: signal.signal(signum, self._handle) for signum in self._SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -304,7 +305,7 @@ class Interrupts:
                 self._pending = None
                 raise Interrupted(pending)
 
-    def _handle(self, signum: int, _frame) -> None:
+    def _handle(self, signum: int, _frame: object) -> None:
         if self._depth:
             self._pending = signum
         else:

@@ -235,3 +235,28 @@ print(origin(None))
     assert origins() == [f"{root}/sglang/srt/models/minimax_m2.py"] * 2
     subprocess.run([*uv, "uninstall", "-q", "--python", str(python), "sglang-minimax"], check=True)
     assert origins() == stock
+
+
+def test_the_wheel_beside_the_real_engine(wheel, tmp_path):
+    """In a fresh environment that sees this one's packages: the wheel's model is the one that the engine registers."""
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    install = [sys.executable, "-m", "uv", "pip", "install", "-q", "--offline", "--no-deps", "--python", str(python)]
+    subprocess.run([*install, str(wheel)], check=True)
+    import sglang  # only its place: this process may have another model in front
+
+    engine = Path(sglang.__path__[-1]).parent
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "zz_engine.pth").write_text(f"{engine}\n")
+    code = """
+from sglang.srt.models.registry import ModelRegistry
+model, name = ModelRegistry.resolve_model_cls(["MiniMaxM2ForCausalLM"])
+import sys
+print(name, sys.modules[model.__module__].__file__)
+"""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SGLANG", "PYTHON"))}
+    seen = subprocess.run([python, "-c", code], capture_output=True, text=True, env=clean, timeout=300)
+    assert seen.returncode == 0, seen.stderr
+    packed = site / "sglang_minimax/laid_over/sglang/srt/models/minimax_m2.py"
+    assert seen.stdout.split()[-2:] == ["MiniMaxM2ForCausalLM", str(packed)]

@@ -18,7 +18,7 @@ _engine = load_engine_module(__name__)
 globals().update({name: value for name, value in vars(_engine).items() if not name.startswith("__")})
 
 
-class RMSNorm(_engine.RMSNorm):
+class RMSNorm(_engine.RMSNorm):  # type: ignore[name-defined]
     """The engine's RMSNorm; see there for the arguments.
 
     ``forward(x, residual, post_residual_addition)`` takes x of shape [tokens, hidden_size], and returns the normed

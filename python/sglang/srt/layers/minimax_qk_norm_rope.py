@@ -35,6 +35,7 @@ from sglang.srt.layers.minimax_sharding import shard_attention
 from sglang.srt.layers.minimax_sum_exchange import (
     PEER_TIMEOUT_SECONDS,
     ROWS_PER_CTA,
+    SumExchange,
     await_sums,
     epoch_of,
     exchange_of,
@@ -130,7 +131,7 @@ class QKNormRope:
         self.peer_timeout_ms = int(peer_timeout_seconds * 1000)
         self.device = torch.device(device)
         self.heads_block = triton.next_power_of_2(self.num_heads + 2 * self.num_kv_heads)
-        self.exchange = None
+        self.exchange: SumExchange | None = None
         self._run = self._choose(slot)
         self._handle = len(_operators)
         _operators.append(self)
@@ -260,6 +261,7 @@ class QKNormRope:
         self._launch(qkv.shape[0], self.single_plan, qkv, *arguments, sums=sums)
 
     def _run_exchange(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        assert self.exchange is not None, "this path is chosen only where there is an exchange"
         multiprocessors = self.exchange.num_multiprocessors
         limit = self.plans[-1].ctas_per_sm * multiprocessors * ROWS_PER_CTA
         for start in range(0, qkv.shape[0], limit):

@@ -35,7 +35,7 @@ from sglang.srt.distributed import (
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
 from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
-from sglang.srt.layers import flashinfer_comm_fusion
+from sglang.srt.layers import flashinfer_comm_fusion  # type: ignore[attr-defined]
 from sglang.srt.layers.communicator import (
     FUSE_ALLREDUCE_MAX_BATCH_SIZE,
     LayerCommunicator,

@@ -79,8 +79,9 @@ def resolve_weight_name(
     expert = _EXPERT.match(name)
     if expert:
         fused = "w2" if expert["shard"] == "w2" else "w13"
-        target = Target(f"{expert['experts']}.{fused}_{expert['kind']}", expert["shard"], int(expert["expert"]))
-        in_model = target.expert < model.config.num_local_experts
+        number = int(expert["expert"])
+        target: Target | None = Target(f"{expert['experts']}.{fused}_{expert['kind']}", expert["shard"], number)
+        in_model = number < model.config.num_local_experts
     else:
         target, in_model = _dense_target(name, params), True
 
@@ -154,7 +155,7 @@ class CheckedWeights:
             self.faults["belong to no parameter, and to nothing that is known to be skipped"].append(
                 f"{name} {tuple(tensor.shape)}"
             )
-        elif targets != SKIPPED:
+        elif isinstance(targets, list):
             for target in targets:
                 self._load_one(name, tensor, target, whole)
 
