@@ -19,4 +19,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(subcommand)
         subcommand.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    exit_code: int = arguments.run(arguments)
+    return exit_code

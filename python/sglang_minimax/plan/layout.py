@@ -202,7 +202,7 @@ def padded_vocabulary(model: ModelShape) -> int:
 def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:
     """Other flags that lay the model over up to ``most_gpus`` GPUs, those that change ``flags`` least first."""
     sizes = sorted({size for size in (1, 2, 4, 8, 16, 32, flags.tp, flags.dp, flags.pp) if 1 <= size <= most_gpus})
-    others = {}
+    others: dict[Flags, None] = {}
     for tp, pp in itertools.product(sizes, sorted({1, 2, 4, 8, max(flags.pp, 1)})):
         if tp * pp > most_gpus:
             continue
@@ -215,7 +215,7 @@ def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:
     return sorted(others, key=lambda other: _change(flags, other))
 
 
-def _change(flags: Flags, other: Flags) -> tuple:
+def _change(flags: Flags, other: Flags) -> tuple[int, int, float, list[str]]:
     """How much ``other`` changes: the number of GPUs, how many flags, then by what factor."""
 
     def factor(one: int | None, two: int | None) -> float:

@@ -54,7 +54,7 @@ def show_report(report: Report, console: Console) -> None:
 
 def _show_broken(report: Report, title: str, console: Console) -> None:
     console.print(f"[bold red]not valid[/]  {escape(title)}")
-    console.print(escape(report.broken_rule + "."))
+    console.print(escape(f"{report.broken_rule}."))
     if not report.nearest:
         console.print("No change of --tp, --dp, --ep, --pp and --nnodes on up to 16 such GPUs works.")
         return

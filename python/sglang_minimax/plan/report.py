@@ -57,7 +57,7 @@ class Report:
     paths: list[Path] = dataclasses.field(default_factory=list)
     commands: list[str] = dataclasses.field(default_factory=list)
 
-    def as_data(self) -> dict:
+    def as_data(self) -> dict[str, object]:
         """For JSON: the fields of this and of what it holds, and in words what was not checked."""
         data = dataclasses.asdict(self)
         data["valid"] = self.broken_rule is None

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from sglang_minimax.sharding import ExpertShape, quantisation_block
 
@@ -176,7 +177,7 @@ def _from_folder(model: str, folder: Path) -> ModelShape:
     return shape_of_config(config, model)
 
 
-def shape_of_config(config: dict, name: str) -> ModelShape:
+def shape_of_config(config: dict[str, Any], name: str) -> ModelShape:
     """The shape that a config.json describes.
 
     Raises:
@@ -209,7 +210,7 @@ def shape_of_config(config: dict, name: str) -> ModelShape:
     )
 
 
-def _kv_cache_is_fp8(quantization: dict | None) -> bool:
+def _kv_cache_is_fp8(quantization: dict[str, Any] | None) -> bool:
     """Whether ``--kv-cache-dtype auto`` means FP8, as modelopt's checkpoints may ask for."""
     quantization = quantization or {}
     scheme = quantization.get("kv_cache_scheme") or quantization.get("kv_cache_quant_algo") or ""
@@ -218,7 +219,7 @@ def _kv_cache_is_fp8(quantization: dict | None) -> bool:
     return scheme.upper() in ("FP8", "FLOAT8")
 
 
-def _quantisation(quantization: dict | None, num_layers: int, name: str) -> Quantisation:
+def _quantisation(quantization: dict[str, Any] | None, num_layers: int, name: str) -> Quantisation:
     if not quantization:
         return Quantisation()
     method, algorithm = quantization.get("quant_method"), str(quantization.get("quant_algo") or "").upper()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sglang_minimax import sharding
@@ -238,7 +239,7 @@ def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> l
         step = predict(model, layout, gpu, batch, context)
         found.append(Candidate(layout, gpus // layout.gpus, memory.tokens * layout.dp_groups, step))
 
-    def rank(candidate: Candidate) -> tuple:
+    def rank(candidate: Candidate) -> tuple[object, ...]:
         # Where the model sees no difference: more room for the cache, then the plainer flags.
         first = candidate.step.ms if goal == "latency" else -candidate.tokens_per_s
         words = candidate.layout.flags.words()
@@ -247,7 +248,7 @@ def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> l
     return sorted(found, key=rank)
 
 
-def _layouts(model: ModelShape, gpu: Gpu, gpus: int, flags: Flags):
+def _layouts(model: ModelShape, gpu: Gpu, gpus: int, flags: Flags) -> Iterator[Layout]:
     """Every valid layout whose servers, together, take all the GPUs; an EP that would be chosen anyway is left out."""
     for size in _divisors(gpus):
         for pp in (1, 2, 4, 8):
@@ -277,7 +278,7 @@ def _divisors(number: int) -> list[int]:
 
 
 
-def as_data(candidates: list[Candidate]) -> dict:
+def as_data(candidates: list[Candidate]) -> dict[str, object]:
     """For JSON: the candidates in their order, the assumptions and the error against what was measured."""
     return {
         "layouts": [
