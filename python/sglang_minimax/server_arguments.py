@@ -83,23 +83,19 @@ def _settle_layout(args: EngineObject) -> None:
     args.ep_size = int(args.ep_size)
     if not _is_minimax(args):
         return
-    from sglang.srt.layers.minimax_sharding import ExpertShape, attention_tp_size, quantisation_block, shard_attention
+    from sglang.srt.layers.minimax_sharding import attention_tp_size, expert_shape_of, shard_attention
 
     config = args.get_model_config().hf_config
     attention_ranks = attention_tp_size(
         args.tp_size, args.dp_size if args.enable_dp_attention else 1, args.attn_cp_size
     )
     shard_attention(config.num_attention_heads, config.num_key_value_heads, attention_ranks)
-    shape = ExpertShape(
-        config.num_local_experts + args.ep_num_redundant_experts,
-        config.intermediate_size,
-        quantisation_block(getattr(config, "quantization_config", None)),
-    )
+    shape = expert_shape_of(config, args.ep_num_redundant_experts)
     if args.moe_a2a_backend != "none":
-        left_alone, args_ep_size = False, args.tp_size  # an a2a backend always takes all ranks for EP
-    else:
-        args_ep_size = args.ep_size
-    ep_size = settle_ep_size(shape, args.tp_size, args_ep_size, left_alone, args.moe_dp_size)
+        # Such a backend always takes all ranks for EP; the engine sets that next.
+        settle_ep_size(shape, args.tp_size, args.tp_size, left_alone=False, moe_dp_size=args.moe_dp_size)
+        return
+    ep_size = settle_ep_size(shape, args.tp_size, args.ep_size, left_alone, args.moe_dp_size)
     if left_alone and ep_size != args.ep_size:
         # A warning, since the engine sets up its log only after it has read the arguments, and drops what is less.
         logger.warning(

@@ -176,6 +176,15 @@ def pipeline_layers(num_layers: int, stage: int, num_stages: int) -> range:
     return range(first, first + each + (stage >= num_stages - more))
 
 
+def expert_shape_of(config, num_redundant: int = 0) -> ExpertShape:
+    """The experts of a model's ``config``, any object with its attributes, with ``num_redundant`` copies of experts."""
+    return ExpertShape(
+        config.num_local_experts + num_redundant,
+        config.intermediate_size,
+        quantisation_block(getattr(config, "quantization_config", None)),
+    )
+
+
 def working_ep_sizes(shape: ExpertShape, tp_size: int, moe_dp_size: int = 1) -> list[int]:
     """The EP sizes that work at ``tp_size``, smallest first; empty where none does."""
     return [ep for ep in range(1, tp_size + 1) if shape.works(tp_size, ep, moe_dp_size)]

@@ -52,7 +52,7 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
-from sglang.srt.layers.minimax_sharding import ExpertShape, quantisation_block, shard_attention, shard_heads
+from sglang.srt.layers.minimax_sharding import expert_shape_of, shard_attention, shard_heads
 from sglang.srt.layers.moe import (
     get_moe_a2a_backend,
     get_moe_runner_backend,
@@ -268,13 +268,18 @@ class ExpertReduction(Enum):
 
     @classmethod
     def of(cls, communicator: LayerCommunicator, forward_batch: ForwardBatch) -> ExpertReduction:
-        if not get_moe_a2a_backend().is_none() or should_use_flashinfer_cutlass_moe_fp4_allgather():
+        if _has_dispatcher():
             return cls.DISPATCHER
         if communicator.should_use_reduce_scatter(forward_batch):
             return cls.REDUCE_SCATTER
         if communicator.should_fuse_mlp_allreduce_with_next_layer(forward_batch):
             return cls.NEXT_NORM
         return cls.MODEL
+
+
+def _has_dispatcher() -> bool:
+    """Whether tokens travel to their experts, each from one rank. Without, every rank routes all tokens."""
+    return not get_moe_a2a_backend().is_none() or should_use_flashinfer_cutlass_moe_fp4_allgather()
 
 
 class MiniMaxM2MoE(nn.Module):
@@ -774,32 +779,24 @@ def _check_experts(config: PretrainedConfig) -> None:
     """Refuses a division of the experts that cannot work, before any of their weights is allocated."""
     server_args = get_global_server_args()
     tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
-    quantisation = getattr(config, "quantization_config", None) or {}
-    shape = ExpertShape(
-        config.num_local_experts + server_args.ep_num_redundant_experts,
-        config.intermediate_size,
-        quantisation_block(quantisation),
-    )
+    shape = expert_shape_of(config, server_args.ep_num_redundant_experts)
     reason = shape.reason_against(tp_size, ep_size, server_args.moe_dp_size)
     if reason is not None:
         raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}")
-    if server_args.ep_num_redundant_experts and server_args.ep_dispatch_algorithm and _ranks_route_the_same_tokens():
+    if server_args.ep_num_redundant_experts and server_args.ep_dispatch_algorithm and not _has_dispatcher():
         raise ValueError(
             f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts} --ep-dispatch-algorithm "
             f"{server_args.ep_dispatch_algorithm} need an a2a backend: without one each rank routes all tokens and "
             f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
             f"--moe-a2a-backend, or leave the redundant experts out."
         )
+    quantisation = getattr(config, "quantization_config", None) or {}
     if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
         raise ValueError(
             f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
             f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
             f"keeps experts whole."
         )
-
-
-def _ranks_route_the_same_tokens() -> bool:
-    return get_moe_a2a_backend().is_none() and not should_use_flashinfer_cutlass_moe_fp4_allgather()
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:
