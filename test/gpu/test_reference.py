@@ -5,6 +5,8 @@
 The servers are small, so they start side by side on the same GPUs, a few at a time, and are asked for 16 greedy
 tokens to several prompts in one batch. They compute in bfloat16. How far that alone moves an answer is measured on the
 reference: its float32 tokens scored by itself in bfloat16.
+
+Four ranks and more also run as nodes of one rank each, several of them on one GPU: see nodes.py.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from pathlib import Path
 
 import pytest
 from gpu.host import NUM_GPUS, needs_gpus
+from gpu.nodes import serve_on_nodes, shared_gpu_environment
 
 from sglang_minimax import comparison
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
 from sglang_minimax.comparison import Answer, Comparison
 from sglang_minimax.reference import Completion, Reference
-from sglang_minimax.server_process import Server, ServerError, free_port
+from sglang_minimax.server_process import ServerError
 
 MAX_NEW_TOKENS = 16
 SERVERS_AT_ONCE = int(os.environ.get("SGLANG_MINIMAX_TEST_SERVERS", "4"))
@@ -50,6 +53,7 @@ MODEL = SmallModel(
 MODELS = {
     "2 KV heads": MODEL,
     "1 KV head": dataclasses.replace(MODEL, num_key_value_heads=1),  # TP2 puts it on both ranks
+    "8 KV heads": dataclasses.replace(MODEL, num_key_value_heads=8),  # TP16 puts each on two ranks, as published
     "11 experts": dataclasses.replace(MODEL, num_local_experts=11),
     # 384 / 2 = 192 and 384 / 4 = 96 are no multiples of the FP8 block, like the published 1536 / 8 and 1536 / 16.
     "FP8": dataclasses.replace(MODEL, intermediate_size=384),
@@ -58,13 +62,17 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A server: its name, how many GPUs it takes, its arguments, the model, and whether stock or ours."""
+    """A server: its name, how many GPUs it takes, its arguments, the model, whether stock or ours, and how many nodes.
+
+    Nodes of one rank each share the GPUs in turn, where there are more of them.
+    """
 
     name: str
     gpus: int
     arguments: str
     model: str = "2 KV heads"
     stock: bool = False
+    nodes: int = 1
 
 
 NO_GRAPHS = " --disable-cuda-graph"
@@ -97,6 +105,12 @@ OURS = [
     Case("TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS),
     Case("TP4 DP2", 4, "--tp 4 --dp 2 --enable-dp-attention"),
     Case("TP4 DP4 EP4", 4, DP4 + " --ep 4"),
+    Case("TP4 on four nodes", 2, "--tp 4", nodes=4),
+    Case("TP4 on four nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=4),
+    Case("TP4 FP8 on four nodes, EP chosen", 2, "--tp 4", model="FP8", nodes=4),
+    Case("TP4 DP4 on four nodes", 2, DP4, nodes=4),
+    Case("TP4 DP4 on four nodes without graphs", 2, DP4 + NO_GRAPHS, nodes=4),
+    Case("TP16 on sixteen nodes", 2, "--tp 16", model="8 KV heads", nodes=16),
 ]
 STOCK_RIGHT = [
     Case("stock TP2", 2, "--tp 2", stock=True),
@@ -105,12 +119,15 @@ STOCK_RIGHT = [
 STOCK_WRONG = [
     Case("stock TP2 of one KV head", 2, "--tp 2", model="1 KV head", stock=True),
     Case("stock TP4", 4, "--tp 4", stock=True),
+    Case("stock TP4 on four nodes", 2, "--tp 4", stock=True, nodes=4),
 ]
 STOCK_CRASHES = [
     Case("stock TP2 DP2", 2, DP2, stock=True),
     Case("stock TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS, stock=True),
     Case("stock TP4 DP4", 4, DP4, stock=True),
     Case("stock TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS, stock=True),
+    Case("stock TP4 DP4 on four nodes", 2, DP4, stock=True, nodes=4),
+    Case("stock TP4 DP4 on four nodes without graphs", 2, DP4 + NO_GRAPHS, stock=True, nodes=4),
 ]
 
 
@@ -150,7 +167,8 @@ def outcomes(request, checkpoints, oracles, tmp_path_factory) -> dict[str, list[
                 )
             ]
         except ServerError as error:
-            return ServerError(f"{error}\n{log_of(case, logs).read_text(errors='replace')}")
+            texts = [log.read_text(errors="replace") for log in logs_of(case, logs)]
+            return ServerError("\n".join([str(error), *texts]))
 
     with ThreadPoolExecutor(SERVERS_AT_ONCE) as pool:
         found = dict(zip((case.name for case in cases), pool.map(outcome, cases), strict=True))
@@ -159,14 +177,18 @@ def outcomes(request, checkpoints, oracles, tmp_path_factory) -> dict[str, list[
 
 
 def ask(case: Case, checkpoint: Path, logs: Path) -> list[Answer]:
-    port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
-    command += case.arguments.split()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), *case.arguments.split()]
     command += ["--attention-backend", "triton", "--grammar-backend", "none", "--disable-piecewise-cuda-graph"]
     command += ["--cuda-graph-bs", "1", "2", "4", "8", "--max-total-tokens", "16384", "--mem-fraction-static", "0.7"]
-    command = ["env", f"SGLANG_MINIMAX_OVERLAY={int(not case.stock)}", *command]
-    with Server(command, log_of(case, logs), port=port) as server:
-        server.wait_until_ready(START_SECONDS, on_progress=lambda _: None)
+    if case.nodes > 1:  # the engine's own all-reduce wants each rank of a host to have its GPU
+        command += ["--disable-custom-all-reduce"]
+
+    def environment_of(rank: int) -> dict[str, str]:
+        overlay = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))}
+        return overlay | (shared_gpu_environment(rank, NUM_GPUS) if case.nodes > 1 else {})
+
+    with serve_on_nodes(command, case.nodes, logs_of(case, logs), environment_of) as server:
+        server.wait_until_ready(START_SECONDS)
         replies = server.post(
             "/generate",
             {
@@ -187,8 +209,10 @@ def ask(case: Case, checkpoint: Path, logs: Path) -> list[Answer]:
     ]
 
 
-def log_of(case: Case, logs: Path) -> Path:
-    return logs / (re.sub(r"\W+", "_", case.name) + ".log")
+def logs_of(case: Case, logs: Path) -> list[Path]:
+    """One a node."""
+    name = re.sub(r"\W+", "_", case.name)
+    return [logs / (f"{name}.node{node}.log" if node else f"{name}.log") for node in range(case.nodes)]
 
 
 def describe(outcome: list[Comparison] | ServerError) -> dict:
