@@ -3,8 +3,9 @@
     python -m pytest test/gpu/test_reference.py            four GPUs for all of it; fewer skip what they cannot run
 
 The servers are small, so they start side by side on the same GPUs, a few at a time, and are asked for 16 greedy
-tokens to several prompts in one batch. They compute in bfloat16. How far that alone moves an answer is measured on the
-reference: its float32 tokens scored by itself in bfloat16, and for FP8 with activations rounded to FP8.
+tokens to several prompts in one batch, prefilled in chunks; for the same again, from the prefix cache; and for one
+prompt alone, which leaves all DP ranks but one idle. They compute in bfloat16. How far that alone moves an answer is
+measured on the reference: its float32 tokens scored by itself in bfloat16, and for FP8 with activations in FP8.
 
 Four ranks and more also run as nodes of one rank each, several of them on one GPU: see nodes.py.
 """
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from gpu.eagle3 import write_draft
 from gpu.host import NUM_GPUS, needs_gpus
-from gpu.nodes import serve_on_nodes, shared_gpu_environment
+from gpu.nodes import Nodes, serve_on_nodes, shared_gpu_environment
 from gpu.rounding import activations_in_fp8
 
 from sglang_minimax import comparison
@@ -78,7 +80,12 @@ class Case:
 
 
 NO_GRAPHS = " --disable-cuda-graph"
-PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 320"
+PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 128"
+FLASHINFER = " --attention-backend flashinfer"
+EAGLE3 = (
+    " --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft}"
+    " --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+)
 DP2 = "--tp 2 --dp 2 --enable-dp-attention"
 DP4 = "--tp 4 --dp 4 --enable-dp-attention"
 OURS = [
@@ -92,7 +99,12 @@ OURS = [
     Case("TP2 of 11 experts", 2, "--tp 2", model="11 experts"),
     Case("TP1 FP8", 1, "--tp 1", model="FP8"),
     Case("TP2 FP8, EP chosen", 2, "--tp 2", model="FP8"),
+    Case("TP1 piecewise graphs", 1, "--tp 1" + PIECEWISE),
     Case("TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE),
+    Case("TP1 FlashInfer attention", 1, "--tp 1" + FLASHINFER),
+    Case("TP2 FlashInfer attention", 2, "--tp 2" + FLASHINFER),
+    Case("TP1 with an EAGLE3 draft", 1, "--tp 1" + EAGLE3),
+    Case("TP2 with an EAGLE3 draft", 2, "--tp 2" + EAGLE3),
     Case("PP2", 2, "--pp-size 2"),
     Case("TP2 DP2", 2, DP2),
     Case("TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS),
@@ -117,6 +129,7 @@ OURS = [
 STOCK_RIGHT = [
     Case("stock TP2", 2, "--tp 2", stock=True),
     Case("stock TP1 FP8", 1, "--tp 1", model="FP8", stock=True),
+    Case("stock TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE, stock=True),
 ]
 STOCK_WRONG = [
     Case("stock TP2 of one KV head", 2, "--tp 2", model="1 KV head", stock=True),
@@ -140,6 +153,11 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     written = {name: write_checkpoint(folder / name.replace(" ", "_"), model) for name, model in MODELS.items()}
     pairs = {name: (path, path) for name, path in written.items()}
     return pairs | {"FP8": write_fp8_blocks(written["FP8"], folder / "fp8", folder / "dequantised")}
+
+
+@pytest.fixture(scope="session")
+def draft(tmp_path_factory) -> Path:
+    return write_draft(tmp_path_factory.mktemp("draft"), MODEL)
 
 
 @pytest.fixture(scope="session")
@@ -167,18 +185,15 @@ def oracle(model: SmallModel, checkpoint: Path, in_fp8: bool) -> tuple[list[Comp
 
 
 @pytest.fixture(scope="session")
-def outcomes(cases, checkpoints, oracles, tmp_path_factory) -> dict[str, list[Comparison] | ServerError]:
+def outcomes(cases, checkpoints, draft, oracles, tmp_path_factory) -> dict[str, list[Comparison] | ServerError]:
     """What the server of each selected test answered, compared with the reference, or how it failed."""
     logs = Path(os.environ.get("SGLANG_MINIMAX_TEST_LOGS") or tmp_path_factory.mktemp("logs"))
 
     def outcome(case: Case) -> list[Comparison] | ServerError:
         try:
-            found = [
-                comparison.compare(answer, reference, [], "")
-                for answer, reference in zip(
-                    ask(case, checkpoints[case.model][0], logs), oracles[case.model][0], strict=True
-                )
-            ]
+            answers = ask(case, checkpoints[case.model][0], draft, logs)
+            expected = {str(one.prompt): one for one in oracles[case.model][0]}
+            found = [comparison.compare(answer, expected[answer.prompt], [], "") for answer in answers]
         except ServerError as error:
             texts = [log.read_text(errors="replace") for log in logs_of(case, logs)]
             found = ServerError("\n".join([str(error), *texts]))
@@ -190,12 +205,16 @@ def outcomes(cases, checkpoints, oracles, tmp_path_factory) -> dict[str, list[Co
         return dict(zip((case.name for case in cases), pool.map(outcome, cases), strict=True))
 
 
-def ask(case: Case, checkpoint: Path, logs: Path) -> list[Answer]:
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), *case.arguments.split()]
-    command += ["--attention-backend", "triton", "--grammar-backend", "none", "--disable-piecewise-cuda-graph"]
+def ask(case: Case, checkpoint: Path, draft: Path, logs: Path) -> list[Answer]:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+    command += ["--attention-backend", "triton", "--grammar-backend", "none"]
+    if PIECEWISE not in case.arguments:  # the engine's default, and it takes a while to start
+        command += ["--disable-piecewise-cuda-graph"]
     command += ["--cuda-graph-bs", "1", "2", "4", "8", "--max-total-tokens", "16384", "--mem-fraction-static", "0.7"]
+    command += ["--chunked-prefill-size", "128"]
     if case.nodes > 1:  # the engine's own all-reduce wants each rank of a host to have its GPU
         command += ["--disable-custom-all-reduce"]
+    command += case.arguments.format(draft=draft).split()
 
     def environment_of(rank: int) -> dict[str, str]:
         overlay = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))}
@@ -203,23 +222,24 @@ def ask(case: Case, checkpoint: Path, logs: Path) -> list[Answer]:
 
     with serve_on_nodes(command, case.nodes, logs_of(case, logs), environment_of) as server:
         server.wait_until_ready(START_SECONDS)
-        replies = server.post(
-            "/generate",
-            {
-                "input_ids": PROMPTS,
-                "sampling_params": {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True},
-                "return_logprob": True,
-            },
-            timeout_seconds=240,
-        )
+        return [answer for prompts in (PROMPTS, PROMPTS, PROMPTS[:1]) for answer in answers_of(server, prompts, case)]
+
+
+def answers_of(server: Nodes, prompts: list[list[int]], case: Case) -> list[Answer]:
+    """Raises ServerError where it does not answer, or a draft model was to be asked and was not."""
+    sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True}
+    body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+    replies = [reply["meta_info"] for reply in server.post("/generate", body, timeout_seconds=240)]
+    if "EAGLE3" in case.arguments and not all(reply.get("spec_verify_ct") for reply in replies):
+        raise ServerError(f"no draft was verified: {replies}")
     return [
         Answer(
             prompt=str(prompt),
             text="",
-            tokens=[token for _, token, _ in reply["meta_info"]["output_token_logprobs"]],
-            logprobs=[logprob for logprob, _, _ in reply["meta_info"]["output_token_logprobs"]],
+            tokens=[token for _, token, _ in reply["output_token_logprobs"]],
+            logprobs=[logprob for logprob, _, _ in reply["output_token_logprobs"]],
         )
-        for prompt, reply in zip(PROMPTS, replies, strict=True)
+        for prompt, reply in zip(prompts, replies, strict=True)
     ]
 
 
