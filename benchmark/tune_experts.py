@@ -180,7 +180,7 @@ def launch_arguments(kernels, shape: Shape, stage: Stage, tokens: int, block: Co
     blocks = -(-padded // block["BLOCK_SIZE_M"])
     aligned = [meta(padded, dtype=torch.int32), meta(blocks, dtype=torch.int32), meta(1, dtype=torch.int32)]
     quantise, jitted, recorder = kernels.sglang_per_token_group_quant_fp8, kernels.fused_moe_kernel, Recorder()
-    kernels.sglang_per_token_group_quant_fp8 = kernels.per_token_group_quant_fp8 = lambda a, k: (
+    kernels.sglang_per_token_group_quant_fp8 = lambda a, k: (
         meta(*a.shape, dtype=fp8), meta(a.shape[0], a.shape[1] // k, dtype=torch.float32),
     )  # fmt: skip
     kernels.fused_moe_kernel = recorder
@@ -355,6 +355,7 @@ class Problem:
         import torch
 
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             function()
             torch.cuda.synchronize()

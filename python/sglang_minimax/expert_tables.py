@@ -64,6 +64,7 @@ def prefer_tuned_tables(config_module: EngineModule) -> None:
         theirs: Table | None = find(E, N, dtype, block_n, block_k, per_channel_quant, down_moe=down_moe)
         return theirs
 
+    get_moe_configs.cache_clear = find.cache_clear  # type: ignore[attr-defined]
     config_module.try_get_optimal_moe_config = try_get_optimal_moe_config
     config_module.get_moe_configs = get_moe_configs
 

@@ -23,10 +23,10 @@ def server(monkeypatch):
     monkeypatch.setattr(engine, "get_device_name", lambda: "NVIDIA H200")
     monkeypatch.setattr(engine, "triton", SimpleNamespace(__version__="3.6.0"))
     monkeypatch.delenv("SGLANG_MOE_CONFIG_DIR", raising=False)
-    for cached in (expert_tables.read_table, engine.get_moe_configs.__wrapped__):
+    for cached in (expert_tables.read_table, engine.get_moe_configs):
         cached.cache_clear()
     yield arguments
-    for cached in (expert_tables.read_table, engine.get_moe_configs.__wrapped__):
+    for cached in (expert_tables.read_table, engine.get_moe_configs):
         cached.cache_clear()
 
 
