@@ -26,7 +26,6 @@ SHARED_MEMORY_LEAST = 64 * MIB
 
 _BUSY_SHARE = 0.1  # of a GPU's memory that others hold: the engine's default leaves about as much beside its pools
 _DRIVER_PACKAGE = "nvidia-driver-580-server"  # the first branch for CUDA 13, and newer than any CUDA 12 asks for
-_IMAGE = "lmsysorg/sglang:v0.5.10.post1"
 
 
 def all_checks(facts: Facts) -> list[Finding]:
@@ -171,7 +170,7 @@ def check_gpus(host: Host, torch: Torch, devices: Devices | None) -> Finding:
             f"{host.pci_gpus} of NVIDIA on the PCI bus, and no libcuda.so.1: a container without its GPUs, or a host "
             "without the driver. As it is, ranks run on the CPU, for tests"
         )
-        return Finding(name, "warning", what, f"docker run --gpus all --shm-size 32g {_IMAGE} nvidia-smi")
+        return Finding(name, "warning", what, "docker run --gpus all --shm-size 32g IMAGE")
     if host.has_no_accelerator:
         return Finding(name, "not applicable", NO_GPU)
     if not torch.gpus:
@@ -314,7 +313,7 @@ def check_flashinfer(torch: Torch, engine: Engine, failure: str | None) -> Findi
     version, cubin = (engine.packages.get(package) for package in ("flashinfer-python", "flashinfer-cubin"))
     if version is None and failure:
         return Finding(name, status, f"it is not installed: {means}", install)
-    if cubin is not None and version is not None and not _same_release(cubin, version):
+    if failure and cubin is not None and version is not None and not _same_release(cubin, version):
         what = f"flashinfer-python {version} refuses flashinfer-cubin {cubin}: {means}"
         return Finding(name, status, what, install)
     if failure:

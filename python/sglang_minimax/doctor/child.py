@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import BinaryIO
 
 GRACE_SECONDS = 5.0  # for the others, once one has failed: they may be failing too, and have the better message
 _POLL_SECONDS = 0.05
+_ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)\b.*)")  # the last line of a traceback
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class Ended:
 
     @property
     def failure(self) -> str | None:
-        """Why there is no answer, as a clause with the last line that the child wrote; None where it ended well."""
+        """Why there is no answer, as a clause with the error that the child wrote last; None where it ended well."""
         if self.exit_code == 0:
             return None
         lines = [line.strip() for line in self.stderr.splitlines() if line.strip()]
-        last = f": {lines[-1][:300]}" if lines else ""
+        errors = [match[1] for match in map(_ERROR.search, lines) if match]  # libraries go on talking after them
+        said = errors or lines
+        last = f": {said[-1][:300]}" if said else ""
         if self.exit_code is None:
             return f"it did not end in time{last}"
         if self.exit_code < 0:
