@@ -254,7 +254,7 @@ def look_at_ports(port: int) -> Ports:
 
 def _suggestion(port: int) -> int | None:
     """The next port above, in steps of 1000, that is free with all that follow from it."""
-    candidates: list[int] = [*range(port + 1000, 64000, 1000), *range(30000, 64000, 1000)]
+    candidates: list[int] = [*range(max(port, 9000) + 1000, 64000, 1000), *range(30000, 64000, 1000)]
     for candidate in candidates:
         if all(port_state(candidate + offset) == "free" for offset in (0, *DP_ATTENTION_PORT_OFFSETS)):
             return candidate
