@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ PATH, SELF_CHECK = "QK norm path", "QK norm self-check"
 _OUTPUT_LINES = 20
 _AGAIN = "NCCL_DEBUG=INFO sglang-minimax doctor --json --timeout 600"
 _SAFE_PATH = "python -m sglang.launch_server --model-path MiniMaxAI/MiniMax-M2.5 --disable-custom-all-reduce"
-# A server sets the first two for its ranks. Nothing here uses multicast, and setting it up is one more thing to fail.
+# Where the person set nothing. A server sets the first two alike for its ranks. Nothing here uses multicast, and setting
+# it up is one more thing to fail.
 _ENVIRONMENT = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
@@ -117,7 +119,7 @@ def run_group(
     places: Sequence[int | None], num_gpus: int, visible_devices: str | None, timeout_seconds: float
 ) -> list[Rank]:
     """One process a rank; ``places`` are their GPUs as torch numbers them, or None."""
-    environment = dict(_ENVIRONMENT)
+    environment = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
     device_type = "cpu" if places[0] is None else "cuda"
     if device_type == "cuda" and len(places) < num_gpus:
         # The engine takes rank 0 to be on the first visible GPU.
