@@ -22,8 +22,8 @@ PATH, SELF_CHECK = "QK norm path", "QK norm self-check"
 _OUTPUT_LINES = 20
 _AGAIN = "NCCL_DEBUG=INFO sglang-minimax doctor --json --timeout 600"
 _SAFE_PATH = "python -m sglang.launch_server --model-path MiniMaxAI/MiniMax-M2.5 --disable-custom-all-reduce"
-# Where the person set nothing. A server sets the first two alike for its ranks. Nothing here uses multicast, and setting
-# it up is one more thing to fail.
+# Where the person set nothing. A server sets the first two alike for its ranks. Nothing here uses multicast, and to set
+# it up is one more thing that may fail.
 _ENVIRONMENT = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 
 
