@@ -68,7 +68,7 @@ class EngineFinder:
     def _lay_over(self, spec: ModuleSpec | None) -> ModuleSpec | None:
         if spec is None or not spec.submodule_search_locations:
             return None
-        found = _engine_version(list(spec.submodule_search_locations))
+        found = engine_version(list(spec.submodule_search_locations))
         if found != ENGINE_VERSION:
             _warn_once(
                 f"sglang-minimax lays nothing over sglang {found}: it supports sglang {ENGINE_VERSION}, "
@@ -140,7 +140,7 @@ def _find_elsewhere(
     return None
 
 
-def _engine_version(places: list[str]) -> str:
+def engine_version(places: list[str]) -> str:
     """The engine's version: what stands beside its code, and only then what the environment's metadata says."""
     for place in places:
         try:

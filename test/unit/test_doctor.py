@@ -1,0 +1,514 @@
+"""The doctor: every check told every tale, and the real command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from unit.doctor_hosts import (
+    B200,
+    BROKEN_TORCH,
+    CPU_FACTS,
+    DEVICES,
+    ENGINE,
+    GIB,
+    GPU_FACTS,
+    H200,
+    PORTS,
+    REPOSITORY,
+    assert_is_read,
+    changed,
+    doctor,
+    environment_with_overlay,
+    free_port,
+    named,
+    wait_until_gone,
+)
+
+from sglang_minimax import cli, cpu_host
+from sglang_minimax.doctor import checks, command, facts, finding, probe, rank, self_check
+from sglang_minimax.doctor.facts import Devices, Engine, Gpu
+from sglang_minimax.doctor.finding import Finding
+from sglang_minimax.overlay import ENGINE_VERSION
+
+# ------------------------------------------------------------------------------------- every check, every tale
+
+# The facts, the check, its status, what it must say, what the command that mends it must hold.
+TALES = {
+    "engine": (GPU_FACTS, "engine", "ok", ENGINE_VERSION, None),
+    "engine missing": (
+        replace(GPU_FACTS, engine=Engine(python=[3, 11, 0])),
+        "engine", "error", "not installed", f"python -m pip install sglang=={ENGINE_VERSION}",
+    ),
+    "engine of another version": (
+        changed(GPU_FACTS, engine={"version": "0.5.11", "laid_over": False}),
+        "engine", "error", "sglang 0.5.11", f"sglang=={ENGINE_VERSION}",
+    ),
+    "environment that cannot even look": (
+        replace(GPU_FACTS, engine=Engine(failure="it ended with exit code 1")),
+        "engine", "error", "exit code 1", "pip install .",
+    ),
+    "overlay": (GPU_FACTS, "overlay", "ok", "active", None),
+    "overlay switched off": (
+        changed(GPU_FACTS, engine={"laid_over": False, "finder_installed": False, "switched_off": True}),
+        "overlay", "warning", "SGLANG_MINIMAX_OVERLAY=0", "unset SGLANG_MINIMAX_OVERLAY",
+    ),
+    "overlay over another engine": (
+        changed(GPU_FACTS, engine={"version": "0.5.11", "laid_over": False}),
+        "overlay", "error", "not active over sglang 0.5.11", f"sglang=={ENGINE_VERSION}",
+    ),
+    "overlay without start-up line": (
+        changed(GPU_FACTS, engine={"laid_over": False, "finder_installed": False}),
+        "overlay", "error", "start-up line did not run", "--force-reinstall",
+    ),
+    "overlay behind": (
+        changed(GPU_FACTS, engine={"laid_over": False}),
+        "overlay", "error", "not in front", "--force-reinstall",
+    ),
+    "overlay without engine": (
+        replace(GPU_FACTS, engine=Engine()), "overlay", "not applicable", "no engine", None,
+    ),
+    "Python": (GPU_FACTS, "Python", "ok", "3.12.1", None),
+    "Python too new": (changed(GPU_FACTS, engine={"python": [3, 13, 0]}), "Python", "warning", "3.13.0", "venv"),
+    "Python unknown": (replace(GPU_FACTS, engine=Engine(failure="x")), "Python", "not applicable", "not known", None),
+    "torch": (GPU_FACTS, "torch", "ok", "2.9.1+cu128, built for CUDA 12.8", None),
+    "torch broken": (
+        replace(GPU_FACTS, torch=BROKEN_TORCH), "torch", "error", "libcudart.so.12", "--force-reinstall torch==2.9.1",
+    ),
+    "versions": (GPU_FACTS, "versions", "ok", "sglang-kernel 0.4.1", None),
+    "versions of others": (
+        changed(GPU_FACTS, engine={"packages": {**ENGINE.packages, "torch": "2.11.0+cu130", "sglang-kernel": None}}),
+        "versions", "warning", "torch 2.11.0+cu130 instead of 2.9.1, sglang-kernel missing instead of 0.4.1",
+        "python -m pip install torch==2.9.1 sglang-kernel==0.4.1",
+    ),
+    "versions without metadata": (
+        changed(GPU_FACTS, engine={"pins": {}}), "versions", "warning", "without package metadata", "sglang==",
+    ),
+    "versions without engine": (replace(GPU_FACTS, engine=Engine()), "versions", "not applicable", "no engine", None),
+    "driver": (GPU_FACTS, "driver", "ok", "driver 570.86.10 supports CUDA up to 12.8", None),
+    "driver newer": (changed(GPU_FACTS, torch={"driver_cuda": [13, 0]}), "driver", "ok", "13.0", None),
+    "driver of an older minor version": (
+        changed(GPU_FACTS, torch={"driver_cuda": [12, 4]}),
+        "driver", "warning", "12.4", "apt-get install nvidia-driver",
+    ),
+    "driver too old": (
+        changed(GPU_FACTS, torch={"driver_cuda": [11, 8], "gpus": []}),
+        "driver", "error", "11.8, and torch 2.9.1+cu128 is built for CUDA 12.8: too old", "nvidia-driver",
+    ),
+    "driver that does not answer": (
+        changed(GPU_FACTS, torch={"driver_cuda": None}), "driver", "error", "does not say", "nvidia-smi",
+    ),
+    "driver, torch without CUDA": (
+        changed(GPU_FACTS, torch={"cuda": None, "gpus": []}), "driver", "error", "without CUDA", "torch==2.9.1",
+    ),
+    "driver on a CPU host": (CPU_FACTS, "driver", "not applicable", "no GPU", None),
+    "driver of another vendor": (
+        changed(GPU_FACTS, torch={"hip": "6.4", "cuda": None}), "driver", "not applicable", "ROCm 6.4", None,
+    ),
+    "driver, torch broken": (replace(GPU_FACTS, torch=BROKEN_TORCH), "driver", "not applicable", "torch", None),
+    "GPUs": (GPU_FACTS, "GPUs", "ok", "4 x NVIDIA H200: 140.0 GiB each, at least 139.0 free", None),
+    "GPUs, none": (CPU_FACTS, "GPUs", "not applicable", "not a speed for production", None),
+    "GPUs that the container does not have": (
+        changed(CPU_FACTS, host={"pci_gpus": 8}), "GPUs", "warning", "8 of NVIDIA on the PCI bus", "--gpus all",
+    ),
+    "GPUs hidden": (
+        changed(GPU_FACTS, torch={"gpus": [], "unavailable": "No CUDA GPUs"}, host={"visible_devices": ""}),
+        "GPUs", "error", "No CUDA GPUs (CUDA_VISIBLE_DEVICES='')", "unset CUDA_VISIBLE_DEVICES",
+    ),
+    "GPUs that torch does not see": (
+        changed(GPU_FACTS, torch={"gpus": [], "unavailable": "The NVIDIA driver on your system is too old"}),
+        "GPUs", "error", "too old", "nvidia-smi",
+    ),
+    "GPUs that fail": (
+        replace(GPU_FACTS, devices=Devices(failure="it did not end in time")),
+        "GPUs", "error", "cannot be used: it did not end in time", "nvidia-smi",
+    ),
+    "GPUs named by UUID": (
+        changed(GPU_FACTS, host={"visible_devices": "GPU-1b2c,GPU-77aa"}),
+        "GPUs", "warning", "names GPU-1b2c", "export CUDA_VISIBLE_DEVICES=0,1,2,3",
+    ),
+    "GPUs that others use": (
+        changed(GPU_FACTS, devices={"memory": [*DEVICES.memory[:3], {"free": 100 * GIB, "total": 140 * GIB}]}),
+        "GPUs", "warning", "others hold memory of GPU 3", "--query-compute-apps=",
+    ),
+    "GPUs of two kinds": (
+        changed(GPU_FACTS, torch={"gpus": [H200, H200, B200, B200]}),
+        "GPUs", "warning", "2 x NVIDIA H200, 2 x NVIDIA B200", "export CUDA_VISIBLE_DEVICES=0,1",
+    ),
+    "architecture": (GPU_FACTS, "GPU architecture", "ok", "9.0", None),
+    "architecture that torch has no kernels for": (
+        changed(GPU_FACTS, torch={"gpus": [Gpu("NVIDIA GeForce RTX 5090", (12, 0))]}),
+        "GPU architecture", "error", "12.0, and torch 2.9.1+cu128 has sm_80, sm_90, sm_100", "torch==2.9.1",
+    ),
+    "architecture on a CPU host": (CPU_FACTS, "GPU architecture", "not applicable", "no GPU", None),
+    "peers": (GPU_FACTS, "peer access", "ok", "all 6 pair(s), both ways, copies compared; NVLink between all", None),
+    "peers over PCIe": (changed(GPU_FACTS, devices={"nvlink": False}), "peer access", "ok", "over PCIe", None),
+    "peers without NVML": (changed(GPU_FACTS, devices={"nvlink": None}), "peer access", "ok", "no NVML", None),
+    "peers out of reach": (
+        changed(GPU_FACTS, devices={"no_access": [[0, 3], [3, 0]]}),
+        "peer access", "warning", "none for 0 to 3, 3 to 0", "nvidia-smi topo -p2p r",
+    ),
+    "peers whose copies are wrong": (
+        changed(GPU_FACTS, devices={"wrong_copies": [[1, 2]], "no_access": [[0, 3]]}),
+        "peer access", "error", "other values: 1 to 2", "export NCCL_P2P_DISABLE=1",
+    ),
+    "peers of one GPU": (changed(GPU_FACTS, torch={"gpus": [H200]}), "peer access", "not applicable", "one GPU", None),
+    "peers on a CPU host": (CPU_FACTS, "peer access", "not applicable", "no GPU", None),
+    "peers unknown": (
+        replace(GPU_FACTS, devices=Devices(failure="x")), "peer access", "not applicable", "not known", None,
+    ),
+    "NCCL": (GPU_FACTS, "NCCL", "ok", "2.27.5 is loaded", None),
+    "NCCL of another version": (
+        changed(GPU_FACTS, torch={"nccl": "2.19.3"}),
+        "NCCL", "warning", "2.19.3 is loaded, and torch 2.9.1+cu128 was released with 2.27.5",
+        "nvidia-nccl-cu12==2.27.5",
+    ),
+    "NCCL missing": (changed(GPU_FACTS, torch={"nccl": None}), "NCCL", "error", "without it", "torch==2.9.1"),
+    "NCCL on a CPU host": (CPU_FACTS, "NCCL", "not applicable", "no GPU", None),
+    "sgl_kernel": (GPU_FACTS, "sgl_kernel", "ok", "0.4.1 loads, with kernels for sm90", None),
+    "sgl_kernel on Blackwell": (changed(GPU_FACTS, torch={"gpus": [B200]}), "sgl_kernel", "ok", "for sm100", None),
+    "sgl_kernel missing": (
+        changed(GPU_FACTS, engine={"packages": {}, "kernel_files": []}),
+        "sgl_kernel", "error", "not installed", "sglang-kernel==0.4.1",
+    ),
+    "sgl_kernel without this architecture": (
+        changed(GPU_FACTS, engine={"kernel_files": ["sm100", "fa3"]}),
+        "sgl_kernel", "error", "no kernels for sm90", "sglang-kernel==0.4.1",
+    ),
+    "sgl_kernel that does not load": (
+        replace(GPU_FACTS, kernels_failure="it was ended by SIGSEGV"),
+        "sgl_kernel", "error", "SIGSEGV", "sglang-kernel",
+    ),
+    "sgl_kernel without FA3": (
+        changed(GPU_FACTS, engine={"kernel_files": ["sm90", "sm100"]}),
+        "sgl_kernel", "warning", "--attention-backend triton", "sglang-kernel",
+    ),
+    "sgl_kernel on a CPU host": (CPU_FACTS, "sgl_kernel", "not applicable", "no GPU", None),
+    "FlashInfer": (GPU_FACTS, "FlashInfer", "ok", "0.6.7.post3 loads", None),
+    "FlashInfer missing": (
+        replace(
+            changed(GPU_FACTS, engine={"packages": {}}), flashinfer_failure="No module named 'flashinfer'",
+        ),
+        "FlashInfer", "warning", "no fused all-reduce", "flashinfer-python==0.6.7.post3 flashinfer-cubin==0.6.7.post3",
+    ),
+    "FlashInfer broken on Blackwell": (
+        replace(changed(GPU_FACTS, torch={"gpus": [B200]}), flashinfer_failure="ImportError: x"),
+        "FlashInfer", "error", "ImportError: x: no attention by default", "flashinfer-python",
+    ),
+    "FlashInfer and its kernels of two versions": (
+        replace(
+            changed(GPU_FACTS, engine={"packages": {**ENGINE.packages, "flashinfer-cubin": "0.6.5"}}),
+            flashinfer_failure="RuntimeError: version",
+        ),
+        "FlashInfer", "warning", "0.6.7.post3 refuses flashinfer-cubin 0.6.5", "flashinfer-cubin==0.6.7.post3",
+    ),
+    "FlashInfer on a CPU host": (CPU_FACTS, "FlashInfer", "not applicable", "no GPU", None),
+    "compiler": (GPU_FACTS, "CUDA compiler", "ok", "/usr/local/cuda/bin/nvcc", None),
+    "compiler missing": (
+        changed(GPU_FACTS, host={"nvcc": None}),
+        "CUDA compiler", "warning", "no nvcc", "apt-get install cuda-nvcc-12-8",
+    ),
+    "compiler not needed": (
+        changed(GPU_FACTS, host={"nvcc": None}, engine={"packages": {"flashinfer-jit-cache": "0.6.7.post3"}}),
+        "CUDA compiler", "ok", "flashinfer-jit-cache", None,
+    ),
+    "compiler on a CPU host": (CPU_FACTS, "CUDA compiler", "not applicable", "no GPU", None),
+    "shared memory": (GPU_FACTS, "shared memory", "ok", "63.0 GiB free of 64.0 GiB", None),
+    "shared memory small": (
+        changed(GPU_FACTS, host={"shared_memory_total": GIB // 2, "shared_memory_free": GIB // 2}),
+        "shared memory", "warning", "512 MiB free of 512 MiB", "mount -o remount",
+    ),
+    "shared memory of a container": (
+        changed(GPU_FACTS, host={"shared_memory_total": GIB // 16, "shared_memory_free": GIB // 16 - 4096}),
+        "shared memory", "error", "of 64 MiB", "mount -o remount",
+    ),
+    "shared memory missing": (
+        changed(GPU_FACTS, host={"shared_memory_total": None, "shared_memory_free": None}),
+        "shared memory", "error", "no file system", "mount -t tmpfs",
+    ),
+    "port": (GPU_FACTS, "port 30000", "ok", "free", None),
+    "port taken": (
+        changed(GPU_FACTS, ports={"state": "taken"}), "port 30000", "error", "another process", "--port 31000",
+    ),
+    "port of the system": (
+        changed(GPU_FACTS, ports={"port": 80, "state": "not allowed"}), "port 80", "error", "this user", "--port 31000",
+    ),
+    "port that cannot be": (
+        changed(GPU_FACTS, ports={"port": 70000, "state": "impossible", "suggestion": None}),
+        "port 70000", "error", "1 to 65535", "ss --listening",
+    ),
+    "further ports": (GPU_FACTS, "further ports", "ok", "30013 and 30233 to 30238 free", None),
+    "further ports taken": (
+        changed(GPU_FACTS, ports={"further": {**PORTS.further, 30234: "taken"}}),
+        "further ports", "warning", "30234 taken: --enable-dp-attention", "--port 31000",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tale", TALES, ids=lambda tale: tale.replace(" ", "-"))
+def test_a_check_says_what_is_so_and_what_mends_it(tale):
+    told, name, status, what, mend = TALES[tale]
+    found = named(checks.all_checks(told), name)
+    assert found.status == status, found
+    assert what in found.what
+    assert (found.mend is None) == (mend is None) == (status in ("ok", "not applicable")), found
+    if mend is not None:
+        assert mend in found.mend
+
+
+def test_every_check_has_a_tale_of_each_status_that_it_can_have():
+    told = {(name.split()[0], status) for _, name, status, _, _ in TALES.values()}
+    names = {finding.name.split()[0] for finding in checks.all_checks(GPU_FACTS)}
+    assert {name for name, status in told if status in ("warning", "error")} == names
+    assert {name for name, status in told if status == "ok"} == names
+
+
+def test_a_healthy_gpu_host_and_a_healthy_cpu_host_have_nothing_to_mend():
+    for told in (GPU_FACTS, CPU_FACTS):
+        found = checks.all_checks(told)
+        assert finding.EXIT_CODES[finding.worst(found)] == 0, [one for one in found if one.mend]
+    gpu_only = {
+        "driver",
+        "GPUs",
+        "GPU architecture",
+        "peer access",
+        "NCCL",
+        "sgl_kernel",
+        "FlashInfer",
+        "CUDA compiler",
+    }
+    assert {one.name for one in checks.all_checks(CPU_FACTS) if one.status == "not applicable"} == gpu_only
+
+
+@pytest.mark.parametrize("tale", TALES, ids=lambda tale: tale.replace(" ", "-"))
+def test_the_command_that_mends_is_one_that_its_program_reads(tale):
+    mend = named(checks.all_checks(TALES[tale][0]), TALES[tale][1]).mend
+    if mend is not None:
+        assert_is_read(mend)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (["sm_80"], (8, 9), True),
+        (["sm_90"], (8, 9), False),
+        (["sm_80"], (9, 0), False),
+        (["compute_80"], (9, 0), True),
+        (["compute_90"], (8, 9), False),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a"], (10, 3), False),
+        (["sm_100f"], (10, 3), True),
+        (["sm_120"], (12, 1), True),
+        (["gfx942"], (9, 4), False),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_code_runs_on_which_gpu(architectures, capability, runs):
+    assert checks.is_built_for(architectures, capability) is runs
+
+
+def test_the_exit_code_is_that_of_the_worst_line():
+    lines = [Finding("a", "ok", ""), Finding("b", "not applicable", "")]
+    assert finding.EXIT_CODES[finding.worst(lines)] == 0
+    lines.append(Finding("c", "warning", ""))
+    assert finding.EXIT_CODES[finding.worst(lines)] == 1
+    lines.insert(0, Finding("d", "error", ""))
+    assert finding.EXIT_CODES[finding.worst(lines)] == 2
+
+
+# ------------------------------------------------------------------------------------------------ the facts
+
+
+def test_a_port_that_someone_listens_on_is_taken_and_another_is_suggested():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        ports = facts.look_at_ports(port)
+    assert ports.state == "taken"
+    assert ports.suggestion is not None and ports.suggestion != port
+    assert facts.port_state(0) == facts.port_state(65536) == "impossible"
+
+
+def test_the_further_ports_are_the_engines():
+    from sglang.srt import server_args
+
+    arguments = SimpleNamespace(
+        nccl_port=None, tokenizer_worker_num=1, enable_dp_attention=True, nnodes=1, dist_init_addr=None, port=20000
+    )
+    made = server_args.PortArgs.init_new(arguments)
+    names = (
+        "tokenizer_ipc_name",
+        "scheduler_input_ipc_name",
+        "detokenizer_ipc_name",
+        "rpc_ipc_name",
+        "metrics_ipc_name",
+    )
+    taken = {int(getattr(made, name).rsplit(":", 1)[1]) - 20000 for name in names}
+    derived = {server_args.ZMQ_TCP_PORT_DELTA, server_args.DP_ATTENTION_HANDSHAKE_PORT_DELTA}
+    assert taken | derived == set(facts.DP_ATTENTION_PORT_OFFSETS)
+
+
+def test_gpus_on_the_pci_bus_are_counted_and_nothing_else(tmp_path):
+    kinds = [("0x10de", "0x030200"), ("0x10de", "0x030000"), ("0x10de", "0x068000"), ("0x8086", "0x030000")]
+    for number, (vendor, kind) in enumerate(kinds):  # two GPUs, an NVSwitch, another vendor's
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "vendor").write_text(vendor + "\n")
+        (tmp_path / str(number) / "class").write_text(kind + "\n")
+    (tmp_path / "unreadable").mkdir()
+    assert facts._count_pci_gpus(tmp_path) == 2
+
+
+def test_pins_are_the_engines_exact_versions():
+    pins = probe._pins("sglang")
+    assert {"torch", "transformers", "sglang-kernel", "flashinfer-python", "flashinfer-cubin"} <= pins.keys()
+    assert pins["torch"] == torch.__version__.partition("+")[0]
+    assert probe._pins("no-such-package") == {}
+
+
+# ---------------------------------------------------------------------------------------- the real command
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    return environment_with_overlay(tmp_path_factory.mktemp("hook"))
+
+
+needs_cpu_host = pytest.mark.skipif(not cpu_host.has_no_accelerator(), reason="this host has an accelerator")
+
+
+@needs_cpu_host
+def test_the_command_checks_this_host_and_all_its_ranks(environment):
+    done = doctor(environment, "--json", "--port", str(free_port()))
+    assert done.stderr == ""
+    answer = json.loads(done.stdout)
+    by_name = {one["name"]: one for one in answer["findings"]}
+    assert by_name["engine"]["status"] == by_name["overlay"]["status"] == by_name["torch"]["status"] == "ok"
+    assert by_name["QK norm path"]["status"] == by_name["QK norm self-check"]["status"] == "ok", by_name
+    assert by_name["GPUs"]["status"] == "not applicable" and "production" in by_name["GPUs"]["what"]
+    assert done.returncode == answer["exit_code"] == finding.EXIT_CODES[answer["status"]]
+    statuses = [one["status"] for one in answer["findings"]]
+    assert answer["status"] == max(statuses, key=lambda status: finding.EXIT_CODES[status])
+    assert [one["rank"] for one in answer["ranks"]] == [0, 1]
+    for one in answer["ranks"]:
+        assert one["failure"] is None and one["stage"] == "compared" and 0 < one["worst"] <= 1
+        compared = {(row["operation"], row["kv_heads"], row["dtype"], row["tokens"]) for row in one["results"]}
+        operations = ("norm_qk", "QKNormRope", "its KV store")
+        assert compared == {
+            (operation, kv_heads, dtype, tokens)
+            for operation in operations
+            for kv_heads in (8, 1)
+            for dtype in rank.DTYPES["cpu"]
+            for tokens in rank.TOKENS["cpu"]
+        }
+
+
+def test_a_switched_off_overlay_is_a_warning_and_stock_is_not_judged(environment):
+    done = doctor({**environment, "SGLANG_MINIMAX_OVERLAY": "0"}, "--json")
+    by_name = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
+    assert by_name["overlay"]["status"] == "warning"
+    assert by_name["overlay"]["mend"] == "unset SGLANG_MINIMAX_OVERLAY"
+    assert by_name["QK norm self-check"]["status"] == "not applicable"
+    assert done.returncode >= 1
+
+
+def shadowed(environment: dict[str, str], folder: Path, files: dict[str, str]) -> dict[str, str]:
+    """The environment with packages of these files in front of the installed ones."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    first, *rest = environment["PYTHONPATH"].split(os.pathsep)
+    return {**environment, "PYTHONPATH": os.pathsep.join([first, str(folder), *rest])}
+
+
+def test_another_engine_version_is_an_error_on_one_line_each(environment, tmp_path):
+    fake = {"sglang/__init__.py": "", "sglang/_version.py": "__version__ = '0.5.11'\n"}
+    done = doctor(shadowed(environment, tmp_path, fake))
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    lines = {line[16:].split("  ")[0].strip(): line for line in done.stdout.splitlines()}
+    assert lines["engine"].startswith("error") and "sglang 0.5.11" in lines["engine"]
+    assert lines["engine"].endswith(f"-> python -m pip install sglang=={ENGINE_VERSION}")
+    assert lines["overlay"].startswith("error") and lines["QK norm self-check"].startswith("not applicable")
+    assert done.stdout.rstrip().endswith("error, exit code 2")
+
+
+def test_a_torch_that_cannot_be_imported_is_a_finding_and_no_traceback(environment, tmp_path):
+    broken = {"torch/__init__.py": "raise ImportError('libtorch_cuda.so: undefined symbol: ncclCommWindow')"}
+    done = doctor(shadowed(environment, tmp_path, broken), "--json")
+    assert done.returncode == 2 and done.stderr == ""
+    found = named([Finding(**one) for one in json.loads(done.stdout)["findings"]], "torch")
+    assert found.status == "error" and "undefined symbol: ncclCommWindow" in found.what
+
+
+def test_a_torch_that_hangs_is_given_up(environment, tmp_path):
+    hanging = {"torch/__init__.py": "import time\ntime.sleep(600)"}
+    done = doctor(shadowed(environment, tmp_path, hanging), "--json", "--timeout", "5", timeout=60)
+    found = named([Finding(**one) for one in json.loads(done.stdout)["findings"]], "torch")
+    assert done.returncode == 2 and "it did not end in time" in found.what
+
+
+def test_a_terminated_doctor_leaves_no_child_behind(environment, tmp_path):
+    write_id = f"open({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid()))"
+    hanging = {"torch/__init__.py": f"import os, time\n{write_id}\ntime.sleep(600)"}
+    words = [sys.executable, "-m", "sglang_minimax", "doctor", "--json"]
+    with subprocess.Popen(words, env=shadowed(environment, tmp_path, hanging), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "id").exists() or not (tmp_path / "id").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert wait_until_gone(int((tmp_path / "id").read_text()))
+
+
+def test_help_says_what_the_exit_code_means(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--help"])
+    said = capsys.readouterr().out
+    assert "0 ok, 1 a warning, 2 an error" in said and "--port" in said and "--timeout" in said
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "nan", "soon"])
+def test_a_time_limit_that_cannot_be_is_refused(value):
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["doctor", "--timeout", value])
+    assert refused.value.code == 2
+
+
+def test_the_commands_own_process_imports_neither_torch_nor_the_engine():
+    ask = (
+        "import sys, sglang_minimax.cli\n"
+        "print(sorted({'torch', 'sglang', 'triton', 'psutil', 'rich'} & sys.modules.keys()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "python")}
+    assert subprocess.check_output([sys.executable, "-c", ask], env=environment, text=True).strip() == "[]"
+
+
+def test_json_holds_the_same_lines_as_the_screen(capsys):
+    findings = checks.all_checks(changed(GPU_FACTS, ports={"state": "taken"}))
+    checked = self_check.SelfCheck([])
+    data = json.loads(json.dumps(command.as_data(findings, checked, GPU_FACTS)))
+    assert [Finding(**one) for one in data["findings"]] == findings
+    assert data["status"] == "error" and data["exit_code"] == 2
+    assert data["facts"]["torch"]["gpus"][0] == {"name": "NVIDIA H200", "capability": [9, 0]}
+    command.show(findings, 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(findings) + 2
+    for one, line in zip(findings, lines, strict=False):
+        assert line.startswith(one.status) and one.what in line and (one.mend or "") in line
+
+
+def test_findings_are_plain_data():
+    one = Finding("a", "ok", "b")
+    assert dataclasses.asdict(one) == {"name": "a", "status": "ok", "what": "b", "mend": None}
