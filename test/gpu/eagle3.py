@@ -35,6 +35,8 @@ def write_draft(folder: Path, target: SmallModel) -> Path:
         "rms_norm_eps": 1e-6,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
+        # EAGLE3's own choice, the third layer, the middle one and the last but three, needs a deeper target.
+        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
