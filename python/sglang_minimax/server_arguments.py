@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 
+EP_SIZE_REASON = "sglang_minimax_ep_size_reason"
+"""The attribute of ``ServerArgs`` that says why EP 1 does not work, where another EP size was chosen here."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -97,13 +100,12 @@ def _settle_layout(args: EngineObject) -> None:
         return
     ep_size = settle_ep_size(shape, args.tp_size, args.ep_size, left_alone, args.moe_dp_size)
     if left_alone and ep_size != args.ep_size:
+        why = shape.reason_against(args.tp_size, args.ep_size, args.moe_dp_size)
+        assert why is not None, "another EP size is chosen only where a rule forbids this one"
         # A warning, since the engine sets up its log only after it has read the arguments, and drops what is less.
-        logger.warning(
-            "Expert parallel size set to %d: %s. Give --ep to choose another.",
-            ep_size,
-            shape.reason_against(args.tp_size, args.ep_size, args.moe_dp_size),
-        )
+        logger.warning("Expert parallel size set to %d: %s. Give --ep to choose another.", ep_size, why)
         args.ep_size = ep_size
+        setattr(args, EP_SIZE_REASON, why)  # no field of the engine's, but it travels to every rank with them
 
 
 def settle_ep_size(shape: ExpertShape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_size: int = 1) -> int:
