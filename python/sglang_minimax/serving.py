@@ -95,7 +95,7 @@ def in_words(layout: Division) -> list[str]:
     shared = f"each KV head is on {first.kv_replicas} ranks" if first.kv_replicas > 1 else "no KV head is replicated"
     experts = layout.experts
     lines = [
-        f"ranks: TP {layout.tp}, PP {layout.pp}; attention over {layout.attention_ranks} {groups}",
+        f"ranks: TP {layout.tp}, PP {layout.pp}; attention over {_ranks(layout.attention_ranks)} {groups}",
         f"heads a rank: {q} of {layout.q_heads} q heads, {kv} of {layout.kv_heads} KV heads; {shared}",
         f"experts a rank: {held} of {experts.num_experts}, {columns} of the {experts.width} columns of each",
     ]
@@ -103,6 +103,10 @@ def in_words(layout: Division) -> list[str]:
         ends = (f"stage {i} has {layers[0]}-{layers[-1]}" for i, layers in enumerate(layout.stages))
         lines.append(f"layers: {', '.join(ends)}")
     return [*lines, *(line for line in draw_ranks(layout.ranks) if line)]
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 # ------------------------------------------------------------------------------------------------ the paths
@@ -258,7 +262,7 @@ def log_block(runner: EngineObject) -> str:
     lines = in_words(division(runner.model, runner.server_args))
     lines += [f"{path.name}: {path.taken} ({path.why})" for path in chosen_paths(runner)]
     num_ranks = runner.server_args.tp_size * runner.server_args.pp_size
-    title = f"{BLOCK_BEGINS} {num_ranks} rank(s), by sglang-minimax {__version__}:"
+    title = f"{BLOCK_BEGINS} {_ranks(num_ranks)}, by sglang-minimax {__version__}:"
     return "\n  ".join([title, *lines])
 
 

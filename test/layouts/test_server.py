@@ -76,7 +76,7 @@ PATHS = {
 def check_log(log: str, name: str, ranks: int) -> None:
     """One block, from the first rank; and every rank says at the end of its load how many bytes it was."""
     assert log.count(BLOCK_BEGINS) == 1
-    (block,) = re.findall(rf"^\[[^]]* TP0[^]]*\] {BLOCK_BEGINS} 4 rank\(s\).*\n((?:  .*\n)+)", log, re.M)
+    (block,) = re.findall(rf"^\[[^]]* TP0[^]]*\] {BLOCK_BEGINS} 4 ranks, .*\n((?:  .*\n)+)", log, re.M)
     lines = [line.strip() for line in block.splitlines()]
     assert HEADS[name] in lines
     assert "experts a rank: 8 of 16, 127 of the 254 columns of each" in lines

@@ -150,7 +150,7 @@ def layout(**changes) -> serving.Division:
 def test_the_words_of_tp16():
     words = serving.in_words(layout())
     assert words[:3] == [
-        "ranks: TP 16, PP 1; attention over 16 for all requests",
+        "ranks: TP 16, PP 1; attention over 16 ranks for all requests",
         "heads a rank: 3 of 48 q heads, 1 of 8 KV heads; each KV head is on 2 ranks",
         "experts a rank: 64 of 256, 384 of the 1536 columns of each",
     ]
@@ -159,7 +159,7 @@ def test_the_words_of_tp16():
 
 def test_the_words_of_dp_attention_over_two_stages():
     words = serving.in_words(layout(tp_size=8, dp_size=2, enable_dp_attention=True, pp_size=2))
-    assert words[0] == "ranks: TP 8, PP 2; attention over 4 in each of 2 groups of requests"
+    assert words[0] == "ranks: TP 8, PP 2; attention over 4 ranks in each of 2 groups of requests"
     assert words[1] == "heads a rank: 12 of 48 q heads, 2 of 8 KV heads; no KV head is replicated"
     assert words[3] == "layers: stage 0 has 0-30, stage 1 has 31-61"
 
