@@ -133,10 +133,16 @@ def chosen_paths(runner: EngineObject) -> list[Path]:
 
 
 def qk_norm_path(attention: EngineObject) -> Path:
-    """How this layer norms q and k. A layer that chose among kernels says so in its attribute ``qk_norm_path``."""
+    """How this layer norms q and k: in launches of their own, or in the one kernel that a layer may be built with.
+
+    Such a layer has it as ``fused_inputs``, whose ``stores`` says whether k and v go into the KV cache there too.
+    """
     path = planned.qk_norm(None if attention.q_norm is None else attention.q_norm.shards.num_ranks)
-    chosen = getattr(attention, "qk_norm_path", None)
-    return path if chosen is None else Path(path.name, str(chosen), path.why)
+    fused = getattr(attention, "fused_inputs", None)
+    if fused is None:
+        return path
+    also = "RoPE and KV store" if fused.stores else "RoPE"
+    return Path(path.name, f"one kernel with {also}", f"{path.taken}: {path.why}")
 
 
 def _ep_size(args: EngineObject) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from layouts import simulations, spies
 from layouts.harness import run_layout
@@ -90,12 +92,14 @@ def check_who_sums(path: dict, passes: list[dict], layout: dict) -> None:
             assert path["taken"].startswith(WHO[done["who"][first]]), (path, done)
 
 
-def test_a_kernel_that_a_layer_chose_for_its_qk_norm_is_named():
-    from types import SimpleNamespace
-
+def test_one_kernel_for_qk_norm_is_named():
     norm = SimpleNamespace(shards=SimpleNamespace(num_ranks=4))
-    assert serving.qk_norm_path(SimpleNamespace(q_norm=norm)).taken == "one all-reduce over 4 ranks"
-    assert serving.qk_norm_path(SimpleNamespace(q_norm=norm, qk_norm_path="one kernel")).taken == "one kernel"
+    apart = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=None))
+    assert apart.taken == "one all-reduce over 4 ranks"
+    one = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=SimpleNamespace(stores=True)))
+    assert one.taken == "one kernel with RoPE and KV store" and one.why.startswith(apart.taken)
+    one = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=SimpleNamespace(stores=False)))
+    assert one.taken == "one kernel with RoPE"
     assert serving.qk_norm_path(SimpleNamespace(q_norm=None)).taken == "none"
 
 
