@@ -3,8 +3,11 @@
     python -m pytest test/gpu/test_reference.py            four GPUs for all of it; fewer skip what they cannot run
 
 The servers are small, so they start side by side on the same GPUs, a few at a time, and are asked for 16 greedy
-tokens to several prompts in one batch. They compute in bfloat16. How far that alone moves an answer is measured on the
-reference: its float32 tokens scored by itself in bfloat16.
+tokens to several prompts in one batch, prefilled in chunks; for the same again, from the prefix cache; and for one
+prompt alone, which leaves all DP ranks but one idle. They compute in bfloat16. How far that alone moves an answer is
+measured on the reference: its float32 tokens scored by itself in bfloat16, and for FP8 with activations in FP8.
+
+Four ranks and more also run as nodes of one rank each, several of them on one GPU: see nodes.py.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from gpu.eagle3 import write_draft
 from gpu.host import NUM_GPUS, needs_gpus
+from gpu.nodes import Nodes, serve_on_nodes, shared_gpu_environment
+from gpu.rounding import activations_in_fp8
 
 from sglang_minimax import comparison
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
 from sglang_minimax.comparison import Answer, Comparison
 from sglang_minimax.reference import Completion, Reference
-from sglang_minimax.server_process import Server, ServerError, free_port
+from sglang_minimax.server_process import ServerError
 
 MAX_NEW_TOKENS = 16
 SERVERS_AT_ONCE = int(os.environ.get("SGLANG_MINIMAX_TEST_SERVERS", "4"))
@@ -50,25 +56,36 @@ MODEL = SmallModel(
 MODELS = {
     "2 KV heads": MODEL,
     "1 KV head": dataclasses.replace(MODEL, num_key_value_heads=1),  # TP2 puts it on both ranks
+    "8 KV heads": dataclasses.replace(MODEL, num_key_value_heads=8),  # TP16 puts each on two ranks, as published
     "11 experts": dataclasses.replace(MODEL, num_local_experts=11),
     # 384 / 2 = 192 and 384 / 4 = 96 are no multiples of the FP8 block, like the published 1536 / 8 and 1536 / 16.
-    "FP8": dataclasses.replace(MODEL, intermediate_size=384),
+    # All experts are chosen: FP8 would tip many a near tie of the router over, and drown what is looked for.
+    "FP8": dataclasses.replace(MODEL, intermediate_size=384, num_experts_per_tok=8),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A server: its name, how many GPUs it takes, its arguments, the model, and whether stock or ours."""
+    """A server: its name, how many GPUs it takes, its arguments, the model, whether stock or ours, and how many nodes.
+
+    Nodes of one rank each share the GPUs in turn, where there are more of them.
+    """
 
     name: str
     gpus: int
     arguments: str
     model: str = "2 KV heads"
     stock: bool = False
+    nodes: int = 1
 
 
 NO_GRAPHS = " --disable-cuda-graph"
-PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 320"
+PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 128"
+FLASHINFER = " --attention-backend flashinfer"
+EAGLE3 = (
+    " --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft}"
+    " --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+)
 DP2 = "--tp 2 --dp 2 --enable-dp-attention"
 DP4 = "--tp 4 --dp 4 --enable-dp-attention"
 OURS = [
@@ -82,7 +99,12 @@ OURS = [
     Case("TP2 of 11 experts", 2, "--tp 2", model="11 experts"),
     Case("TP1 FP8", 1, "--tp 1", model="FP8"),
     Case("TP2 FP8, EP chosen", 2, "--tp 2", model="FP8"),
+    Case("TP1 piecewise graphs", 1, "--tp 1" + PIECEWISE),
     Case("TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE),
+    Case("TP1 FlashInfer attention", 1, "--tp 1" + FLASHINFER),
+    Case("TP2 FlashInfer attention", 2, "--tp 2" + FLASHINFER),
+    Case("TP1 with an EAGLE3 draft", 1, "--tp 1" + EAGLE3),
+    Case("TP2 with an EAGLE3 draft", 2, "--tp 2" + EAGLE3),
     Case("PP2", 2, "--pp-size 2"),
     Case("TP2 DP2", 2, DP2),
     Case("TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS),
@@ -97,20 +119,30 @@ OURS = [
     Case("TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS),
     Case("TP4 DP2", 4, "--tp 4 --dp 2 --enable-dp-attention"),
     Case("TP4 DP4 EP4", 4, DP4 + " --ep 4"),
+    Case("TP4 on four nodes", 2, "--tp 4", nodes=4),
+    Case("TP4 on four nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=4),
+    Case("TP4 FP8 on four nodes, EP chosen", 2, "--tp 4", model="FP8", nodes=4),
+    Case("TP4 DP4 on four nodes", 2, DP4, nodes=4),
+    Case("TP4 DP4 on four nodes without graphs", 2, DP4 + NO_GRAPHS, nodes=4),
+    Case("TP16 on sixteen nodes", 2, "--tp 16", model="8 KV heads", nodes=16),
 ]
 STOCK_RIGHT = [
     Case("stock TP2", 2, "--tp 2", stock=True),
     Case("stock TP1 FP8", 1, "--tp 1", model="FP8", stock=True),
+    Case("stock TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE, stock=True),
 ]
 STOCK_WRONG = [
     Case("stock TP2 of one KV head", 2, "--tp 2", model="1 KV head", stock=True),
     Case("stock TP4", 4, "--tp 4", stock=True),
+    Case("stock TP4 on four nodes", 2, "--tp 4", stock=True, nodes=4),
 ]
 STOCK_CRASHES = [
     Case("stock TP2 DP2", 2, DP2, stock=True),
     Case("stock TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS, stock=True),
     Case("stock TP4 DP4", 4, DP4, stock=True),
     Case("stock TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS, stock=True),
+    Case("stock TP4 DP4 on four nodes", 2, DP4, stock=True, nodes=4),
+    Case("stock TP4 DP4 on four nodes without graphs", 2, DP4 + NO_GRAPHS, stock=True, nodes=4),
 ]
 
 
@@ -124,71 +156,97 @@ def checkpoints(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 @pytest.fixture(scope="session")
-def oracles(checkpoints) -> dict[str, tuple[list[Completion], comparison.Tolerance]]:
-    return {name: oracle(for_reference) for name, (_, for_reference) in checkpoints.items()}
+def draft(tmp_path_factory) -> Path:
+    return write_draft(tmp_path_factory.mktemp("draft"), MODEL)
 
 
-def oracle(checkpoint: Path) -> tuple[list[Completion], comparison.Tolerance]:
+@pytest.fixture(scope="session")
+def cases(request) -> list[Case]:
+    """Those of the selected tests that this host has the GPUs for."""
+    selected = [item.callspec.params["case"] for item in request.session.items if "outcomes" in item.fixturenames]
+    return [case for case in selected if case.gpus <= NUM_GPUS]
+
+
+@pytest.fixture(scope="session")
+def oracles(cases, checkpoints) -> dict[str, tuple[list[Completion], comparison.Tolerance]]:
+    names = {case.model for case in cases}
+    return {name: oracle(MODELS[name], checkpoints[name][1], in_fp8=name == "FP8") for name in names}
+
+
+def oracle(model: SmallModel, checkpoint: Path, in_fp8: bool) -> tuple[list[Completion], comparison.Tolerance]:
     precise = Reference(checkpoint, device="cuda").greedy(PROMPTS, MAX_NEW_TOKENS, top_k=2)
-    rounded = Reference(checkpoint, dtype="bfloat16", device="cuda").score(PROMPTS, [one.tokens for one in precise])
+    continuations = [one.tokens for one in precise]
+    if in_fp8:
+        with activations_in_fp8(unrounded_rows={model.num_local_experts, model.vocab_size}):
+            rounded = Reference(checkpoint, device="cuda").score(PROMPTS, continuations)
+        return precise, comparison.from_rounding(precise, rounded, "float8 activations")
+    rounded = Reference(checkpoint, dtype="bfloat16", device="cuda").score(PROMPTS, continuations)
     return precise, comparison.from_rounding(precise, rounded, "bfloat16")
 
 
 @pytest.fixture(scope="session")
-def outcomes(request, checkpoints, oracles, tmp_path_factory) -> dict[str, list[Comparison] | ServerError]:
+def outcomes(cases, checkpoints, draft, oracles, tmp_path_factory) -> dict[str, list[Comparison] | ServerError]:
     """What the server of each selected test answered, compared with the reference, or how it failed."""
     logs = Path(os.environ.get("SGLANG_MINIMAX_TEST_LOGS") or tmp_path_factory.mktemp("logs"))
-    selected = [item.callspec.params["case"] for item in request.session.items if "outcomes" in item.fixturenames]
-    cases = [case for case in selected if case.gpus <= NUM_GPUS]
 
     def outcome(case: Case) -> list[Comparison] | ServerError:
         try:
-            return [
-                comparison.compare(answer, reference, [], "")
-                for answer, reference in zip(
-                    ask(case, checkpoints[case.model][0], logs), oracles[case.model][0], strict=True
-                )
-            ]
+            answers = ask(case, checkpoints[case.model][0], draft, logs)
+            expected = {str(one.prompt): one for one in oracles[case.model][0]}
+            found = [comparison.compare(answer, expected[answer.prompt], [], "") for answer in answers]
         except ServerError as error:
-            return ServerError(f"{error}\n{log_of(case, logs).read_text(errors='replace')}")
+            texts = [log.read_text(errors="replace") for log in logs_of(case, logs)]
+            found = ServerError("\n".join([str(error), *texts]))
+        summary = describe(found) | {"tolerance": oracles[case.model][1].why}
+        logs_of(case, logs)[0].with_suffix(".json").write_text(json.dumps(summary, indent=1))
+        return found
 
     with ThreadPoolExecutor(SERVERS_AT_ONCE) as pool:
-        found = dict(zip((case.name for case in cases), pool.map(outcome, cases), strict=True))
-    (logs / "outcomes.json").write_text(json.dumps({name: describe(one) for name, one in found.items()}, indent=1))
-    return found
+        return dict(zip((case.name for case in cases), pool.map(outcome, cases), strict=True))
 
 
-def ask(case: Case, checkpoint: Path, logs: Path) -> list[Answer]:
-    port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--port", str(port)]
-    command += case.arguments.split()
-    command += ["--attention-backend", "triton", "--grammar-backend", "none", "--disable-piecewise-cuda-graph"]
+def ask(case: Case, checkpoint: Path, draft: Path, logs: Path) -> list[Answer]:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
+    command += ["--attention-backend", "triton", "--grammar-backend", "none"]
+    if PIECEWISE not in case.arguments:  # the engine's default, and it takes a while to start
+        command += ["--disable-piecewise-cuda-graph"]
     command += ["--cuda-graph-bs", "1", "2", "4", "8", "--max-total-tokens", "16384", "--mem-fraction-static", "0.7"]
-    command = ["env", f"SGLANG_MINIMAX_OVERLAY={int(not case.stock)}", *command]
-    with Server(command, log_of(case, logs), port=port) as server:
-        server.wait_until_ready(START_SECONDS, on_progress=lambda _: None)
-        replies = server.post(
-            "/generate",
-            {
-                "input_ids": PROMPTS,
-                "sampling_params": {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True},
-                "return_logprob": True,
-            },
-            timeout_seconds=240,
-        )
+    command += ["--chunked-prefill-size", "128"]
+    if case.nodes > 1:  # the engine's own all-reduce wants each rank of a host to have its GPU
+        command += ["--disable-custom-all-reduce"]
+    command += case.arguments.format(draft=draft).split()
+
+    def environment_of(rank: int) -> dict[str, str]:
+        overlay = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))}
+        return overlay | (shared_gpu_environment(rank, NUM_GPUS) if case.nodes > 1 else {})
+
+    with serve_on_nodes(command, case.nodes, logs_of(case, logs), environment_of) as server:
+        server.wait_until_ready(START_SECONDS)
+        return [answer for prompts in (PROMPTS, PROMPTS, PROMPTS[:1]) for answer in answers_of(server, prompts, case)]
+
+
+def answers_of(server: Nodes, prompts: list[list[int]], case: Case) -> list[Answer]:
+    """Raises ServerError where it does not answer, or a draft model was to be asked and was not."""
+    sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True}
+    body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+    replies = [reply["meta_info"] for reply in server.post("/generate", body, timeout_seconds=240)]
+    if "EAGLE3" in case.arguments and not all(reply.get("spec_verify_ct") for reply in replies):
+        raise ServerError(f"no draft was verified: {replies}")
     return [
         Answer(
             prompt=str(prompt),
             text="",
-            tokens=[token for _, token, _ in reply["meta_info"]["output_token_logprobs"]],
-            logprobs=[logprob for logprob, _, _ in reply["meta_info"]["output_token_logprobs"]],
+            tokens=[token for _, token, _ in reply["output_token_logprobs"]],
+            logprobs=[logprob for logprob, _, _ in reply["output_token_logprobs"]],
         )
-        for prompt, reply in zip(PROMPTS, replies, strict=True)
+        for prompt, reply in zip(prompts, replies, strict=True)
     ]
 
 
-def log_of(case: Case, logs: Path) -> Path:
-    return logs / (re.sub(r"\W+", "_", case.name) + ".log")
+def logs_of(case: Case, logs: Path) -> list[Path]:
+    """One a node."""
+    name = re.sub(r"\W+", "_", case.name)
+    return [logs / (f"{name}.node{node}.log" if node else f"{name}.log") for node in range(case.nodes)]
 
 
 def describe(outcome: list[Comparison] | ServerError) -> dict:

@@ -1,0 +1,611 @@
+#!/usr/bin/env python3
+"""Tunes the engine's Triton expert GEMMs for MiniMax-M2 in FP8 (blocks of 128 x 128) on the GPU of this host.
+
+    python benchmark/tune_experts.py --out FOLDER [--shapes 256:384 128:768] [--time-limit 300]
+    python benchmark/tune_experts.py --out FOLDER --dry-run        # no GPU: compiles for sm90, times nothing
+
+A shape is local experts : a rank's part of an expert's width, E : N in the engine's file names. The published model
+has 256 experts of width 1536 and hidden size 3072, so 256:384 is TP4 and 32:1536 is TP8 with EP8. Each shape gives two
+tables in the engine's format, FOLDER/configs/triton_X_Y_Z/*.json: one for gate_up, one (``_down``) for down. The
+engine wants the same BLOCK_SIZE_M in both, so BLOCK_SIZE_M is what is best for the sum of the two.
+
+What is timed is the engine's own kernel through the engine's own invocation, on uniform random routing; with fewer
+than 256 local experts most routes lead elsewhere (-1), as they do under EP. A CUDA graph holds 4 to 16 invocations with
+a routing each, so that few tokens do not find their experts in the L2 cache. Every candidate is timed over 5 replays;
+those within 8 % of the best are timed again over 30. Then the whole of ``fused_experts`` runs with the engine's
+default and with the tables, read back from the files: compared with float32 arithmetic on the same FP8 values, and
+timed. A shape is written once all of its token counts are done and right. Compilation runs in parallel processes,
+which launch nothing, while the one process that owns the GPU measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HIDDEN_SIZE, EXPERTS, TOP_K, BLOCK = 3072, 256, 8, 128
+TOKENS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096]
+SHAPES = ["256:384", "128:384", "256:768", "32:1536", "64:1536", "128:768", "64:768", "128:1536"]  # by importance
+QUICK, LONG, NEAR = 5, 30, 1.08  # replays, replays, ratio
+TOLERANCE = 0.02  # of the relative error of the norm
+Config = dict[str, Any]
+
+
+class Shape(NamedTuple):
+    """Experts of a rank and its part of their width."""
+
+    experts: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        shape = cls(*map(int, text.split(":")))
+        if shape.width % BLOCK:
+            raise argparse.ArgumentTypeError(
+                f"{text}: a width of {shape.width} is no multiple of {BLOCK}, the block of the FP8 scales; the engine "
+                f"refuses it too. Divide the experts over EP ranks instead."
+            )
+        return shape
+
+    def __str__(self) -> str:
+        return f"{self.experts}:{self.width}"
+
+
+class Stage(NamedTuple):
+    """gate_up reads tokens and writes routes; down reads routes and multiplies by the routing weight."""
+
+    name: str
+    top_k: int
+    weighted: bool
+
+
+GATE_UP, DOWN = Stage("gate_up", TOP_K, False), Stage("down", 1, True)
+STAGES = (GATE_UP, DOWN)
+
+
+# ---------------------------------------------------------------- candidates
+
+
+def config(m: int, n: int, warps: int, stages: int, group: int = 1, k: int = BLOCK, tma: bool = False) -> Config:
+    sizes = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": group}
+    return {**sizes, "num_warps": warps, "num_stages": stages, **({"USE_TMA": True} if tma else {})}
+
+
+DEFAULT = config(64, 128, 4, 3, group=32)  # what the engine takes without a table
+
+
+def candidates(tokens: int, stage: Stage) -> list[Config]:
+    """Configurations worth timing. With T tokens an expert has about T / 32 routes, whatever the layout."""
+    found = [DEFAULT]
+    if tokens <= 128:
+        found += [config(16, 64, 4, stages) for stages in (3, 4, 5, 6)]
+        found += [config(16, 128, warps, stages) for warps in (4, 8) for stages in (2, 3, 4, 5)]
+        found += [config(16, 256, *rest) for rest in ((4, 3), (8, 3), (8, 4))]
+        found += [config(16, 32, 4, stages) for stages in (4, 6)]
+        found += [config(16, 128, 4, 4, group=16), config(16, 128, 4, 5, k=64), config(16, 64, 4, 6, k=64)]
+    if 64 <= tokens <= 128:
+        found += [config(32, n, 4, stages) for n in (64, 128) for stages in (3, 4)]
+    if 256 <= tokens <= 512:
+        found += [config(16, n, 4, stages) for n in (64, 128) for stages in (3, 4, 5)]
+        found += [config(m, n, 4, stages) for m in (32, 64) for n in (64, 128) for stages in (3, 4)]
+        found += [config(m, 128, 8, stages) for m in (16, 32, 64) for stages in (3, 4)]
+        found += [config(32, 128, 4, 4, group=16), config(64, 256, 8, 3)]
+    if tokens >= 1024:
+        found += [config(m, 128, 4, stages, group) for m in (32, 64) for stages in (3, 4) for group in (1, 16)]
+        found += [config(64, n, 8, stages, group) for n in (128, 256) for stages in (3, 4) for group in (1, 16)]
+        found += [config(128, 128, w, stages, group) for w in (4, 8) for stages in (3, 4) for group in (1, 16)]
+        found += [config(128, 64, 4, 4), config(128, 64, 4, 4, 16), config(128, 256, 8, 3), config(128, 256, 8, 3, 16)]
+    if tokens >= 1024 and stage is DOWN:
+        found += [config(m, 128, warps, 3, tma=True) for m in (64, 128) for warps in (4, 8)]
+    return found
+
+
+# ---------------------------------------------------------------- the engine
+
+
+class NoServer:
+    """Stands in for the server's arguments: every option off."""
+
+    def __getattr__(self, name):
+        return None
+
+
+def engine():
+    """The engine's kernel module, ready to be invoked outside a server."""
+    from sglang.srt import server_args
+
+    server_args.set_global_server_args_for_scheduler(NoServer())
+    from sglang.srt.layers.moe.fused_moe_triton import fused_moe_triton_kernels
+
+    return fused_moe_triton_kernels
+
+
+def invoke(kernels, stage: Stage, a, b, c, b_scale, weights, ids, aligned, block: Config, filtered: bool) -> None:
+    """One expert GEMM as the engine launches it; ``a`` is quantised already, see :class:`Problem`."""
+    import triton.language as tl
+
+    tma = block.get("USE_TMA", False)
+    kernels.invoke_fused_moe_kernel(
+        a, b, None, c, None, b_scale, None, weights, ids, *aligned, stage.weighted, stage.top_k,
+        {key: value for key, value in block.items() if key != "USE_TMA"},
+        compute_type=tl.bfloat16, use_fp8_w8a8=True, use_int8_w8a8=False, use_int8_w8a16=False, use_int4_w4a16=False,
+        per_channel_quant=False, block_shape=[BLOCK, BLOCK], filter_expert=filtered,
+        a_use_tma=tma, b_use_tma=tma, router_topk=TOP_K,
+    )  # fmt: skip
+
+
+def sizes_of(shape: Shape, stage: Stage) -> tuple[int, int]:
+    """Outputs and inputs of one expert."""
+    return (2 * shape.width, HIDDEN_SIZE) if stage is GATE_UP else (HIDDEN_SIZE, shape.width)
+
+
+def padded_routes(shape: Shape, tokens: int, block_m: int) -> int:
+    """The length of the engine's sorted route ids."""
+    routes = tokens * TOP_K
+    return routes * block_m if routes < shape.experts + 1 else routes + (shape.experts + 1) * (block_m - 1)
+
+
+# ---------------------------------------------------------------- compilation, in processes of their own
+
+
+class Recorder:
+    """Takes the kernel's place in the engine's invocation and keeps what it would be launched with."""
+
+    def __getitem__(self, grid):
+        return self.keep
+
+    def keep(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+
+
+def launch_arguments(kernels, shape: Shape, stage: Stage, tokens: int, block: Config):
+    """What the engine would launch, on tensors without memory."""
+    import torch
+
+    def meta(*size, dtype):
+        return torch.empty(size, device="meta", dtype=dtype)
+
+    outputs, inputs = sizes_of(shape, stage)
+    routes, padded = tokens * TOP_K, padded_routes(shape, tokens, block["BLOCK_SIZE_M"])
+    tma, fp8 = block.get("USE_TMA", False), torch.float8_e4m3fn
+    rows = tokens if stage is GATE_UP else routes + min(routes, shape.experts + 1) * (block["BLOCK_SIZE_M"] - 1) * tma
+    c = (routes, outputs) if stage is GATE_UP else (tokens, TOP_K, outputs)
+    blocks = -(-padded // block["BLOCK_SIZE_M"])
+    aligned = [meta(padded, dtype=torch.int32), meta(blocks, dtype=torch.int32), meta(1, dtype=torch.int32)]
+    quantise, jitted, recorder = kernels.sglang_per_token_group_quant_fp8, kernels.fused_moe_kernel, Recorder()
+    kernels.sglang_per_token_group_quant_fp8 = lambda a, k: (
+        meta(*a.shape, dtype=fp8), meta(a.shape[0], a.shape[1] // k, dtype=torch.float32),
+    )  # fmt: skip
+    kernels.fused_moe_kernel = recorder
+    try:
+        invoke(
+            kernels, stage, meta(rows, inputs, dtype=torch.bfloat16),
+            meta(shape.experts, outputs, inputs, dtype=fp8), meta(*c, dtype=torch.bfloat16),
+            meta(shape.experts, outputs // BLOCK, inputs // BLOCK, dtype=torch.float32),
+            meta(tokens, TOP_K, dtype=torch.float32), meta(tokens, TOP_K, dtype=torch.int32), aligned, block,
+            filtered=shape.experts < EXPERTS,
+        )  # fmt: skip
+    finally:
+        kernels.sglang_per_token_group_quant_fp8, kernels.fused_moe_kernel = quantise, jitted
+    return recorder.args, recorder.kwargs
+
+
+def specialisation(args, kwargs) -> tuple:
+    """Equal for launches that share one compiled kernel: integers count by being 1 and by divisibility by 16."""
+
+    def kind(value):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value == 1, value % 16 == 0
+        return str(getattr(value, "dtype", None)), getattr(value, "block_shape", None) and tuple(value.block_shape)
+
+    *runtime, group_n, group_k = args
+    return (*map(kind, runtime), group_n, group_k, *sorted((key, str(value)) for key, value in kwargs.items()))
+
+
+def engine_pretending_sm90():
+    """:func:`engine` on a host without a GPU, where Triton then compiles for Hopper and cannot launch."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+    kernels = engine()
+    JITFunction.run = run  # the overlay had put an explanation there
+
+    class Driver:
+        def __getattr__(self, name):
+            raise RuntimeError(f"a dry run launches nothing, and {name} was asked for")
+
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_active_torch_device = staticmethod(lambda: torch.device("meta"))
+
+    driver.set_active(Driver())
+    kernels._is_cuda, kernels.is_sm90_supported = True, lambda: True
+    return kernels
+
+
+_kernels: Any = None
+
+
+def start_compiler(dry_run: bool) -> None:
+    global _kernels
+    _kernels = engine_pretending_sm90() if dry_run else engine()
+
+
+def compile_one(shape: Shape, stage: Stage, tokens: int, block: Config) -> str | None:
+    """Compiles into Triton's cache on disk, from which the measuring process loads; a failure's text, or None."""
+    args, kwargs = launch_arguments(_kernels, shape, stage, tokens, block)
+    try:
+        _kernels.fused_moe_kernel.warmup(*args, grid=(1,), **kwargs)
+    except Exception as error:  # what cannot be compiled is no candidate; the summary counts them
+        return f"{type(error).__name__}: {error}"[:300]
+    return None
+
+
+class Compilers:
+    """One job a specialisation, in the order in which they will be measured."""
+
+    def __init__(self, kernels, processes: int, dry_run: bool) -> None:
+        import multiprocessing
+
+        self.kernels, self.jobs = kernels, {}
+        self.pool = ProcessPoolExecutor(
+            processes, multiprocessing.get_context("spawn"), initializer=start_compiler, initargs=(dry_run,)
+        )
+
+    def submit(self, shape: Shape, stage: Stage, tokens: int, block: Config) -> Future:
+        key = specialisation(*launch_arguments(self.kernels, shape, stage, tokens, block))
+        if key not in self.jobs:
+            self.jobs[key] = self.pool.submit(compile_one, shape, stage, tokens, block)
+        return self.jobs[key]
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---------------------------------------------------------------- measurement
+
+
+class Weights:
+    """Random FP8 experts of one shape with their block scales."""
+
+    def __init__(self, shape: Shape) -> None:
+        import torch
+
+        self.shape = shape
+        self.b, self.scale = {}, {}
+        for stage in STAGES:
+            outputs, inputs = sizes_of(shape, stage)
+            weight = torch.empty(shape.experts, outputs, inputs, device="cuda", dtype=torch.float8_e4m3fn)
+            for expert in weight:
+                expert.copy_(torch.randn(outputs, inputs, device="cuda").to(torch.float8_e4m3fn))
+            blocks = (shape.experts, outputs // BLOCK, inputs // BLOCK)
+            self.b[stage], self.scale[stage] = weight, (0.5 + torch.rand(*blocks, device="cuda")) * inputs**-0.5
+
+    def expert(self, stage: Stage, index: int):
+        """Float32 [outputs, inputs]."""
+        scale = self.scale[stage][index].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return self.b[stage][index].float() * scale
+
+
+class Problem:
+    """A batch of some tokens over some experts: inputs, outputs, and several routings to rotate through."""
+
+    def __init__(self, kernels, weights: Weights, tokens: int) -> None:
+        import torch
+
+        self.kernels, self.weights, self.shape, self.tokens = kernels, weights, weights.shape, tokens
+        self.filtered = self.shape.experts < EXPERTS
+        self.routings = [self.routing(seed) for seed in range(16 if tokens <= 64 else 8 if tokens <= 512 else 4)]
+        self.topk_weights = torch.rand(tokens, TOP_K, device="cuda")
+        self.hidden = torch.randn(tokens, HIDDEN_SIZE, device="cuda").bfloat16()
+        routes = tokens * TOP_K
+        most = routes + min(routes, self.shape.experts + 1) * 127  # TMA reads routes with their padding
+        self.a = {
+            GATE_UP: self.hidden,
+            DOWN: torch.randn(most if tokens >= 1024 else routes, self.shape.width, device="cuda").bfloat16(),
+        }
+        self.c = {
+            GATE_UP: torch.empty(routes, 2 * self.shape.width, device="cuda", dtype=torch.bfloat16),
+            DOWN: torch.empty(tokens, TOP_K, HIDDEN_SIZE, device="cuda", dtype=torch.bfloat16),
+        }
+        self.quantised = {stage: kernels.sglang_per_token_group_quant_fp8(self.a[stage], BLOCK) for stage in STAGES}
+        self.aligned: dict[int, list] = {}
+
+    def routing(self, seed: int):
+        """[tokens, 8] int32: distinct experts of all, and -1 for those of other ranks."""
+        import torch
+
+        generator = torch.Generator("cuda").manual_seed(seed * 10007 + self.tokens)
+        ids = torch.rand(self.tokens, EXPERTS, device="cuda", generator=generator).topk(TOP_K).indices
+        return torch.where(ids < self.shape.experts, ids, -1).to(torch.int32)
+
+    def sorted_routes(self, block_m: int) -> list:
+        from sglang.srt.layers.moe.fused_moe_triton.moe_align_block_size import moe_align_block_size
+
+        if block_m not in self.aligned:
+            self.aligned[block_m] = [moe_align_block_size(r, block_m, self.shape.experts) for r in self.routings]
+        return self.aligned[block_m]
+
+    def gemms(self, stage: Stage, block: Config):
+        """Launches one GEMM a routing, without the quantisation before it, which is the same for all candidates."""
+        kernels, quantise = self.kernels, self.kernels.sglang_per_token_group_quant_fp8
+        kernels.sglang_per_token_group_quant_fp8 = lambda a, k: self.quantised[stage]
+        try:
+            for ids, aligned in zip(self.routings, self.sorted_routes(block["BLOCK_SIZE_M"]), strict=True):
+                invoke(
+                    kernels, stage, self.a[stage], self.weights.b[stage], self.c[stage], self.weights.scale[stage],
+                    self.topk_weights, ids, aligned, block, self.filtered,
+                )  # fmt: skip
+        finally:
+            kernels.sglang_per_token_group_quant_fp8 = quantise
+
+    def graph(self, function):
+        """A CUDA graph of ``function``. Not through torch.cuda.graph, which collects garbage each time."""
+        import torch
+
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            function()
+            torch.cuda.synchronize()
+            graph.capture_begin()
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        return graph
+
+    def time(self, graph, replays: int) -> float:
+        """Median microseconds of one of the graph's invocations."""
+        import torch
+
+        for _ in range(2):
+            graph.replay()
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(replays)]
+        for before, after in events:
+            before.record()
+            graph.replay()
+            after.record()
+        torch.cuda.synchronize()
+        return statistics.median(b.elapsed_time(a) for b, a in events) * 1000 / len(self.routings)
+
+    def whole(self):
+        """The engine's experts from hidden states to their sum, one call a routing; returns the last output."""
+        from sglang.srt.layers.moe.fused_moe_triton.fused_moe import outplace_fused_experts
+
+        for ids in self.routings:
+            output = self.whole_of(outplace_fused_experts, ids)
+        return output
+
+    def whole_of(self, function, ids):
+        weights = self.weights
+        return function(
+            self.hidden, weights.b[GATE_UP], weights.b[DOWN], self.topk_weights, ids,
+            use_fp8_w8a8=True, w1_scale=weights.scale[GATE_UP], w2_scale=weights.scale[DOWN],
+            block_shape=[BLOCK, BLOCK], filter_expert=self.filtered,
+        )  # fmt: skip
+
+    def reference(self):
+        """:meth:`whole`'s output in float32 arithmetic, with the engine's FP8 activations and bfloat16 in between."""
+        import torch
+
+        quantise, ids = self.kernels.sglang_per_token_group_quant_fp8, self.routings[-1]
+
+        def rounded(x):
+            q, scale = quantise(x.contiguous(), BLOCK)
+            return q.float() * scale.repeat_interleave(BLOCK, -1)
+
+        hidden, total = rounded(self.hidden), torch.zeros(self.tokens, HIDDEN_SIZE, device="cuda")
+        for index in ids[ids >= 0].unique().tolist():
+            token, slot = (ids == index).nonzero(as_tuple=True)
+            gate, up = (hidden[token] @ self.weights.expert(GATE_UP, index).T).bfloat16().float().chunk(2, -1)
+            inner = (torch.nn.functional.silu(gate).bfloat16() * up.bfloat16()).bfloat16()
+            part = rounded(inner) @ self.weights.expert(DOWN, index).T
+            total.index_add_(0, token, (part * self.topk_weights[token, slot, None]).bfloat16().float())
+        return total
+
+
+def tune(problem: Problem, compilers: Compilers, failures: list[str]) -> dict[Stage, Config]:
+    """The best pair of configurations with one BLOCK_SIZE_M for a token count."""
+    graphs: dict[Stage, list[tuple[float, Config, Any]]] = {stage: [] for stage in STAGES}
+    for stage in STAGES:
+        for block in candidates(problem.tokens, stage):
+            error = compilers.submit(problem.shape, stage, problem.tokens, block).result()
+            if error is None:
+                try:
+                    graph = problem.graph(lambda stage=stage, block=block: problem.gemms(stage, block))
+                    graphs[stage].append((problem.time(graph, QUICK), block, graph))
+                    continue
+                except Exception as problem_of_candidate:
+                    if "out of resource" not in str(problem_of_candidate):
+                        raise
+                    error = str(problem_of_candidate)
+            failures.append(f"{stage.name} {block}: {error}")
+    best = pairs(graphs)
+    near = {m for m, (total, _) in best.items() if total <= NEAR * min(total for total, _ in best.values())}
+    again: dict[Stage, list[tuple[float, Config, Any]]] = {stage: [] for stage in STAGES}
+    for stage in STAGES:
+        for m in near:
+            of_m = sorted((one for one in graphs[stage] if one[1]["BLOCK_SIZE_M"] == m), key=lambda one: one[0])
+            kept = [one for one in of_m if one[0] <= NEAR * of_m[0][0]][:6]
+            again[stage] += [(problem.time(graph, LONG), block, graph) for _, block, graph in kept]
+    return min(pairs(again).values(), key=lambda pair: pair[0])[1]
+
+
+def pairs(timed: dict[Stage, list[tuple[float, Config, Any]]]) -> dict[int, tuple[float, dict[Stage, Config]]]:
+    """For each BLOCK_SIZE_M that both stages have: the least time of both together, and with what."""
+    found = {}
+    for m in sorted({block["BLOCK_SIZE_M"] for _, block, _ in timed[GATE_UP]}):
+        of_m = {s: [one for one in timed[s] if one[1]["BLOCK_SIZE_M"] == m] for s in STAGES}
+        if all(of_m.values()):
+            chosen = {stage: min(of_m[stage], key=lambda one: one[0]) for stage in STAGES}
+            found[m] = sum(one[0] for one in chosen.values()), {stage: one[1] for stage, one in chosen.items()}
+    return found
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table_files(root: Path, shape: Shape) -> dict[Stage, Path]:
+    """Where the engine looks for the two tables of a shape, if SGLANG_MOE_CONFIG_DIR is ``root``."""
+    import triton
+    from sglang.srt.layers.moe.fused_moe_triton.fused_moe_triton_config import get_config_file_name
+
+    folder = root / "configs" / f"triton_{triton.__version__.replace('.', '_')}"
+    return {
+        stage: folder
+        / get_config_file_name(shape.experts, shape.width, "fp8_w8a8", [BLOCK, BLOCK], down_moe=stage is DOWN)
+        for stage in STAGES
+    }
+
+
+def write_tables(root: Path, shape: Shape, best: dict[int, dict[Stage, Config]]) -> None:
+    for stage, path in table_files(root, shape).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {str(tokens): chosen[stage] for tokens, chosen in best.items()}
+        path.write_text(json.dumps(table, indent=4) + "\n")
+
+
+def use_tables(root: Path | None) -> None:
+    """Lets the engine read the tables under ``root``, or none at all."""
+    from sglang.srt.layers.moe.fused_moe_triton import fused_moe_triton_config
+
+    os.environ["SGLANG_MOE_CONFIG_DIR"] = str(root or "/nonexistent")
+    fused_moe_triton_config.get_moe_configs.cache_clear()
+
+
+def compare(problem: Problem, root: Path) -> dict[str, float]:
+    """The whole of the experts without a table and with it: microseconds, and the relative error of each."""
+    exact, row = problem.reference(), {}
+    for name, tables in (("default", None), ("tuned", root)):
+        use_tables(tables)
+        row[f"{name}_error"] = float((problem.whole().float() - exact).norm() / exact.norm())
+        row[f"{name}_us"] = problem.time(problem.graph(problem.whole), LONG)
+    use_tables(None)
+    return row
+
+
+def tune_shape(kernels, shape: Shape, compilers: Compilers, options, deadline: float) -> dict:
+    """Tunes, checks, writes and times one shape.
+
+    Raises:
+        TimeoutError: the time limit came first; nothing is written then.
+        RuntimeError: the reference and the engine's default disagree, so that nothing can be said of the tuned result.
+    """
+    import torch
+
+    begin, failures, best = time.monotonic(), [], {}
+    weights = Weights(shape)
+    for tokens in options.tokens:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the time limit came at {tokens} tokens")
+        best[tokens] = tune(Problem(kernels, weights, tokens), compilers, failures)
+    tried = options.out / "tried"
+    write_tables(tried, shape, best)
+    rows = {tokens: compare(Problem(kernels, weights, tokens), tried) for tokens in options.tokens}
+    for tokens, row in rows.items():
+        if not row["default_error"] < TOLERANCE:
+            raise RuntimeError(f"at {tokens} tokens the engine's default itself has an error of {row['default_error']}")
+        # What is wrong, or slower as a whole, must not be shipped: there the table says what the engine's default is.
+        if not row["tuned_error"] < TOLERANCE or row["tuned_us"] > row["default_us"]:
+            best[tokens], row["kept_default"] = dict.fromkeys(STAGES, DEFAULT), 1.0
+    write_tables(options.out, shape, best)
+    del weights
+    torch.cuda.empty_cache()
+    chosen = {t: {stage.name: block for stage, block in pair.items()} for t, pair in best.items()}
+    return {"rows": rows, "chosen": chosen, "failures": failures, "seconds": time.monotonic() - begin}
+
+
+def short(block: Config) -> str:
+    names = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+    return "/".join(str(block[name]) for name in names) + ("/TMA" if block.get("USE_TMA") else "")
+
+
+def print_table(shape: Shape, result: dict) -> None:
+    print(
+        f"\n{shape}: whole of the experts, us a layer; block m/n/k, group, warps, stages "
+        f"({result['seconds']:.0f} s, {len(result['failures'])} candidates not possible)"
+    )
+    print(f"{'tokens':>6} {'default':>8} {'tuned':>8} {'ratio':>6} {'error':>8}  {'gate_up':<20} down")
+    for tokens, row in result["rows"].items():
+        blocks = result["chosen"][tokens]
+        print(
+            f"{tokens:>6} {row['default_us']:8.1f} {row['tuned_us']:8.1f} {row['default_us'] / row['tuned_us']:6.2f} "
+            f"{row['tuned_error']:8.5f}  {short(blocks['gate_up']):<20} {short(blocks['down'])}"
+            + ("  (default kept)" if "kept_default" in row else "")
+        )
+
+
+def dry_run(options) -> None:
+    """Compiles what would be measured, for sm90, and says what cannot be compiled."""
+    kernels = engine_pretending_sm90()
+    compilers = Compilers(kernels, options.processes, dry_run=True)
+    jobs = []
+    for shape in options.shapes:
+        for tokens in options.tokens:
+            for stage in STAGES:
+                for block in candidates(tokens, stage)[: options.first]:
+                    jobs.append((stage, block, compilers.submit(shape, stage, tokens, block)))
+    print(f"{len(jobs)} measurements, {len(compilers.jobs)} kernels to compile")
+    errors = {f"{stage.name} {short(block)}: {job.result()}" for stage, block, job in jobs if job.result()}
+    compilers.close()
+    print("\n".join(sorted(errors)) or "all compile")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for configs/ and tune_experts.json")
+    parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=[Shape.parse(text) for text in SHAPES])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--time-limit", type=float, default=1800, help="seconds; a shape that is not done is left out")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
+    parser.add_argument("--dry-run", action="store_true", help="compile for sm90 without a GPU and stop")
+    parser.add_argument("--first", type=int, help="of a dry run: only so many candidates of each list")
+    options = parser.parse_args()
+    if options.dry_run:
+        return dry_run(options)
+
+    import torch
+    import triton
+
+    if not torch.cuda.is_available():
+        sys.exit("tuning needs a GPU and this host has none: --dry-run compiles the candidates without one")
+    deadline = time.monotonic() + options.time_limit
+    kernels = engine()
+    compilers = Compilers(kernels, options.processes, dry_run=False)
+    for shape in options.shapes:
+        for tokens in options.tokens:
+            for stage in STAGES:
+                for block in candidates(tokens, stage):
+                    compilers.submit(shape, stage, tokens, block)
+    print(f"{len(compilers.jobs)} kernels to compile in {options.processes} processes", flush=True)
+    results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for shape in options.shapes:
+            try:
+                results[str(shape)] = result = tune_shape(kernels, shape, compilers, options, deadline)
+            except (TimeoutError, RuntimeError) as reason:
+                print(f"\n{shape} left out: {type(reason).__name__}: {reason}", flush=True)
+                torch.cuda.empty_cache()
+                continue
+            print_table(shape, result)
+            sys.stdout.flush()
+            (options.out / "tune_experts.json").write_text(json.dumps(results, indent=1) + "\n")
+    compilers.close()
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""One server of several nodes, all of them on this host: a launcher a node, as on hosts of their own, one rank each.
+
+So a layout of more ranks than this host has GPUs still runs on real GPUs over real NCCL: several nodes share a GPU and
+take turns on it. NCCL refuses two ranks on one GPU of one host; with a host id a node it takes them for hosts, and
+connects them through sockets. That is right, and slow: it says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sglang_minimax.server_process import Server, ServerError, SessionProcess, free_port
+
+_POLL_SECONDS = 0.2
+_LAUNCH_SECONDS = 120
+
+
+class Nodes:
+    """The nodes of one server. Node 0 answers; the server has ended as soon as one of them has."""
+
+    def __init__(self, first: Server, others: list[SessionProcess]) -> None:
+        self._first = first
+        self._others = others
+
+    def wait_until_ready(self, timeout_seconds: float) -> None:
+        self._unless_one_ends(lambda: self._first.wait_until_ready(timeout_seconds, on_progress=lambda _: None))
+
+    def post(self, path: str, body: dict[str, Any], *, timeout_seconds: float) -> Any:
+        return self._unless_one_ends(lambda: self._first.post(path, body, timeout_seconds=timeout_seconds))
+
+    def _unless_one_ends(self, call: Callable[[], Any]) -> Any:
+        """The result of ``call``, which waits for node 0 and would not notice that another one is gone.
+
+        Raises:
+            ServerError: a node has ended. ``call`` is then made to end as well, by ending node 0.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(call)
+            while not result.done():
+                for rank, node in enumerate(self._others, start=1):
+                    if node.has_ended():
+                        self._first.stop()
+                        raise ServerError(f"node {rank} has ended; its log is {node.log}")
+                time.sleep(_POLL_SECONDS)
+            return result.result()
+
+
+@contextlib.contextmanager
+def serve_on_nodes(command: list[str], number: int, logs: list[Path], environment_of: Callable[[int], Mapping]):
+    """Starts ``command`` once a node with what tells the nodes apart, and ends all of them.
+
+    Args:
+        command: the server's, without a port and without nodes.
+        number: of nodes.
+        logs: a file a node.
+        environment_of: what to add to the environment of a node, by its rank.
+    """
+
+    def words(rank: int, port: int) -> list[str]:
+        variables = [f"{name}={value}" for name, value in environment_of(rank).items()]
+        return ["env", *variables, *command, "--port", str(port), *_node(rank)]
+
+    def _node(rank: int) -> Iterator[str]:
+        if number > 1:
+            yield from ("--nnodes", str(number), "--node-rank", str(rank))
+            yield from ("--dist-init-addr", f"127.0.0.1:{meeting_port}")
+
+    meeting_port = free_port()
+    with contextlib.ExitStack() as running:
+        others = [
+            running.enter_context(SessionProcess(words(rank, free_port()), logs[rank])) for rank in range(1, number)
+        ]
+        # Under DP attention every node makes sure that the ports behind the meeting port are free on its host, and
+        # node 0 takes them. Here that is one host, so node 0 starts last.
+        for node in others:
+            _wait_until_it_starts_ranks(node)
+        port = free_port()
+        yield Nodes(running.enter_context(Server(words(0, port), logs[0], port=port)), others)
+
+
+def _wait_until_it_starts_ranks(node: SessionProcess) -> None:
+    deadline = time.monotonic() + _LAUNCH_SECONDS
+    while not any(_name_of(process).startswith("sglang::") for process in node.members()):
+        if node.has_ended():
+            raise ServerError(f"a node ended before it started its ranks; its log is {node.log}")
+        if time.monotonic() > deadline:
+            raise ServerError(f"a node started no rank in {_LAUNCH_SECONDS} s; its log is {node.log}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _name_of(process: psutil.Process) -> str:
+    """The title that the engine gives its processes, or what the program is called."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return str(process.name())
+    return ""
+
+
+def shared_gpu_environment(rank: int, num_gpus: int) -> dict[str, str]:
+    """For a node of one rank that shares GPU ``rank % num_gpus`` with others."""
+    return {
+        "CUDA_VISIBLE_DEVICES": str(rank % num_gpus),
+        "NCCL_HOSTID": f"node{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
