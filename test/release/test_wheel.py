@@ -17,6 +17,7 @@ from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.overlay import ENGINE_VERSION
 from sglang_minimax.reference import Reference
 from sglang_minimax.server_process import Server, free_port
+from sglang_minimax.serving import BLOCK_BEGINS
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 16
@@ -76,6 +77,7 @@ def test_the_wheel_serves(environment, tmp_path):
     laid_over = environment / "sglang_minimax" / "laid_over" / "sglang"
     assert f"sglang-minimax {__version__} is laid over sglang {ENGINE_VERSION}, from {laid_over}\n" in log
     assert str(REPOSITORY / "python") not in log
+    assert log.count(BLOCK_BEGINS) == 1
     assert info["version"] == ENGINE_VERSION
     assert info["sglang_minimax"]["version"] == __version__
     for answer, expected in zip(answers, Reference(checkpoint).greedy(PROMPTS, STEPS), strict=True):

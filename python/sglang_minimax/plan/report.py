@@ -89,9 +89,7 @@ def make_report(model: ModelShape, flags: Flags, gpu: Gpu) -> Report:
 
 def rank_holds(model: ModelShape, layout: Layout) -> list[RankHolds]:
     """What every TP rank holds, in rank order."""
-    shards = sharding.shard_attention(
-        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
-    )
+    shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
     return divided(shards, model.experts, layout.tp, layout.ep)
 
 
