@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
 
+EP_SIZE_REASON = "sglang_minimax_ep_size_reason"
+"""The attribute of ``ServerArgs`` that says why EP 1 does not work, where another EP size was chosen here."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,9 +53,7 @@ def announce_overlay(module: EngineModule) -> None:
         pp_rank: int,
         dp_rank: int | None,
     ) -> int | None:
-        dp_rank = configure_scheduler(
-            server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank
-        )
+        dp_rank = configure_scheduler(server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank)
         if not (tp_rank or pp_rank or dp_rank):
             from sglang_minimax import __version__
             from sglang_minimax.overlay import ENGINE_VERSION, folder
@@ -97,13 +98,12 @@ def _settle_layout(args: EngineObject) -> None:
         return
     ep_size = settle_ep_size(shape, args.tp_size, args.ep_size, left_alone, args.moe_dp_size)
     if left_alone and ep_size != args.ep_size:
+        why = shape.reason_against(args.tp_size, args.ep_size, args.moe_dp_size)
+        assert why is not None, "another EP size is chosen only where a rule forbids this one"
         # A warning, since the engine sets up its log only after it has read the arguments, and drops what is less.
-        logger.warning(
-            "Expert parallel size set to %d: %s. Give --ep to choose another.",
-            ep_size,
-            shape.reason_against(args.tp_size, args.ep_size, args.moe_dp_size),
-        )
+        logger.warning("Expert parallel size set to %d: %s. Give --ep to choose another.", ep_size, why)
         args.ep_size = ep_size
+        setattr(args, EP_SIZE_REASON, why)  # no field of the engine's, but it travels to every rank with them
 
 
 def settle_ep_size(shape: ExpertShape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_size: int = 1) -> int:

@@ -220,9 +220,21 @@ class Server(SessionProcess):
         request = urllib.request.Request(
             self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
+        return json.loads(self._reply(request, path, timeout_seconds))
+
+    def get(self, path: str, *, timeout_seconds: float = 60) -> str:
+        """The text that the server replies to a request without a body.
+
+        Raises:
+            ServerError: as :meth:`post`.
+        """
+        return self._reply(urllib.request.Request(self._url + path), path, timeout_seconds).decode()
+
+    def _reply(self, request: urllib.request.Request, path: str, timeout_seconds: float) -> bytes:
         try:
             with self._opener.open(request, timeout=timeout_seconds) as reply:
-                return json.load(reply)
+                content: bytes = reply.read()
+                return content
         except urllib.error.HTTPError as error:
             raise ServerError(f"{path} answered {error.code}: {error.read().decode()[:2000]}") from error
         except OSError as error:

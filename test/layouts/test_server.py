@@ -1,27 +1,37 @@
-"""The real server over HTTP, with no environment variable and no flag but the layout, answers as transformers does."""
+"""The real server over HTTP, with no environment variable and no flag but the layout, answers as transformers does.
+
+So that no server starts twice, what it says of itself is looked at on the same ones: its log, ``/server_info``,
+``/metrics``.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 
 import pytest
 
+from sglang_minimax import __version__
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.reference import Reference
 from sglang_minimax.server_process import Server, free_port
+from sglang_minimax.serving import BLOCK_BEGINS
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
 
 STEPS = 16
 PROMPTS = [[11, 12, 13, 14, 15], list(range(100, 140)), [7, 700, 70]]
 TOLERANCE = 1e-4
+# Two KV heads, so that TP4 replicates them; a width that four ranks cannot divide and two can, so that EP is chosen.
+SMALL = SmallModel(num_key_value_heads=2, intermediate_size=254)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SmallModel(num_key_value_heads=2))
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +63,61 @@ def check(server: Server, prompts: list[list[int]], expected) -> None:
         assert [logprob for logprob, *_ in steps] == pytest.approx(completion.logprobs, abs=TOLERANCE)
 
 
+HEADS = {
+    "tp4": "heads a rank: 4 of 16 q heads, 1 of 2 KV heads; each KV head is on 2 ranks",
+    "tp4_dp2": "heads a rank: 8 of 16 q heads, 1 of 2 KV heads; no KV head is replicated",
+}
+PATHS = {
+    "tp4": {"QK norm": "one all-reduce over 4 ranks", "sum over experts": "the model's all-reduce over 4 ranks"},
+    "tp4_dp2": {"QK norm": "one all-reduce over 2 ranks", "sum over experts": "reduce-scatter"},
+}
+
+
+def check_log(log: str, name: str, ranks: int) -> None:
+    """One block, from the first rank; and every rank says at the end of its load how many bytes it was."""
+    assert log.count(BLOCK_BEGINS) == 1
+    (block,) = re.findall(rf"^\[[^]]* TP0[^]]*\] {BLOCK_BEGINS} 4 ranks, .*\n((?:  .*\n)+)", log, re.M)
+    lines = [line.strip() for line in block.splitlines()]
+    assert HEADS[name] in lines
+    assert "experts a rank: 8 of 16, 127 of the 254 columns of each" in lines
+    for path, taken in PATHS[name].items():
+        assert any(line.startswith(f"{path}: {taken} (") for line in lines), path
+    loaded = re.findall(r" TP(\d)[^]]*\] Loaded weights: ([\d.]+) GB of the checkpoint in [\d.]+ s, .* GB/s", log)
+    assert sorted(rank for rank, _ in loaded) == [str(rank) for rank in range(ranks)]
+    assert all(float(gigabytes) > 0 for _, gigabytes in loaded)
+
+
+def check_server_info(server: Server, name: str, dp_ranks: int) -> None:
+    for path in ("/server_info", "/get_server_info"):
+        info = json.loads(server.get(path))
+        assert info["tp_size"] == 4 and info["version"], "the engine's own fields stay"
+        assert len(info["internal_states"]) == dp_ranks
+        ours = info["sglang_minimax"]
+        assert ours["version"] == __version__
+        assert [state["sglang_minimax"] for state in info["internal_states"]] == [ours] * dp_ranks
+        assert {path: ours["paths"][path]["taken"] for path in PATHS[name]} == PATHS[name]
+        assert ours["paths"]["EP"]["taken"] == "2"
+        assert "chosen, since --ep was left out: the expert width 254" in ours["paths"]["EP"]["why"]
+        assert ours["paths"]["attention backend"]["taken"] == info["internal_states"][0]["attention_backend"]
+        assert [rank["kv_heads"][0] for rank in ours["ranks"]] == ([0, 0, 1, 1] if name == "tp4" else [0, 1, 0, 1])
+
+
+def check_metrics(server: Server) -> None:
+    """The engine's counters, and among them the tokens that were generated for this test."""
+    generated = re.findall(r"^sglang:generation_tokens_total\{.*\} ([\d.]+)$", server.get("/metrics"), re.M)
+    assert sum(map(float, generated)) >= STEPS * len(PROMPTS)
+
+
 @pytest.mark.parametrize(
-    "layout",
-    ["--tp 4", "--tp 4 --dp 2 --enable-dp-attention --skip-tokenizer-init"],
+    ("name", "layout", "dp_ranks"),
+    [
+        ("tp4", "--tp 4 --enable-metrics", 1),
+        ("tp4_dp2", "--tp 4 --dp 2 --enable-dp-attention --skip-tokenizer-init --enable-metrics", 2),
+    ],
     ids=["tp4", "tp4_dp2"],
 )
 @pytest.mark.usefixtures("bare_environment")
-def test_server_answers_as_transformers(layout, checkpoint, expected, tmp_path):
+def test_server_answers_as_transformers(name, layout, dp_ranks, checkpoint, expected, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
     with Server([*command, "--port", str(port), *layout.split()], tmp_path / "server.log", port=port) as server:
@@ -67,6 +125,9 @@ def test_server_answers_as_transformers(layout, checkpoint, expected, tmp_path):
         check(server, PROMPTS, expected)  # all in one batch
         for prompt, completion in zip(PROMPTS, expected, strict=True):
             check(server, [prompt], [completion])  # alone: with DP attention the other rank is idle
+        check_server_info(server, name, dp_ranks)
+        check_metrics(server)
         log = server.log.read_text(errors="replace")
     assert "No accelerator on this host" in log
     assert "Traceback" not in log
+    check_log(log, name, ranks=4)

@@ -37,10 +37,14 @@ PUBLISHED = SmallModel(
     intermediate_size=1536,
 )
 
+# Runs what docs/serving.md has for a machine without a GPU and for a client, as it stands there.
+RUN_ON_A_SERVER = "test/layouts/test_recipes.py"
+
 # Commands that are no server: what else in the repository runs them, or None where reading them is all there is.
 OTHERS = {
     "bash scripts/demo.sh": None,
     "bash scripts/test.sh": None,
+    "bash scripts/release.sh": "test/release/test_script.py",
     "pip install": "test/unit/test_overlay.py",
     "uv pip install": "test/unit/test_overlay.py",
     "pip uninstall sglang-minimax": "test/unit/test_overlay.py",
@@ -49,12 +53,14 @@ OTHERS = {
     "python -m pytest": "test",
     "python -m uv build": "test/unit/test_overlay.py",
     "python -m uv tool run": ".pre-commit-config.yaml",
+    "python test/registered/": "test/registered/test_registered_job.py",
+    "py-spy dump": RUN_ON_A_SERVER,
     "pre-commit": ".pre-commit-config.yaml",
     "mkdocs": "mkdocs.yml",
     "git ": None,
     "cd ": None,
 }
-NEEDS_HARDWARE = ("python benchmark/", "export ", "py-spy ", "curl ")
+NEEDS_HARDWARE = ("python benchmark/", "export ")
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def _without_assignments(words: list[str]) -> list[str]:
-    return words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) :]
+    return words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z0-9_]+=", word)) :]
 
 
 def all_commands() -> list:
@@ -128,14 +134,16 @@ def test_a_command_is_read_by_what_it_calls(block, words, monkeypatch):
     command = " ".join(words)
     if words[:3] == ["python", "-m", "sglang.launch_server"]:
         check_server(words[3:])
-        small = "--device" in words  # those are run by test/layouts/test_server.py
+        small = "--device" in words  # of which there is one, and RUN_ON_A_SERVER starts it
         assert small or block.page == "README.md" or _not_run(block), f"{block} must say that it was not run"
     elif words[:3] == ["python", "-m", "sglang.bench_serving"]:
         check_benchmark(words[3:], monkeypatch)
-        assert _not_run(block), f"{block} must say that it was not run"
-    elif command.startswith(NEEDS_HARDWARE):
-        if words[0] == "curl":
+        assert block.page == "serving.md" or _not_run(block), f"{block} must say that it was not run"
+    elif words[0] == "curl":
+        if "-d" in words:
             check_chat(words)
+        assert block.page == "serving.md" and (REPOSITORY / RUN_ON_A_SERVER).exists()
+    elif command.startswith(NEEDS_HARDWARE):
         assert block.page == "performance.md" or _not_run(block), f"{block} must say that it was not run"
     else:
         known = [start for start in OTHERS if command.startswith(start)]
@@ -215,6 +223,34 @@ def test_the_parsers_of_the_recipes_are_the_engines():
         assert name in FunctionCallParser.ToolCallParserEnum
     for name in re.findall(r"--reasoning-parser ([\w-]+)", text):
         assert name in ReasoningParser.DetectorMap
+
+
+CALL = """I look it up.
+<minimax:tool_call>
+<invoke name="weather">
+<parameter name="city">Oslo</parameter>
+</invoke>
+</minimax:tool_call>"""
+
+
+def test_the_tool_parser_does_what_the_page_says():
+    from sglang.srt.entrypoints.openai.protocol import Tool
+    from sglang.srt.function_call.function_call_parser import FunctionCallParser
+
+    curl = next(words for block in blocks() for words in commands(block) if words[0] == "curl" and "-d" in words)
+    tools = [Tool(**tool) for tool in json.loads(curl[curl.index("-d") + 1])["tools"]]
+    text, calls = FunctionCallParser(tools, "minimax-m2").parse_non_stream(CALL)
+    assert text.strip() == "I look it up."
+    assert [(call.name, json.loads(call.parameters)) for call in calls] == [("weather", {"city": "Oslo"})]
+
+
+def test_the_reasoning_parsers_do_what_the_page_says():
+    """The template has written <think> already, so the model's text begins behind it."""
+    from sglang.srt.parser.reasoning_parser import ReasoningParser
+
+    text = "Oslo is cold.</think>Take a coat."
+    assert ReasoningParser("minimax-append-think").parse_non_stream(text) == ("", "<think>" + text)
+    assert ReasoningParser("minimax").parse_non_stream(text) == ("Oslo is cold.", "Take a coat.")
 
 
 # ------------------------------------------------------------------------------------------------ links

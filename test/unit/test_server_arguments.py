@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 
 import pytest
 from sglang.srt import server_args as engine
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from sglang_minimax.checkpoints import SmallModel, published_config
+from sglang_minimax.server_arguments import EP_SIZE_REASON
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "weight_block_size": [128, 128]}
 
@@ -41,7 +43,10 @@ def test_fp8_blocks_choose_the_smallest_ep_that_works(folder, caplog, tp, ep):
     assert args.ep_size == ep and type(args.ep_size) is int
     said = [record.message for record in caplog.records if "Expert parallel size set to" in record.message]
     assert len(said) == (ep != 1)
+    # A running server gives the reason, which must reach its ranks: they get the arguments pickled.
+    assert (getattr(pickle.loads(pickle.dumps(args)), EP_SIZE_REASON, None) is not None) == (ep != 1)
     if said:
+        assert getattr(args, EP_SIZE_REASON) in said[0]
         assert f"{1536 // tp}, is not a multiple of the quantisation block 128" in said[0]
 
 

@@ -25,22 +25,23 @@ class Path:
 def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
     """The decisions of ``models/minimax_m2.py`` and of the engine under it, for a server with these flags."""
     return [
-        _qk_norm(model, layout),
+        qk_norm(layout.attention_ranks if model.use_qk_norm else None),
         _fused_all_reduce(layout, gpu),
         _expert_sum(model, layout, gpu),
-        _fp4_all_gather(model, layout),
+        fp4_all_gather(fp4_all_gather_reason(model, layout)),
         _attention_backend(gpu),
     ]
 
 
-def _qk_norm(model: ModelShape, layout: Layout) -> Path:
-    if not model.use_qk_norm:
+def qk_norm(attention_ranks: int | None) -> Path:
+    """How q and k are normed over ``attention_ranks`` ranks; None: the model has no such norm."""
+    if attention_ranks is None:
         return Path("QK norm", "none", "the config says use_qk_norm: false")
-    if layout.attention_ranks == 1:
+    if attention_ranks == 1:
         return Path("QK norm", "on each rank alone", "a rank holds all heads of its requests")
     return Path(
         "QK norm",
-        f"one all-reduce over {layout.attention_ranks} ranks",
+        f"one all-reduce over {attention_ranks} ranks",
         "q and k are normed over all heads: two float32 sums of squares a token are added up",
     )
 
@@ -67,24 +68,37 @@ def _fused_all_reduce(layout: Layout, gpu: Gpu) -> Path:
     )
 
 
-def fp4_all_gather_reason(model: ModelShape, layout: Layout) -> str | None:
-    """Why tokens are not gathered in FP4, or None where they are."""
-    if model.quantisation.kind != "nvfp4":
+def reason_against_fp4_all_gather(
+    *, nvfp4: bool, dp_groups: int, ep: int, moe_runner_backend: str, moe_a2a_backend: str = "none"
+) -> str | None:
+    """The first condition of the FP4 all-gather that does not hold, as a clause, or None."""
+    if not nvfp4:
         return "the experts are not in NVFP4"
-    if layout.dp_groups == 1:
+    if dp_groups == 1:
         return "without DP attention every rank has all tokens"
-    if layout.ep != layout.dp_groups:
-        return f"EP {layout.ep} must equal DP {layout.dp_groups}"
-    if layout.flags.moe_runner_backend != "flashinfer_cutlass":
+    if ep != dp_groups:
+        return f"EP {ep} must equal DP {dp_groups}"
+    if moe_runner_backend != "flashinfer_cutlass":
         return "it needs --moe-runner-backend flashinfer_cutlass"
+    if moe_a2a_backend != "none":
+        return f"--moe-a2a-backend {moe_a2a_backend} carries the tokens"
     return None
 
 
-def _fp4_all_gather(model: ModelShape, layout: Layout) -> Path:
-    reason = fp4_all_gather_reason(model, layout)
-    if reason is not None:
-        return Path("FP4 all-gather", "off", reason)
+def fp4_all_gather(reason_against: str | None) -> Path:
+    if reason_against is not None:
+        return Path("FP4 all-gather", "off", reason_against)
     return Path("FP4 all-gather", "on", "tokens travel to the experts in NVFP4: EP equals DP, flashinfer_cutlass")
+
+
+def fp4_all_gather_reason(model: ModelShape, layout: Layout) -> str | None:
+    """Why tokens are not gathered in FP4, or None where they are."""
+    return reason_against_fp4_all_gather(
+        nvfp4=model.quantisation.kind == "nvfp4",
+        dp_groups=layout.dp_groups,
+        ep=layout.ep,
+        moe_runner_backend=layout.flags.moe_runner_backend,
+    )
 
 
 def _expert_sum(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:

@@ -89,20 +89,34 @@ def make_report(model: ModelShape, flags: Flags, gpu: Gpu) -> Report:
 
 def rank_holds(model: ModelShape, layout: Layout) -> list[RankHolds]:
     """What every TP rank holds, in rank order."""
-    shards = sharding.shard_attention(
-        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
-    )
+    shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
+    return divided(shards, model.experts, layout.tp, layout.ep)
+
+
+def divided(
+    shards: sharding.AttentionShards,
+    experts: sharding.ExpertShape,
+    tp: int,
+    ep: int,
+    *,
+    attn_cp_size: int = 1,
+    moe_dp_size: int = 1,
+) -> list[RankHolds]:
+    """The same from the numbers alone. In the engine's order of ranks, outermost first, attention divides TP into DP,
+    context parallelism and attention TP; the experts divide it into copies (``moe_dp_size``), EP and widths."""
+    attention_ranks, expert_ranks = shards.q.num_ranks, tp // moe_dp_size
     holds = []
-    for rank in range(layout.tp):
-        dp_rank, attention_rank = divmod(rank, layout.attention_ranks)
+    for rank in range(tp):
+        attention_rank, expert_rank = rank % attention_ranks, rank % expert_ranks
         parts = (
             shards.q.heads_of(attention_rank),
             shards.kv.heads_of(attention_rank),
-            model.experts.experts_of(rank, layout.tp, layout.ep),
-            model.experts.columns_of(rank, layout.tp, layout.ep),
+            experts.experts_of(expert_rank, expert_ranks, ep),
+            experts.columns_of(expert_rank, expert_ranks, ep),
         )
-        q, kv, experts, columns = ((part[0], part[-1]) for part in parts)
-        holds.append(RankHolds(rank, dp_rank, q, kv, shards.kv.replicas, experts, columns))
+        q, kv, held, columns = ((part[0], part[-1]) for part in parts)
+        dp_rank = rank // (attention_ranks * attn_cp_size)
+        holds.append(RankHolds(rank, dp_rank, q, kv, shards.kv.replicas, held, columns))
     return holds
 
 

@@ -22,6 +22,7 @@ from sglang.srt.layers.utils import get_layer_id
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
 from sglang.srt.models.minimax_m2_files import damaged_files
+from sglang.srt.models.minimax_m2_progress import LoadProgress
 from sglang.srt.server_args import get_global_server_args
 from torch import nn
 
@@ -138,8 +139,9 @@ class CheckedWeights:
         Raises:
             ValueError: any fault, with this rank, the first of each kind and how many more.
         """
+        progress = LoadProgress(always=whole)  # updates of weights come by the thousand, and mostly are short
         try:
-            for name, tensor in weights:
+            for name, tensor in progress.over(weights):
                 self._load_targets(name, tensor, whole)
         except SafetensorError as error:
             raise ValueError(f"A file of the checkpoint cannot be read: {error}{_damaged_files()}") from error
@@ -147,6 +149,7 @@ class CheckedWeights:
             self._find_unfilled()
         if self.faults:
             raise ValueError(self._message() + (_damaged_files() if whole else ""))
+        progress.finish(self.params[name] for name in self.filled)
         return set(self.filled)
 
     def _load_targets(self, name: str, tensor: torch.Tensor, whole: bool) -> None:

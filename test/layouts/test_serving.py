@@ -1,0 +1,115 @@
+"""What a server says of itself, against what its ranks hold and what their forward passes did; stand-ins for GPUs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from layouts import simulations, spies
+from layouts.harness import run_layout
+
+from sglang_minimax import serving
+from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+from sglang_minimax.cpu_host import has_no_accelerator
+from sglang_minimax.plan import paths as planned
+from sglang_minimax.plan.hardware import GPUS
+from sglang_minimax.plan.layout import Flags, settle
+from sglang_minimax.plan.shape import read_model
+
+pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
+
+SMALL = SmallModel(num_hidden_layers=3, num_key_value_heads=2, num_local_experts=8, vocab_size=512)
+A2A = {"moe_a2a_backend": "customized"}
+
+WHO = {
+    "MODEL": "the model's all-reduce over",
+    "NEXT_NORM": "in the next layer's norm",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "DISPATCHER": "the dispatcher's",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), SMALL)
+
+
+def said_and_done(runner):
+    """A probe: the paths and ranks that the server would name, what this rank's modules hold, and its passes."""
+    passes = spies.watch_passes(runner)
+    info = serving.server_info(runner)
+    layer = runner.model.model.layers[runner.model.start_layer]
+    attention, experts = layer.self_attn, layer.block_sparse_moe.experts
+    held = {
+        "q_heads": attention.attn.tp_q_head_num,
+        "kv_heads": attention.attn.tp_k_head_num,
+        "experts": experts.num_local_experts,
+        "expert_columns": experts.intermediate_size_per_partition,
+    }
+    return lambda: (info, serving.log_block(runner), held, passes())
+
+
+@pytest.mark.parametrize(
+    ("layout", "simulation", "arguments", "expected"),
+    [
+        ({"tp": 1}, None, {}, {"sum over experts": "none", "QK norm": "on each rank alone"}),
+        ({"tp": 4}, None, {}, {"QK norm": "one all-reduce over 4 ranks", "fused all-reduce + norm": "off"}),
+        ({"tp": 4, "ep": 2, "dp": 2}, None, {}, {"EP": "2", "sum over experts": "reduce-scatter"}),
+        ({"tp": 2, "pp": 2}, None, {}, {"sum over experts": "the model's all-reduce over 2 ranks"}),
+        ({"tp": 2}, simulations.fused_all_reduce, {}, {"fused all-reduce + norm": "on, up to 2048 tokens"}),
+        ({"tp": 2, "ep": 2, "dp": 2}, simulations.fp4_all_gather, {}, {"FP4 all-gather": "on"}),
+        ({"tp": 2, "ep": 2}, simulations.token_exchange, A2A, {"a2a backend": "customized", "EP": "2"}),
+    ],
+    ids=["tp1", "tp4", "dp2", "pp2", "next_norm", "fp4", "a2a"],
+)
+def test_what_is_said_is_what_the_ranks_hold_and_do(checkpoint, monkeypatch, layout, simulation, arguments, expected):
+    if simulation is not None:
+        simulation(monkeypatch)
+    prompts = [[[300 + i, 301, 302]] for i in range(layout.get("dp", 1))]
+    result = run_layout(
+        checkpoint, prompts_by_dp_rank=prompts, steps=3, server_arguments=arguments, probe=said_and_done, **layout
+    )
+    for rank, (info, block, held, passes) in enumerate(result.probed):
+        paths = info["paths"]
+        assert {name: paths[name]["taken"] for name in expected} == expected
+        ends = info["ranks"][rank % layout["tp"]]
+        assert {name: ends[name][1] - ends[name][0] + 1 for name in held} == held, f"rank {rank}"
+        assert len(info["ranks"]) == layout["tp"]
+        for name, path in paths.items():
+            assert f"{name}: {path['taken']} ({path['why']})" in block
+        if layout["tp"] > 1:
+            check_who_sums(paths["sum over experts"], passes, layout)
+
+
+def check_who_sums(path: dict, passes: list[dict], layout: dict) -> None:
+    """Every reduction that a pass asked for is named, and that of padded or ordinary batches is the one taken."""
+    assert passes
+    for done in passes:
+        first, *_ = sorted(done["who"])
+        asked = {WHO[who] for who in done["who"].values()}
+        assert all(words in f"{path['taken']} {path['why']}" for words in asked), (path, done)
+        if done["padding"] in (None, "MAX_LEN") and layout.get("pp", 1) == 1:
+            assert path["taken"].startswith(WHO[done["who"][first]]), (path, done)
+
+
+def test_one_kernel_for_qk_norm_is_named():
+    norm = SimpleNamespace(shards=SimpleNamespace(num_ranks=4))
+    apart = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=None))
+    assert apart.taken == "one all-reduce over 4 ranks"
+    one = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=SimpleNamespace(stores=True)))
+    assert one.taken == "one kernel with RoPE and KV store" and one.why.startswith(apart.taken)
+    one = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=SimpleNamespace(stores=False)))
+    assert one.taken == "one kernel with RoPE"
+    assert serving.qk_norm_path(SimpleNamespace(q_norm=None)).taken == "none"
+
+
+def test_a_running_server_under_dp_attention_takes_the_paths_that_were_planned(checkpoint):
+    """On a CPU this layout has no choice that hangs on the hardware, but for the attention backend."""
+    model = read_model(str(checkpoint))
+    layout = settle(Flags(tp=2, dp=2, enable_dp_attention=True), model, GPUS["h200"])
+    result = run_layout(checkpoint, tp=2, dp=2, prompts_by_dp_rank=[[[300]], []], steps=1, probe=said_and_done)
+    took = {name: path["taken"] for name, path in result.probed[0][0]["paths"].items()}
+    plan = {path.name: path.taken for path in planned.paths(model, layout, GPUS["h200"])}
+    assert plan.keys() <= took.keys()
+    del plan["attention backend"]
+    assert {name: took[name] for name in plan} == plan

@@ -1,0 +1,173 @@
+"""Where a running server speaks, and where it must not: other models, other ranks, the engine's own fields."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_minimax import serving
+from sglang_minimax.checkpoints import SmallModel
+from sglang_minimax.plan.report import divided
+from sglang_minimax.sharding import ExpertShape, shard_attention
+
+OURS = {"version": "0.1.0", "paths": {}}
+
+
+class EngineScheduler:
+    """As the engine's scheduler, once it was built: what is asked of it here."""
+
+    state: dict = {"attention_backend": "fa3"}  # noqa: RUF012 (the engine too answers with an object of its own)
+
+    def __init__(self, architecture: str | None, tp_rank: int = 0, pp_rank: int = 0, dp_rank: int | None = None):
+        architectures = None if architecture is None else [architecture]
+        self.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=architectures))
+        self.tp_rank, self.pp_rank, self.dp_rank = tp_rank, pp_rank, dp_rank
+        self.tp_worker = SimpleNamespace(model_runner="the runner")
+
+    def get_init_info(self):
+        return {"status": "ready"}
+
+    def get_internal_state(self, request):
+        return SimpleNamespace(internal_state=self.state)
+
+
+@pytest.fixture
+def scheduler(monkeypatch):
+    """The class as the adjustment leaves it; what it would read from a real model is put in its place."""
+    monkeypatch.setattr(serving, "log_block", lambda runner: f"block of {runner}")
+    monkeypatch.setattr(serving, "server_info", lambda runner: OURS)
+    module = SimpleNamespace(Scheduler=type("Scheduler", (EngineScheduler,), dict(vars(EngineScheduler))))
+    serving.speak_for_scheduler(module)
+    return module.Scheduler
+
+
+@pytest.mark.parametrize(
+    ("ranks", "blocks"),
+    [
+        ({}, 1),
+        ({"dp_rank": 0}, 1),
+        ({"tp_rank": 1}, 0),
+        ({"pp_rank": 1}, 0),
+        ({"dp_rank": 1}, 0),
+        ({"tp_rank": 2, "dp_rank": 1}, 0),
+    ],
+)
+def test_only_the_first_rank_writes_the_block(scheduler, caplog, ranks, blocks):
+    with caplog.at_level(logging.INFO):
+        assert scheduler("MiniMaxM2ForCausalLM", **ranks).get_init_info() == {"status": "ready"}
+    assert [record.getMessage() for record in caplog.records] == ["block of the runner"] * blocks
+
+
+def test_every_scheduler_answers_with_our_entry_and_the_engines_own_object_stays_as_it_is(scheduler):
+    answer = scheduler("MiniMaxM2ForCausalLM", tp_rank=2, dp_rank=1).get_internal_state(None)
+    assert answer.internal_state == {"attention_backend": "fa3", "sglang_minimax": OURS}
+    assert EngineScheduler.state == {"attention_backend": "fa3"}
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MiniMaxText01ForCausalLM", None])
+def test_for_other_models_nothing_is_said(scheduler, caplog, architecture):
+    with caplog.at_level(logging.INFO):
+        other = scheduler(architecture)
+        assert other.get_init_info() == {"status": "ready"}
+    assert not caplog.records
+    answer = other.get_internal_state(None)
+    assert answer.internal_state is EngineScheduler.state
+    info = {"version": "0.5.10.post1", "internal_states": [answer.internal_state]}
+    assert serving.lifted(info) == info
+
+
+def test_the_first_answer_is_on_top_and_the_engines_fields_stay():
+    states = [{"a": 1}, {"sglang_minimax": OURS}, {"sglang_minimax": {"version": "another"}}]
+    info = serving.lifted({"version": "0.5.10.post1", "internal_states": states})
+    assert info == {"version": "0.5.10.post1", "internal_states": states, "sglang_minimax": OURS}
+
+
+def test_the_engines_two_addresses_give_it_and_are_there_once():
+    """On the application that the engine itself serves, adjusted when this process imported it."""
+    from sglang.srt.entrypoints import http_server
+
+    state = SimpleNamespace(
+        tokenizer_manager=SimpleNamespace(get_internal_state=None, server_args=Arguments()), scheduler_info={}
+    )
+
+    async def internal_states():
+        return [{"sglang_minimax": OURS}]
+
+    state.tokenizer_manager.get_internal_state = internal_states
+    routes = {}
+    for route in http_server.app.routes:
+        routes.setdefault(getattr(route, "path", None), []).append(route)
+    before = http_server._global_state
+    try:
+        http_server._global_state = state
+        for path in ("/server_info", "/get_server_info"):
+            (route,) = routes[path]
+            assert route.methods == {"GET"}
+            info = asyncio.run(route.endpoint())
+            assert info["sglang_minimax"] == OURS
+            assert info["version"] and info["tp_size"] == 3
+    finally:
+        http_server._global_state = before
+
+
+@dataclass
+class Arguments:
+    """Stands for the engine's ServerArgs, of which the answer takes every field."""
+
+    tp_size: int = 3
+
+
+def test_a_program_without_http_gets_it_too():
+    class Engine:
+        def get_server_info(self):
+            return {"internal_states": [{"sglang_minimax": OURS}]}
+
+    module = SimpleNamespace(Engine=Engine)
+    serving.speak_for_engine(module)
+    assert module.Engine().get_server_info()["sglang_minimax"] == OURS
+
+
+# --- Ranks ---------------------------------------------------------------------------------------------------
+
+
+def layout(**changes) -> serving.Division:
+    """The published model at TP16 EP4, or what ``changes`` make of it."""
+    fields = {
+        "tp_size": 16, "pp_size": 1, "ep_size": 4, "dp_size": 1, "enable_dp_attention": False,
+        "attn_cp_size": 1, "moe_dp_size": 1, "ep_num_redundant_experts": 0,
+    }  # fmt: skip
+    shape = SmallModel(
+        num_hidden_layers=62, num_attention_heads=48, num_key_value_heads=8, num_local_experts=256,
+        intermediate_size=1536,
+    )  # fmt: skip
+    return serving.division(SimpleNamespace(config=shape), SimpleNamespace(**(fields | changes)))
+
+
+def test_the_words_of_tp16():
+    words = serving.in_words(layout())
+    assert words[:3] == [
+        "ranks: TP 16, PP 1; attention over 16 ranks for all requests",
+        "heads a rank: 3 of 48 q heads, 1 of 8 KV heads; each KV head is on 2 ranks",
+        "experts a rank: 64 of 256, 384 of the 1536 columns of each",
+    ]
+    assert sum(line.count("x2") for line in words) == 8  # a bracket for each KV head
+
+
+def test_the_words_of_dp_attention_over_two_stages():
+    words = serving.in_words(layout(tp_size=8, dp_size=2, enable_dp_attention=True, pp_size=2))
+    assert words[0] == "ranks: TP 8, PP 2; attention over 4 ranks in each of 2 groups of requests"
+    assert words[1] == "heads a rank: 12 of 48 q heads, 2 of 8 KV heads; no KV head is replicated"
+    assert words[3] == "layers: stage 0 has 0-30, stage 1 has 31-61"
+
+
+def test_copies_of_the_experts_and_context_parallelism_divide_tp_as_the_engine_does():
+    """TP 8 as two copies of the experts, EP 2 in each; and as DP 2, context parallelism 2, attention TP 2."""
+    ranks = divided(shard_attention(48, 8, 2), ExpertShape(256, 1536), 8, 2, attn_cp_size=2, moe_dp_size=2)
+    assert [rank.experts for rank in ranks] == [(0, 127), (0, 127), (128, 255), (128, 255)] * 2
+    assert [rank.expert_columns for rank in ranks] == [(0, 767), (768, 1535)] * 4
+    assert [rank.q_heads for rank in ranks] == [(0, 23), (24, 47)] * 4
+    assert [rank.dp_rank for rank in ranks] == [0, 0, 0, 0, 1, 1, 1, 1]
