@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -60,12 +62,19 @@ def generate_body(prompt: Sequence[int], steps: int, **fields: Any) -> dict:
 
 
 @contextlib.contextmanager
-def serve(checkpoint: Path, log: Path, *flags: str, port: int | None = None) -> Iterator[tuple[Server, Client]]:
+def serve(
+    checkpoint: Path,
+    log: Path,
+    *flags: str,
+    port: int | None = None,
+    device: str = "cpu",
+    start_seconds: float = START_SECONDS,
+) -> Iterator[tuple[Server, Client]]:
     """A server that is ready, and its client; it is ended with all its processes."""
     port = port or free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", device]
     with Server([*command, "--port", str(port), *flags], log, port=port) as server:
-        server.wait_until_ready(START_SECONDS, on_progress=lambda reached: None)
+        server.wait_until_ready(start_seconds, on_progress=lambda reached: None)
         yield server, Client(port)
 
 
@@ -103,3 +112,47 @@ def check_answer(answer: dict, prompt: Sequence[int], steps: int, reference: Ref
             assert best - expected.logprobs[step] <= TIE, f"{where}: {likeliest} is likelier"
             ties += 1
     return ties
+
+
+class LongRequest(threading.Thread):
+    """A request that outlives the test; ``failure`` is what ended it."""
+
+    def __init__(self, client: Client, dp_rank: int | None) -> None:
+        super().__init__(daemon=True)
+        self.client, self.dp_rank = client, dp_rank
+        self.failure: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.client.generate([1, 2, 3], 4000, routed_dp_rank=self.dp_rank)
+        except (OSError, AssertionError, ValueError) as error:
+            self.failure = error
+
+
+def rank_process(server: Server, name: str):
+    [process] = [process for process in server.members() if process.cmdline() and name in process.cmdline()[0]]
+    return process
+
+
+def signal_while_serving(
+    server: Server, client: Client, signum: int, rank: str, dp_ranks: Sequence[int | None], end_seconds: float
+) -> float:
+    """Sends ``signum`` to a rank in the middle of a request to each of ``dp_ranks`` (None: the server has none).
+
+    Returns the seconds until the server has ended with all its processes, at most ``end_seconds``.
+    """
+    requests = [LongRequest(client, dp_rank) for dp_rank in dp_ranks]
+    time.sleep(2)
+    assert all(request.is_alive() for request in requests), "the requests ended before the rank did"
+    rank_process(server, rank).send_signal(signum)
+    sent = time.monotonic()
+    while not server.has_ended() or server.members():
+        elapsed = time.monotonic() - sent
+        assert elapsed < end_seconds, f"{len(server.members())} processes left after {elapsed:.0f} s"
+        time.sleep(0.2)
+    elapsed = time.monotonic() - sent
+    for request in requests:
+        request.join(timeout=5)
+        assert request.failure is not None, "a client still waits for a server that has ended, or was answered"
+    return elapsed
