@@ -7,7 +7,7 @@ tokens to several prompts in one batch, prefilled in chunks; for the same again,
 prompt alone, which leaves all DP ranks but one idle. They compute in bfloat16. How far that alone moves an answer is
 measured on the reference: its float32 tokens scored by itself in bfloat16, and for FP8 with activations in FP8.
 
-Four ranks and more also run as nodes of one rank each, several of them on one GPU: see nodes.py.
+Four ranks and more also run as nodes of one rank each, several of them on one GPU: see layouts/nodes.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 import pytest
 from gpu.eagle3 import write_draft
 from gpu.host import NUM_GPUS, needs_gpus
-from gpu.nodes import Nodes, serve_on_nodes, shared_gpu_environment
 from gpu.rounding import activations_in_fp8
+from layouts.nodes import Nodes, serve_on_nodes, shared_gpu_environment
 
 from sglang_minimax import comparison
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
@@ -197,7 +197,7 @@ def outcomes(cases, checkpoints, draft, oracles, tmp_path_factory) -> dict[str, 
         except ServerError as error:
             texts = [log.read_text(errors="replace") for log in logs_of(case, logs)]
             found = ServerError("\n".join([str(error), *texts]))
-        summary = describe(found) | {"tolerance": oracles[case.model][1].why}
+        summary = dataclasses.asdict(case) | describe(found) | {"tolerance": oracles[case.model][1].limit}
         logs_of(case, logs)[0].with_suffix(".json").write_text(json.dumps(summary, indent=1))
         return found
 

@@ -12,6 +12,7 @@ import re
 import sys
 
 import pytest
+from layouts.nodes import Nodes, serve_on_nodes
 
 from sglang_minimax import __version__
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
@@ -47,7 +48,7 @@ def bare_environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def check(server: Server, prompts: list[list[int]], expected) -> None:
+def check(server: Server | Nodes, prompts: list[list[int]], expected) -> None:
     answers = server.post(
         "/generate",
         {
@@ -131,3 +132,17 @@ def test_server_answers_as_transformers(name, layout, dp_ranks, checkpoint, expe
     assert "No accelerator on this host" in log
     assert "Traceback" not in log
     check_log(log, name, ranks=4)
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_two_nodes_answer_as_transformers(checkpoint, expected, tmp_path):
+    """The launchers of two hosts, two ranks each: only the host is one."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
+    logs = [tmp_path / "node0.log", tmp_path / "node1.log"]
+    with serve_on_nodes([*command, "--tp", "4"], 2, logs, lambda rank: {"GLOO_SOCKET_IFNAME": "lo"}) as server:
+        server.wait_until_ready(240)
+        check(server, PROMPTS, expected)
+        texts = [log.read_text(errors="replace") for log in logs]
+    assert [text.count(BLOCK_BEGINS) for text in texts] == [1, 0]
+    for text, ranks in zip(texts, ({"0", "1"}, {"2", "3"}), strict=True):
+        assert set(re.findall(r" TP(\d)[^]]*\] Loaded weights: ", text)) == ranks

@@ -1,8 +1,8 @@
-"""One server of several nodes, all of them on this host: a launcher a node, as on hosts of their own, one rank each.
+"""One server of several nodes, all of them on this host: a launcher a node, as on hosts of their own.
 
-So a layout of more ranks than this host has GPUs still runs on real GPUs over real NCCL: several nodes share a GPU and
-take turns on it. NCCL refuses two ranks on one GPU of one host; with a host id a node it takes them for hosts, and
-connects them through sockets. That is right, and slow: it says nothing about speed.
+With one rank a node, a layout of more ranks than this host has GPUs still runs on real GPUs over real NCCL: several
+nodes share a GPU and take turns on it. NCCL refuses two ranks on one GPU of one host; with a host id a node it takes
+them for hosts, and connects them through sockets. That is right, and slow: it says nothing about speed.
 """
 
 from __future__ import annotations
