@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from sglang_minimax.plan import paths as planned
 from sglang_minimax.plan.hardware import GPUS
 from sglang_minimax.plan.layout import Flags, settle
 from sglang_minimax.plan.shape import read_model
+from sglang_minimax.server_process import SessionProcess
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
 
@@ -113,3 +116,34 @@ def test_a_running_server_under_dp_attention_takes_the_paths_that_were_planned(c
     assert plan.keys() <= took.keys()
     del plan["attention backend"]
     assert {name: took[name] for name in plan} == plan
+
+
+OTHER_MODEL = """
+import json, sys
+import sglang
+if __name__ == "__main__":
+    engine = sglang.Engine(model_path=sys.argv[1], device="cpu", skip_tokenizer_init=True, log_level="info")
+    sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+    answer = engine.generate(input_ids=[1, 2, 3], sampling_params=sampling)
+    print("INFO", json.dumps({"answer": answer, "info": engine.get_server_info()}, default=str), flush=True)
+    engine.shutdown()
+"""
+
+
+def test_another_model_is_served_and_described_as_by_stock(tmp_path):
+    """A real engine without HTTP: no entry, no block, no line of ours about its load."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=512, max_position_embeddings=512)).save_pretrained(tmp_path)
+    script = tmp_path / "serve.py"
+    script.write_text(OTHER_MODEL)
+    log = tmp_path / "engine.log"
+    with SessionProcess([sys.executable, str(script), str(tmp_path)], log) as engine:
+        assert engine.wait(240) == 0, log.read_text()
+    text = log.read_text()
+    (said,) = [json.loads(line.split("INFO ", 1)[1]) for line in text.splitlines() if line.startswith("INFO {")]
+    assert len(said["answer"]["output_ids"]) == 4
+    assert said["info"]["version"] and len(said["info"]["internal_states"]) == 1
+    assert serving.KEY not in said["info"] and serving.KEY not in said["info"]["internal_states"][0]
+    assert serving.BLOCK_BEGINS not in text and "Loaded weights: " not in text
