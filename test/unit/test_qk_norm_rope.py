@@ -87,13 +87,16 @@ def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted,
         k_cache = torch.full((tokens + 3, len(kv_heads_of_rank), HEAD_DIM), 7.0, dtype=dtype)
         v_cache = k_cache.clone()
         weights = part(whole.q_weight, q_heads), part(whole.k_weight, kv_heads_of_rank)
-        arguments = (qkv, *weights, positions, cos_sin, k_cache, v_cache, slots)
+        arguments = (*weights, positions, cos_sin, k_cache, v_cache, slots)
         if interpreted and tokens:
             given = None if ranks == 1 else sums
-            operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), *arguments, sums=given)
-            q, k, v = qkv.split(operator.sizes, dim=-1)
+            q = torch.empty(tokens, operator.sizes[0], dtype=dtype)
+            operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), qkv, q, *arguments, sums=given)
+            raw_q, k, v = qkv.split(operator.sizes, dim=-1)
         else:
-            q, k, v = operator(*arguments)
+            q, k, v = operator(qkv, *arguments)
+            raw_q = qkv[:, : operator.sizes[0]]
+        assert q.is_contiguous() and torch.equal(raw_q, part(whole.q, q_heads)), "the raw q is left as it was"
         tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         if interpreted and dtype == torch.bfloat16:
             tolerance *= 2  # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds
@@ -124,7 +127,8 @@ def test_kernel_agrees_with_float64_when_interpreted():
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_the_operator_traces_and_names_what_it_writes():
+def test_the_operator_traces_and_names_what_it_writes(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # a host without a GPU sets it to 1
     from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
 
     operator = QKNormRope(4, 2, HEAD_DIM, ROTARY_DIM, EPS, None, 0, "cpu")
@@ -135,6 +139,7 @@ def test_the_operator_traces_and_names_what_it_writes():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(row):
+        assert torch.compiler.is_compiling()
         q, k, v = operator((row * 1.0), *weights, positions, cos_sin)
         return q + 0, k + 0, v + 0
 
@@ -173,15 +178,16 @@ def test_errors_name_the_value_and_the_rule(change, said):
 
 @pytest.mark.parametrize("values_per_row", [256, 512, 1024, 2048, 4096])
 def test_launch_plans_fit_the_multiprocessor_and_the_inbox(values_per_row):
+    from sglang.srt.layers.minimax_qk_norm_paths import MAX_EXCHANGE_RANKS
     from sglang.srt.layers.minimax_qk_norm_rope import REGISTERS_PER_SM, launch_plans
-    from sglang.srt.layers.minimax_sum_exchange import MAX_RANKS, ROWS_PER_CTA
+    from sglang.srt.layers.minimax_sum_exchange import ROWS_PER_CTA
 
     for plan in launch_plans(values_per_row):
         threads = 32 * plan.num_warps * plan.ctas_per_sm
         assert plan.ctas_per_sm <= 32 and threads <= 1536, "more than the smallest multiprocessor holds"
         assert 64 <= plan.registers_per_thread <= 255
         assert threads * plan.registers_per_thread <= REGISTERS_PER_SM, "waiting CTAs must all be resident"
-        assert plan.rows * MAX_RANKS <= 32, "one warp polls all messages"
+        assert plan.rows * MAX_EXCHANGE_RANKS <= 32, "one warp polls all messages"
         assert ROWS_PER_CTA % plan.rows == 0, "a turn must not run over the CTA's part of the inbox"
 
 
