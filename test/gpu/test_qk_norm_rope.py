@@ -99,6 +99,7 @@ def in_float64(x, weight, part, data):
 def check(operator, data, store=True):
     """Returns q and k after comparing everything that a call writes, and what it must leave alone."""
     q, k, v = call(operator, data, store)
+    assert q.is_contiguous() and torch.equal(data.qkv[:, : q.shape[1]], data.row[:, : q.shape[1]])
     unit = torch.finfo(data.row.dtype).eps / 2
     for got, x, weight, part in zip((q, k), data.whole, data.whole_weights, data.part, strict=False):
         want = in_float64(x, weight, part, data)
@@ -116,6 +117,10 @@ def check(operator, data, store=True):
     return q, k
 
 
+def same_bits(x, y) -> bool:
+    return torch.equal(x.view(torch.int16), y.view(torch.int16))
+
+
 def same_on_replicas(group, operator, k, kv_heads):
     """Ranks that hold the same KV head must hold the same bits."""
     replicas = operator.num_ranks * operator.num_kv_heads // kv_heads
@@ -123,18 +128,17 @@ def same_on_replicas(group, operator, k, kv_heads):
     torch.distributed.all_gather(everyone, k.contiguous(), group=group.device_group)
     for rank, other in enumerate(everyone):
         if rank // replicas == operator.rank // replicas:
-            assert torch.equal(other.view(torch.int16), k.contiguous().view(torch.int16))
+            assert same_bits(other, k)
 
 
 def check_token_counts(group, operator, heads, kv_heads, counts):
     for tokens in counts:
         data = draw(operator, heads, kv_heads, tokens, seed=tokens)
-        _, k = check(operator, data)
-        first = data.qkv.clone()
+        q, k = check(operator, data)
+        first = q.clone(), k.clone()
         if tokens:
             same_on_replicas(group, operator, k, kv_heads)
-        call(operator, data)
-        assert torch.equal(first.view(torch.int16), data.qkv.view(torch.int16)), "two runs, two results"
+        assert all(map(same_bits, first, call(operator, data))), "two runs, two results"
 
 
 def check_graphs(group, heads, kv_heads, counts, replays):
@@ -146,8 +150,11 @@ def check_graphs(group, heads, kv_heads, counts, replays):
         copies = [data.qkv.clone() for _ in layers]
 
         def run(copies=copies, data=data):
-            for layer, qkv in zip(layers, copies, strict=True):
-                layer(qkv, *data.weights, data.positions, data.cos_sin, data.cache[0], data.cache[1], data.slots)
+            cache = data.cache[0], data.cache[1], data.slots
+            return [
+                layer(qkv, *data.weights, data.positions, data.cos_sin, *cache)
+                for layer, qkv in zip(layers, copies, strict=True)
+            ]
 
         for qkv in copies:
             qkv.copy_(data.row)
@@ -155,20 +162,20 @@ def check_graphs(group, heads, kv_heads, counts, replays):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        captured[tokens] = graph, copies, data
+            outputs = run()
+        captured[tokens] = graph, copies, outputs, data
     order = random.Random(7)
     for turn in range(replays):
-        graph, copies, data = captured[order.choice(counts)]
+        graph, copies, outputs, data = captured[order.choice(counts)]
         generator = torch.Generator("cuda").manual_seed(turn)
         data.whole = [torch.randn(x.shape, device="cuda", generator=generator).to(x.dtype) for x in data.whole]
         data.row = torch.cat([x[:, part] for x, part in zip(data.whole, data.part, strict=True)], dim=-1)
         for qkv in copies:
             qkv.copy_(data.row)
         graph.replay()
-        check(layers[0], data)
-        for qkv in copies:
-            assert torch.equal(qkv.view(torch.int16), data.qkv.view(torch.int16))
+        expected = check(layers[0], data)
+        for output in outputs:
+            assert all(map(same_bits, expected, output))
 
 
 def check_rank(rank: int, world: int, port: int) -> None:
@@ -193,6 +200,55 @@ def check_rank(rank: int, world: int, port: int) -> None:
         check_token_counts(group, collective, 48, 8, [0, 1, 65, 4096])
     torch.cuda.synchronize()
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def fused_and_separate(rank: int, world: int, port: int) -> None:
+    """A layer's inputs of attention by the kernel the model has chosen, and by its separate launches."""
+    from sglang.srt.layers import minimax_attention_inputs as inputs
+    from sglang.srt.layers.rotary_embedding import get_rope
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.models.minimax_m2 import MiniMaxM2RMSNormTP
+
+    group = start_rank(rank, world, port)
+    from sglang.srt import server_args
+
+    arguments = server_args.get_global_server_args()
+    arguments.get_attention_backends, arguments.attn_cp_size = lambda: ("fa3", "triton"), 1
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda", rank):
+        norms = [MiniMaxM2RMSNormTP(heads * HEAD_DIM, heads, EPS) for heads in (48, 8)]
+        rope = get_rope(HEAD_DIM, ROTARY_DIM, MAX_POSITION, 5_000_000, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.float32)
+    for norm in norms:
+        whole = torch.randn(norm.hidden_size, generator=torch.Generator().manual_seed(norm.hidden_size))
+        norm.weight_loader(norm.weight, (1 + 0.2 * whole).bfloat16().cuda())
+    torch.set_default_dtype(torch.bfloat16)
+    fused = inputs.fuse(*norms, rope, HEAD_DIM, 1)
+    assert fused is not None and fused.stores and fused.operator._run.__name__ in ("_run_alone", "_run_exchange")
+    operator = fused.operator
+    pools = [
+        MHATokenToKVPool(4096, 1, torch.bfloat16, operator.num_kv_heads, HEAD_DIM, 2, "cuda", False) for _ in range(2)
+    ]
+    torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        for tokens in (1, 16, 200, 2000):
+            data = draw(operator, 48, 8, tokens, seed=tokens)
+            data.qkv.copy_(data.row)
+            batch = SimpleNamespace(token_to_kv_pool=pools[0], out_cache_loc=data.slots + 1)
+            q, k, v, stored = fused(data.qkv, data.positions, batch)
+            raw_q, raw_k, raw_v = data.row.split(operator.sizes, dim=-1)
+            want_q, want_k = MiniMaxM2RMSNormTP.forward_qk(*norms, raw_q, raw_k)
+            want_q, want_k = rope(data.positions, want_q, want_k)
+            heads = operator.num_kv_heads, HEAD_DIM
+            pools[1].set_kv_buffer(SimpleNamespace(layer_id=1), batch.out_cache_loc, want_k.view(-1, *heads),
+                                   raw_v.unflatten(-1, heads))  # fmt: skip
+            assert stored and torch.equal(v, raw_v) and torch.equal(pools[0].v_buffer[1], pools[1].v_buffer[1])
+            keys = pools[0].k_buffer[1], pools[1].k_buffer[1]
+            for got, want in ((q, want_q), (k, want_k), keys):  # separately, the normed values are rounded once more
+                assert ((got - want).abs() <= 2**-6 * (want.abs() + 2)).all()
+            assert torch.equal(keys[0][batch.out_cache_loc].flatten(1), k)
+    torch.distributed.barrier(group=group.device_group)
     torch.distributed.destroy_process_group()
 
 
@@ -251,6 +307,12 @@ def test_all_token_counts_layouts_and_graphs(world):
         assert done.returncode == 0, f"rank {rank}:\n{done.stdout[-4000:]}"
 
 
+@pytest.mark.parametrize("world", [pytest.param(n, marks=needs_gpus(n)) for n in (1, 2, 4, 8)])
+def test_the_models_choice_gives_what_its_separate_launches_and_the_engines_store_give(world):
+    for rank, done in enumerate(run_ranks("fused_and_separate", world, seconds=200)):
+        assert done.returncode == 0, f"rank {rank}:\n{done.stdout[-4000:]}"
+
+
 @needs_gpus(2)
 def test_a_dead_peer_traps_and_says_who_waited_for_whom():
     waiting, _ = run_ranks("never_call", 2, seconds=120)
@@ -262,4 +324,5 @@ def test_a_dead_peer_traps_and_says_who_waited_for_whom():
 
 if __name__ == "__main__":
     function, *numbers = sys.argv[1:]
-    {"check_rank": check_rank, "never_call": never_call}[function](*map(int, numbers))
+    what = {"check_rank": check_rank, "fused_and_separate": fused_and_separate, "never_call": never_call}[function]
+    what(*map(int, numbers))

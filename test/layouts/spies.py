@@ -93,6 +93,21 @@ class _Watch:
         return op_experts(*args, **kwargs)
 
 
+def watch_exchanges(runner):
+    """A probe: [layer, tokens] of every call of the one kernel on this rank, in order, without empty ones."""
+    from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
+
+    calls: list[list[int]] = []
+
+    def keep(run, operator, qkv, *arguments):
+        if qkv.shape[0]:
+            calls.append([operator.layer_id, qkv.shape[0]])
+        return run(operator, qkv, *arguments)
+
+    _wrap(QKNormRope, "run", keep)
+    return lambda: calls
+
+
 def _wrap(owner, name: str, around) -> None:
     """Replaces ``owner.name``, in this process, by ``around(original, *arguments)``."""
     original = getattr(owner, name)

@@ -51,6 +51,7 @@ from sglang.srt.layers.dp_attention import (
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.minimax_attention_inputs import fuse
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import expert_shape_of, shard_attention, shard_heads
 from sglang.srt.layers.moe import (
@@ -175,6 +176,7 @@ class MiniMaxM2Attention(nn.Module):
             base=rope_theta,
             rope_scaling=rope_scaling,
         )
+        self.fused_inputs = fuse(self.q_norm, self.k_norm, self.rotary_emb, head_dim, layer_id)
         self.attn = RadixAttention(
             num_heads=shards.q.heads_per_rank,
             head_dim=head_dim,
@@ -196,8 +198,12 @@ class MiniMaxM2Attention(nn.Module):
         return self.forward_core(self.forward_prepare(positions, hidden_states, forward_batch))
 
     def forward_prepare(self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch):
-        """From [tokens, hidden_size] to (hidden_states, batch, (q, k, v)), or (hidden_states, batch, None) when there
-        is nothing to attend to: no tokens, or an idle batch, whose tokens are padding."""
+        """From [tokens, hidden_size] to (hidden_states, batch, (q, k, v, stored)), or (hidden_states, batch, None) when
+        there is nothing to attend to: no tokens, or an idle batch, whose tokens are padding.
+
+        stored: k and v are in the KV cache already. Whether there is nothing to do is the same on all ranks of an
+        attention-TP group, which share one batch: none of them waits for sums of a rank that returned.
+        """
         if hidden_states.shape[0] == 0 or forward_batch.forward_mode.is_idle():
             assert not self.o_proj.reduce_results, (
                 "attention without tokens returns before o_proj, so o_proj must not all-reduce: the other ranks of "
@@ -206,19 +212,22 @@ class MiniMaxM2Attention(nn.Module):
             )
             return hidden_states, forward_batch, None
         qkv, _ = self.qkv_proj(hidden_states)
+        if self.fused_inputs is not None:
+            return hidden_states, forward_batch, self.fused_inputs(qkv, positions, forward_batch)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.q_norm is not None:
             q, k = MiniMaxM2RMSNormTP.forward_qk(self.q_norm, self.k_norm, q, k)
         else:
             q, k = q.contiguous(), k.contiguous()
         q, k = self.rotary_emb(positions, q, k)
-        return hidden_states, forward_batch, (q, k, v)
+        return hidden_states, forward_batch, (q, k, v, False)
 
     def forward_core(self, prepared) -> torch.Tensor:
-        hidden_states, forward_batch, qkv = prepared
-        if qkv is None:
+        hidden_states, forward_batch, inputs = prepared
+        if inputs is None:
             return hidden_states
-        output, _ = self.o_proj(self.attn(*qkv, forward_batch))
+        q, k, v, stored = inputs
+        output, _ = self.o_proj(self.attn(q, k, v, forward_batch, save_kv_cache=not stored))
         return output
 
     # The two stages of attention in two-batch overlap.
