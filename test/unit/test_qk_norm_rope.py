@@ -225,6 +225,77 @@ def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once):
     assert polls == (ranks > 1) and len(compiled.asm["cubin"]) > 0
 
 
+def exchanges_in_one_process(ranks: int, multiprocessors: int, ctas_per_sm: int):
+    """An exchange a rank, whose inboxes are tensors of this process."""
+    from sglang.srt.layers.minimax_sum_exchange import SumExchange, inbox_bytes
+
+    size = inbox_bytes(ranks, multiprocessors * ctas_per_sm)
+    inboxes = [torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)]
+    addresses = [inbox.data_ptr() for inbox in inboxes]
+    return [SumExchange(inbox, addresses, rank, multiprocessors, ctas_per_sm) for rank, inbox in enumerate(inboxes)]
+
+
+@pytest.mark.parametrize("ranks, heads, kv_heads", [(2, 4, 2), (4, 8, 2), (8, 48, 8), (8, 48, 4)])
+def test_an_exchange_that_is_given_is_the_one_that_is_launched(monkeypatch, ranks, heads, kv_heads):
+    """Every rank's launch gets everybody's addresses in rank order, its own rank, and grids of the same size."""
+    from sglang.srt.layers import minimax_qk_norm_rope as module
+
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launches.append((grid, arguments, constants))
+
+    monkeypatch.setattr(module, "_qk_norm_rope_kernel", Kernel())
+    monkeypatch.setattr(module, "_has_programmatic_launch", lambda device: False)
+    given: list = []
+
+    def exchange(rank):
+        def of_width(ctas_per_sm):
+            given[:] = given or exchanges_in_one_process(ranks, 3, ctas_per_sm)
+            return given[rank]
+
+        return of_width
+
+    tokens = 300
+    for rank in range(ranks):
+        group = SimpleNamespace(world_size=ranks, rank_in_group=rank)
+        operator = module.QKNormRope(
+            heads, kv_heads, HEAD_DIM, ROTARY_DIM, EPS, group, 0, "cuda", exchange=exchange(rank)
+        )
+        qkv, q = torch.zeros(tokens, sum(operator.sizes)), torch.zeros(tokens, operator.sizes[0])
+        weights = [torch.ones(size) for size in operator.sizes[:2]]
+        operator.run(qkv, q, *weights, torch.zeros(tokens, dtype=torch.int64), torch.zeros(8, ROTARY_DIM), *3 * [None])
+        assert operator.exchange is given[rank] and operator.exchange.max_ctas == given[0].max_ctas
+        assert operator.exchange.inbox_addresses.tolist() == [each.inbox.data_ptr() for each in given]
+    a_rank = len(launches) // ranks
+    for number, (grid, arguments, constants) in enumerate(launches):
+        rank = number // a_rank
+        same_grid, _, same_constants = launches[number % a_rank]
+        assert grid == same_grid and constants == same_constants and grid[0] <= given[rank].max_ctas
+        assert constants["RANKS"] == ranks and any(argument is given[rank].epochs for argument in arguments)
+    sent = sum(arguments[0].shape[0] for _, arguments, _ in launches[:a_rank])
+    assert sent == tokens, "chunks cover every token once"
+
+
+def test_an_exchange_refuses_what_would_be_written_beside_its_inbox():
+    from sglang.srt.layers.minimax_sum_exchange import SumExchange, inbox_bytes
+
+    inbox = torch.zeros(inbox_bytes(2, 4) + 16, dtype=torch.uint8)
+    exact = inbox[:-16]
+    for bad, said in (
+        ((inbox, [inbox.data_ptr(), 0], 0), f"need {inbox_bytes(2, 4)} of uint8"),
+        ((exact.view(torch.int8), [inbox.data_ptr(), 0], 0), "values of torch.int8"),
+        ((inbox[8:-8], [inbox.data_ptr() + 8, 0], 0), "aligned to 16"),
+        ((exact, [inbox.data_ptr(), 0], 1), r"inbox_addresses\[1\] is not this rank's inbox"),
+        ((exact, [inbox.data_ptr()], 0), "rank 0 of 1"),
+        ((exact, [inbox.data_ptr()] * 9, 0), "rank 0 of 9"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SumExchange(*bad, 2, 2)
+    assert SumExchange(exact, [inbox.data_ptr(), 0], 0, 2, 2).max_ctas == 4
+
+
 def test_a_warp_polls_no_more_messages_than_it_has_lanes():
     from sglang.srt.layers.minimax_sum_exchange import poll_assembly
 

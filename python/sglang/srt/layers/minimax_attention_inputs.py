@@ -66,7 +66,7 @@ def fuse(q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_
     q_heads, kv_heads = q_norm.shards.num_heads, k_norm.shards.num_heads
     operator = QKNormRope(
         q_heads, kv_heads, head_dim, rotary_emb.rotary_dim, q_norm.variance_epsilon, get_attention_tp_group(),
-        layer_id, weight.device,
+        layer_id, q_norm.weight.device,
     )  # fmt: skip
     return FusedAttentionInputs(operator, q_norm, k_norm, rotary_emb, against_store is None)
 
