@@ -21,7 +21,7 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.models import minimax_m2
+from sglang.srt.models import minimax_m2, minimax_m2_moe
 
 
 def fused_all_reduce(monkeypatch) -> None:
@@ -57,7 +57,7 @@ def token_exchange(monkeypatch) -> None:
 
 def fp4_all_gather(monkeypatch) -> None:
     """The FP4 all-gather's path with tokens that are gathered as they are, not quantised."""
-    for module in (communicator, minimax_m2):
+    for module in (communicator, minimax_m2_moe):
         monkeypatch.setattr(module, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: True)
     token_exchange(monkeypatch)
 

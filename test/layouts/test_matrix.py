@@ -9,7 +9,7 @@ import pytest
 from layouts import proof, simulations, spies
 from layouts.harness import LayoutFailed, run_layout
 from layouts.matrix import NUM_LAYERS, OVERLAPPED, REDUNDANT, ROWS, STEPS, Oracles, Outcome, run_row, small
-from sglang.srt.models import minimax_m2
+from sglang.srt.models import minimax_m2, minimax_m2_moe
 
 from sglang_minimax.checkpoints import write_checkpoint
 from sglang_minimax.reference import Reference
@@ -76,12 +76,12 @@ def test_copies_of_experts_that_each_rank_would_choose_for_itself_are_refused(or
 
 
 def leave_out_the_sum(monkeypatch):
-    monkeypatch.setattr(minimax_m2.MiniMaxM2MoE, "_all_reduce", lambda self, output: output)
+    monkeypatch.setattr(minimax_m2_moe.MiniMaxM2MoE, "_all_reduce", lambda self, output: output)
 
 
 def sum_twice(monkeypatch):
-    once = minimax_m2.MiniMaxM2MoE._all_reduce
-    monkeypatch.setattr(minimax_m2.MiniMaxM2MoE, "_all_reduce", lambda self, output: once(self, once(self, output)))
+    once = minimax_m2_moe.MiniMaxM2MoE._all_reduce
+    monkeypatch.setattr(minimax_m2_moe.MiniMaxM2MoE, "_all_reduce", lambda self, output: once(self, once(self, output)))
 
 
 def norm_own_heads_alone(monkeypatch):
