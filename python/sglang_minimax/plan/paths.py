@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
+from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import Gpu
-from sglang_minimax.plan.layout import Layout
+from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout
 from sglang_minimax.plan.shape import ModelShape
 from sglang_minimax.server_arguments import reason_against_fused_all_reduce
 
@@ -25,7 +26,7 @@ class Path:
 def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
     """The decisions of ``models/minimax_m2.py`` and of the engine under it, for a server with these flags."""
     return [
-        _qk_norm(model, layout),
+        _qk_norm(model, layout, gpu),
         _fused_all_reduce(layout, gpu),
         _expert_sum(model, layout, gpu),
         _fp4_all_gather(model, layout),
@@ -33,16 +34,28 @@ def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
     ]
 
 
-def _qk_norm(model: ModelShape, layout: Layout) -> Path:
+def _qk_norm(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
+    name, ranks = "QK norm", layout.attention_ranks
     if not model.use_qk_norm:
-        return Path("QK norm", "none", "the config says use_qk_norm: false")
-    if layout.attention_ranks == 1:
-        return Path("QK norm", "on each rank alone", "a rank holds all heads of its requests")
-    return Path(
-        "QK norm",
-        f"one all-reduce over {layout.attention_ranks} ranks",
-        "q and k are normed over all heads: two float32 sums of squares a token are added up",
+        return Path(name, "none", "the config says use_qk_norm: false")
+    reason = sharding.reason_against_one_kernel(
+        has_norms=True,
+        cuda=gpu.is_hopper_or_blackwell,
+        head_dim=model.head_dim,
+        rotary_dim=model.rotary_dim,
+        dtype_bytes=model.dtype_bytes,
     )
+    if reason is not None:
+        how = "on each rank alone" if ranks == 1 else f"one all-reduce over {ranks} ranks"
+        return Path(name, f"{how}; RoPE and KV store in launches of their own", reason)
+    stores = (KV_CACHE_DTYPES[layout.flags.kv_cache_dtype] or model.kv_cache_bytes) == model.dtype_bytes
+    kernel = "one kernel with RoPE and KV store" if stores else "one kernel with RoPE"
+    if ranks == 1:
+        return Path(name, f"on each rank alone, in {kernel}", "a rank holds all heads of its requests")
+    reason = sharding.reason_against_exchange(ranks, peers_reachable=layout.tp_ranks_per_node % ranks == 0)
+    if reason is not None:
+        return Path(name, f"one all-reduce over {ranks} ranks, and {kernel}", reason)
+    return Path(name, f"{kernel}, over {ranks} ranks", "NVLink peers swap two float32 sums of squares a token in it")
 
 
 def fused_all_reduce_reason(layout: Layout, gpu: Gpu) -> str | None:
