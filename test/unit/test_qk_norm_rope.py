@@ -235,9 +235,14 @@ def exchanges_in_one_process(ranks: int, multiprocessors: int, ctas_per_sm: int)
     return [SumExchange(inbox, addresses, rank, multiprocessors, ctas_per_sm) for rank, inbox in enumerate(inboxes)]
 
 
-@pytest.mark.parametrize("ranks, heads, kv_heads", [(2, 4, 2), (4, 8, 2), (8, 48, 8), (8, 48, 4)])
-def test_an_exchange_that_is_given_is_the_one_that_is_launched(monkeypatch, ranks, heads, kv_heads):
-    """Every rank's launch gets everybody's addresses in rank order, its own rank, and grids of the same size."""
+@pytest.mark.parametrize(
+    "ranks, heads, kv_heads, in_graph", [(2, 4, 2, False), (4, 8, 2, True), (8, 48, 8, False), (8, 48, 4, True)]
+)
+def test_an_exchange_that_is_given_is_the_one_that_is_launched(monkeypatch, ranks, heads, kv_heads, in_graph):
+    """Every rank's launch gets everybody's addresses in rank order, its own rank, and grids of the same size.
+
+    A peer that compiles for twenty minutes is waited for; one that does not come in a graph's replay is not.
+    """
     from sglang.srt.layers import minimax_qk_norm_rope as module
 
     launches = []
@@ -248,6 +253,7 @@ def test_an_exchange_that_is_given_is_the_one_that_is_launched(monkeypatch, rank
 
     monkeypatch.setattr(module, "_qk_norm_rope_kernel", Kernel())
     monkeypatch.setattr(module, "_has_programmatic_launch", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: in_graph)
     given: list = []
 
     def exchange(rank):
@@ -274,6 +280,8 @@ def test_an_exchange_that_is_given_is_the_one_that_is_launched(monkeypatch, rank
         same_grid, _, same_constants = launches[number % a_rank]
         assert grid == same_grid and constants == same_constants and grid[0] <= given[rank].max_ctas
         assert constants["RANKS"] == ranks and any(argument is given[rank].epochs for argument in arguments)
+        timeout_ms = arguments[-1]
+        assert timeout_ms < 300_000 if in_graph else timeout_ms > 20 * 60_000
     sent = sum(arguments[0].shape[0] for _, arguments, _ in launches[:a_rank])
     assert sent == tokens, "chunks cover every token once"
 

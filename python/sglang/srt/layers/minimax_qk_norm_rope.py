@@ -36,7 +36,8 @@ from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_t
 from sglang.srt.layers.minimax_qk_norm_paths import reason_against_dimensions, reason_against_exchange
 from sglang.srt.layers.minimax_sharding import shard_attention
 from sglang.srt.layers.minimax_sum_exchange import (
-    PEER_TIMEOUT_SECONDS,
+    EAGER_TIMEOUT_SECONDS,
+    GRAPH_TIMEOUT_SECONDS,
     ROWS_PER_CTA,
     SumExchange,
     await_sums,
@@ -103,7 +104,8 @@ class QKNormRope:
         device: where the layer runs.
         slot: which exchange buffer. Layers that run in one stream order share a slot; work that may overlap on the
             GPU (a second stream) takes another one.
-        peer_timeout_seconds: how long a GPU waits for a peer before it traps.
+        peer_timeout_seconds: how long a GPU waits for a peer before it traps; None: long enough for a peer that
+            compiles kernels, and less in CUDA graphs.
         exchange: called with the CTAs that may be on a multiprocessor at once, gives the exchange to use; without it
             the group has one on symmetric memory where its ranks can reach each other.
 
@@ -122,7 +124,7 @@ class QKNormRope:
         layer_id: int,
         device: torch.device | str,
         slot: int = 0,
-        peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
+        peer_timeout_seconds: float | None = None,
         exchange: Callable[[int], SumExchange] | None = None,
     ) -> None:
         self.group = group
@@ -135,7 +137,7 @@ class QKNormRope:
         self.q_count = shards.q.replicas * num_heads * head_dim
         self.k_count = shards.kv.replicas * num_kv_heads * head_dim
         self.sizes = [heads * head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        self.peer_timeout_ms = int(peer_timeout_seconds * 1000)
+        self.peer_timeout_seconds = peer_timeout_seconds
         self.device = torch.device(device)
         self.heads_block = triton.next_power_of_2(self.num_heads + 2 * self.num_kv_heads)
         self.exchange: SumExchange | None = None
@@ -284,6 +286,12 @@ class QKNormRope:
                 None if out_cache_loc is None else out_cache_loc[part],
             )  # fmt: skip
 
+    def _peer_timeout_ms(self) -> int:
+        if self.peer_timeout_seconds is not None:
+            return int(self.peer_timeout_seconds * 1000)
+        in_graph = self.exchange is not None and torch.cuda.is_current_stream_capturing()
+        return int((GRAPH_TIMEOUT_SECONDS if in_graph else EAGER_TIMEOUT_SECONDS) * 1000)
+
     def _all_reduced(self, sums: torch.Tensor) -> torch.Tensor:
         return sums if self.num_ranks == 1 else self.group.all_reduce(sums)
 
@@ -306,7 +314,7 @@ class QKNormRope:
             exchange.inbox_addresses if exchange else None, exchange.epochs if exchange else None,
             qkv.shape[0], qkv.stride(0), k_cache.stride(0) if store else 0, v_cache.stride(0) if store else 0,
             self.q_count, self.k_count, self.eps,
-            exchange.max_ctas if exchange else 0, self.rank, self.layer_id, self.peer_timeout_ms,
+            exchange.max_ctas if exchange else 0, self.rank, self.layer_id, self._peer_timeout_ms(),
             NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEADS_BLOCK=self.heads_block,
             HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None, ROWS=plan.rows,
             ONCE=ctas * plan.rows >= qkv.shape[0], RANKS=ranks, SLOTS=ROWS_PER_CTA, PDL=pdl, PACKED=pdl,

@@ -35,7 +35,11 @@ import triton
 import triton.language as tl
 from sglang.srt.layers.minimax_qk_norm_paths import MAX_EXCHANGE_RANKS
 
-PEER_TIMEOUT_SECONDS = 120  # under the engine's watchdog (300 s), over any skew that a first launch was seen to have
+# How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
+# compiled. Elsewhere the first rank may be compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the
+# others wait here as they would in an all-reduce. Of a server that already serves, the watchdog ends that wait.
+GRAPH_TIMEOUT_SECONDS = 120.0
+EAGER_TIMEOUT_SECONDS = 3600.0
 MESSAGE_BYTES = 16
 ROWS_PER_CTA = 16  # rows that one CTA sends in one launch at most; longer inputs take several launches
 
