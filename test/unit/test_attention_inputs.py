@@ -46,11 +46,17 @@ def test_each_condition_stands_against_one_kernel_by_itself(change, said):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "reachable", "said"),
-    [(2, True, None), (8, True, None), (8, False, "NVLink peers"), (16, True, "up to 8 ranks")],
+    ("ranks", "reachable", "shares_gpu", "said"),
+    [
+        (2, True, False, None),
+        (8, True, False, None),
+        (8, False, False, "NVLink peers"),
+        (16, True, False, "up to 8 ranks"),
+        (8, True, True, "two-batch overlap"),
+    ],
 )
-def test_the_exchange_needs_a_few_peers_within_reach(ranks, reachable, said):
-    reason = reason_against_exchange(ranks, reachable)
+def test_the_exchange_needs_a_few_peers_within_reach_and_the_gpu_for_itself(ranks, reachable, shares_gpu, said):
+    reason = reason_against_exchange(ranks, reachable, shares_gpu)
     assert (reason is None) if said is None else (said in reason)
 
 
@@ -176,3 +182,47 @@ def test_a_compiled_graph_leaves_the_store_to_attention_which_runs_outside_of_it
     assert stored_in_graph == [False] and not any(buffer.any() for buffer in pool.k_buffer + pool.v_buffer)
     *want, stored = fused(qkv.clone(), positions, batch)
     assert stored and all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+# --- Which way the operator takes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reachable", "overlap", "way"),
+    [
+        (1, False, True, "_run_alone"),
+        (4, True, False, "_run_exchange"),
+        (4, False, False, "_run_collective"),
+        (16, True, False, "_run_collective"),
+        (4, True, True, "_run_collective"),
+    ],
+)
+def test_a_layer_on_a_gpu_is_built_with_the_way_that_the_rules_say(
+    arguments, monkeypatch, ranks, reachable, overlap, way
+):
+    """With a group of which only the size is there, and an exchange that is only asked for."""
+    group = SimpleNamespace(world_size=ranks, rank_in_group=0, unique_name="attention")
+    asked = []
+
+    def exchange_of(*asked_for):
+        asked.append(asked_for)
+        return SimpleNamespace(num_ranks=ranks)
+
+    monkeypatch.setattr(minimax_qk_norm_rope, "peers_are_reachable", lambda group, device: reachable)
+    monkeypatch.setattr(minimax_qk_norm_rope, "exchange_of", exchange_of)
+    monkeypatch.setattr(inputs, "get_attention_tp_group", lambda: group)
+    monkeypatch.setattr(inputs, "reason_against_one_kernel", lambda **_: None)
+    arguments.enable_two_batch_overlap, arguments.attention_backend = overlap, "fa3"
+    rope = get_rope(32, rotary_dim=16, max_position=64, base=1e4)
+
+    def norm(heads):
+        weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+        return SimpleNamespace(weight=weight, shards=SimpleNamespace(num_heads=heads), variance_epsilon=1e-5)
+
+    fused = inputs.fuse(norm(48), norm(8), rope, 32, layer_id=7)
+    operator = fused.operator
+    assert operator._run.__name__ == way and len(asked) == (way == "_run_exchange")
+    assert (operator.layer_id, operator.eps, operator.num_heads, operator.rotary_dim) == (7, 1e-5, 48 // ranks, 16)
+    assert fused.stores
+    arguments.attention_backend = "dual_chunk_flash_attn"
+    assert not inputs.fuse(norm(48), norm(8), rope, 32, layer_id=7).stores

@@ -41,8 +41,7 @@ def fuse(q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_
     """The one kernel for a layer's norms and rotary embedding, or None where the separate launches are taken.
 
     Collective over the attention-TP group, whose ranks build their layers in the same order. The norms are
-    ``MiniMaxM2RMSNormTP``, or both None. The two halves of two-batch overlap take their turns on one stream, in one
-    order on every rank, so that one exchange serves both.
+    ``MiniMaxM2RMSNormTP``, or both None.
     """
     server_args = get_global_server_args()
     weight = getattr(q_norm, "weight", None)
@@ -66,7 +65,7 @@ def fuse(q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_
     q_heads, kv_heads = q_norm.shards.num_heads, k_norm.shards.num_heads
     operator = QKNormRope(
         q_heads, kv_heads, head_dim, rotary_emb.rotary_dim, q_norm.variance_epsilon, get_attention_tp_group(),
-        layer_id, q_norm.weight.device,
+        layer_id, q_norm.weight.device, shares_gpu=server_args.enable_two_batch_overlap,
     )  # fmt: skip
     return FusedAttentionInputs(operator, q_norm, k_norm, rotary_emb, against_store is None)
 

@@ -68,17 +68,20 @@ def reason_against_one_kernel(
     return reason_against_dimensions(head_dim, rotary_dim)
 
 
-def reason_against_exchange(num_ranks: int, peers_reachable: bool) -> str | None:
+def reason_against_exchange(num_ranks: int, peers_reachable: bool, shares_gpu: bool = False) -> str | None:
     """Why several attention-TP ranks add their sums up by a collective.
 
     Args:
         num_ranks: of the attention-TP group, at least 2.
         peers_reachable: they are GPUs of one host with NVLink between every pair, and custom all-reduce is enabled.
+        shares_gpu: kernels of another stream, which wait for their own peers, run at the same time.
     """
     if num_ranks > MAX_EXCHANGE_RANKS:
         return f"an NVLink domain has up to {MAX_EXCHANGE_RANKS} ranks"
     if not peers_reachable:
         return "the ranks are not NVLink peers of one host, or custom all-reduce is disabled"
+    if shares_gpu:
+        return "in two-batch overlap the token dispatcher waits for peers beside it, and each could keep the other out"
     return None
 
 

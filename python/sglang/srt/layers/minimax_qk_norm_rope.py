@@ -106,6 +106,7 @@ class QKNormRope:
             GPU (a second stream) takes another one.
         peer_timeout_seconds: how long a GPU waits for a peer before it traps; None: long enough for a peer that
             compiles kernels, and less in CUDA graphs.
+        shares_gpu: kernels that wait for peers run on another stream at the same time.
         exchange: called with the CTAs that may be on a multiprocessor at once, gives the exchange to use; without it
             the group has one on symmetric memory where its ranks can reach each other.
 
@@ -125,6 +126,7 @@ class QKNormRope:
         device: torch.device | str,
         slot: int = 0,
         peer_timeout_seconds: float | None = None,
+        shares_gpu: bool = False,
         exchange: Callable[[int], SumExchange] | None = None,
     ) -> None:
         self.group = group
@@ -141,7 +143,7 @@ class QKNormRope:
         self.device = torch.device(device)
         self.heads_block = triton.next_power_of_2(self.num_heads + 2 * self.num_kv_heads)
         self.exchange: SumExchange | None = None
-        self._run = self._choose(exchange, slot)
+        self._run = self._choose(exchange, shares_gpu, slot)
         self._handle = len(_operators)
         _operators.append(self)
 
@@ -190,7 +192,7 @@ class QKNormRope:
         self._check(qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
         self._run(qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
 
-    def _choose(self, exchange: Callable[[int], SumExchange] | None, slot: int):
+    def _choose(self, exchange: Callable[[int], SumExchange] | None, shares_gpu: bool, slot: int):
         self.plans = launch_plans(self.heads_block * self.head_dim)
         self.single_plan = LaunchPlan(max(1, min(self.heads_block // 4, 8)), 1)
         if self.device.type != "cuda":
@@ -202,7 +204,8 @@ class QKNormRope:
             log_once("QK norm, RoPE and KV store: one launch, on this rank alone.")
             return self._run_alone
         if exchange is None:
-            reason = reason_against_exchange(self.num_ranks, peers_are_reachable(self.group, self.device))
+            reachable = peers_are_reachable(self.group, self.device)
+            reason = reason_against_exchange(self.num_ranks, reachable, shares_gpu)
             if reason is not None:
                 log_once(f"QK norm, RoPE and KV store: two launches and an all-reduce, not one launch: {reason}.")
                 return self._run_collective

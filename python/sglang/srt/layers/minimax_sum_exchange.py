@@ -20,10 +20,11 @@ Why waiting CTAs never starve the ones they wait for. A CTA waits for CTA c of t
 its own GPU, and it waits for rows only after it sent the same rows, in the same order on every rank. A launch
 has at most ``max_ctas`` CTAs, which all fit on the GPU at once under the register cap of the launch, so every CTA
 comes to run as soon as whatever else is on the GPU ends. Then by induction over a CTA's rows every wait ends.
+What else is on the GPU must not wait for peers itself: a token dispatcher on another stream, as in two-batch overlap,
+could hold the place of a CTA here while the exchange there holds the dispatcher's. The model takes the all-reduce then.
 
-One inbox serves the launches of one stream order. Two micro-batches of two-batch overlap that are launched in turn on
-one stream may share it; work that may run concurrently, or in different order on different ranks, needs one ``slot``
-each.
+One inbox serves the launches of one stream order; work that may run concurrently, or in different order on different
+ranks, needs one ``slot`` each.
 """
 
 from __future__ import annotations
