@@ -51,7 +51,8 @@ def test_each_condition_stands_against_one_kernel_by_itself(change, said):
         (2, True, False, None),
         (8, True, False, None),
         (8, False, False, "NVLink peers"),
-        (16, True, False, "up to 8 ranks"),
+        (16, True, False, "for 2, 4, 8 ranks of one host, and these are 16"),
+        (6, True, False, "for 2, 4, 8 ranks of one host, and these are 6"),
         (8, True, True, "two-batch overlap"),
     ],
 )

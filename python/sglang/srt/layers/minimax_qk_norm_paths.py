@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-MAX_EXCHANGE_RANKS = 8  # of one NVLink domain
+EXCHANGE_RANKS = (2, 4, 8)  # of one NVLink domain; the numbers that the exchange was tried with
 
 # They read keys and values from the KV cache even where they did not store them. dual_chunk_flash_attn, for one, takes
 # a forward pass without its own store for a profile run and then attends to the new tokens only.
@@ -76,8 +76,8 @@ def reason_against_exchange(num_ranks: int, peers_reachable: bool, shares_gpu: b
         peers_reachable: they are GPUs of one host with NVLink between every pair, and custom all-reduce is enabled.
         shares_gpu: kernels of another stream, which wait for their own peers, run at the same time.
     """
-    if num_ranks > MAX_EXCHANGE_RANKS:
-        return f"an NVLink domain has up to {MAX_EXCHANGE_RANKS} ranks"
+    if num_ranks not in EXCHANGE_RANKS:
+        return f"the exchange is for {', '.join(map(str, EXCHANGE_RANKS))} ranks of one host, and these are {num_ranks}"
     if not peers_reachable:
         return "the ranks are not NVLink peers of one host, or custom all-reduce is disabled"
     if shares_gpu:

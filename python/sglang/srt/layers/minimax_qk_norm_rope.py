@@ -13,7 +13,7 @@ otherwise. Statistics, products and rotation are float32; the result is cast onc
 Four ways, one chosen when a layer is built:
     torch       not a GPU. The sums are all-reduced by the engine's group.
     one launch  one rank in the attention-TP group: nothing to swap.
-    exchange    2 to 8 GPUs with NVLink between every pair: one launch.
+    exchange    2, 4 or 8 GPUs with NVLink between every pair: one launch.
     collective  peers out of reach: a launch for the sums, the engine's all-reduce, a launch for the rest.
 
 It is Triton and not CUDA C++ because a serving machine with a CUDA wheel has no nvcc, and nothing here needs more than
@@ -33,7 +33,11 @@ import torch
 import triton
 import triton.language as tl
 from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
-from sglang.srt.layers.minimax_qk_norm_paths import reason_against_dimensions, reason_against_exchange
+from sglang.srt.layers.minimax_qk_norm_paths import (
+    EXCHANGE_RANKS,
+    reason_against_dimensions,
+    reason_against_exchange,
+)
 from sglang.srt.layers.minimax_sharding import shard_attention
 from sglang.srt.layers.minimax_sum_exchange import (
     EAGER_TIMEOUT_SECONDS,
@@ -204,7 +208,7 @@ class QKNormRope:
             log_once("QK norm, RoPE and KV store: one launch, on this rank alone.")
             return self._run_alone
         if exchange is None:
-            reachable = peers_are_reachable(self.group, self.device)
+            reachable = self.num_ranks in EXCHANGE_RANKS and peers_are_reachable(self.group, self.device)
             reason = reason_against_exchange(self.num_ranks, reachable, shares_gpu)
             if reason is not None:
                 log_once(f"QK norm, RoPE and KV store: two launches and an all-reduce, not one launch: {reason}.")

@@ -34,7 +34,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from sglang.srt.layers.minimax_qk_norm_paths import MAX_EXCHANGE_RANKS
+from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
 
 # How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
 # compiled. Elsewhere the first rank may be compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the
@@ -75,10 +75,10 @@ class SumExchange:
         self.rank, self.num_ranks = rank, len(inbox_addresses)
         self.num_multiprocessors = num_multiprocessors
         self.max_ctas = num_multiprocessors * ctas_per_sm
-        if not 2 <= self.num_ranks <= MAX_EXCHANGE_RANKS or not 0 <= rank < self.num_ranks:
+        if self.num_ranks not in EXCHANGE_RANKS or not 0 <= rank < self.num_ranks:
             raise ValueError(
-                f"rank {rank} of {self.num_ranks}: sums are exchanged between 2 to {MAX_EXCHANGE_RANKS} ranks of one "
-                "NVLink domain; others add them up by a collective"
+                f"rank {rank} of {self.num_ranks}: sums are exchanged between {EXCHANGE_RANKS} ranks of one NVLink "
+                "domain; others add them up by a collective"
             )
         size = inbox_bytes(self.num_ranks, self.max_ctas)
         if inbox.dtype != torch.uint8 or inbox.numel() != size or inbox.data_ptr() % MESSAGE_BYTES:
@@ -134,7 +134,7 @@ def _on_symmetric_memory(group, device: torch.device, ctas_per_sm: int) -> SumEx
 
 @functools.cache
 def peers_are_reachable(group, device: torch.device) -> bool:
-    """Whether ``group`` is 2 to ``MAX_EXCHANGE_RANKS`` NVIDIA GPUs of one host with NVLink between every pair.
+    """Whether ``group`` is as many NVIDIA GPUs of one host as can exchange, with NVLink between every pair.
 
     Collective over the group, and the same answer on every rank. PCIe peers do not count: a 16-byte store is one
     access over NVLink, and nobody says so of PCIe. Nor do peers of a server that was started with
@@ -148,7 +148,7 @@ def peers_are_reachable(group, device: torch.device) -> bool:
         can_use_custom_all_reduce_with_nvlink,
     )
 
-    sizes = list(range(2, MAX_EXCHANGE_RANKS + 1))
+    sizes = list(EXCHANGE_RANKS)
     return can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "The fused QK norm") is True
 
 
