@@ -133,16 +133,16 @@ def chosen_paths(runner: EngineObject) -> list[Path]:
 
 
 def qk_norm_path(attention: EngineObject) -> Path:
-    """How this layer norms q and k: in launches of their own, or in the one kernel that a layer may be built with.
+    """How this layer norms q and k: in launches of their own, or in the one kernel that it was built with."""
+    from sglang.srt.layers.minimax_attention_inputs import reason_against_fusing
 
-    Such a layer has it as ``fused_inputs``, whose ``stores`` says whether k and v go into the KV cache there too.
-    """
-    path = planned.qk_norm(None if attention.q_norm is None else attention.q_norm.shards.num_ranks)
-    fused = getattr(attention, "fused_inputs", None)
+    if attention.q_norm is None:
+        return planned.qk_norm(None, None, None, stores=False)
+    ranks, fused = attention.q_norm.shards.num_ranks, attention.fused_inputs
     if fused is None:
-        return path
-    also = "RoPE and KV store" if fused.stores else "RoPE"
-    return Path(path.name, f"one kernel with {also}", f"{path.taken}: {path.why}")
+        reason = reason_against_fusing(attention.q_norm, attention.rotary_emb, attention.q_norm.head_dim)
+        return planned.qk_norm(ranks, reason, None, stores=False)
+    return planned.qk_norm(ranks, None, fused.operator.reason_against_exchange, fused.stores)
 
 
 def _ep_size(args: EngineObject) -> Path:
@@ -190,7 +190,7 @@ def _expert_sum(first: EngineObject, last: EngineObject, args: EngineObject) -> 
     """Asks the model's own decision for the kinds of batches that can make it differ."""
     from sglang.srt.layers.communicator import FUSE_ALLREDUCE_MAX_BATCH_SIZE
     from sglang.srt.layers.dp_attention import DpPaddingMode
-    from sglang.srt.models.minimax_m2 import ExpertReduction
+    from sglang.srt.models.minimax_m2_moe import ExpertReduction
 
     name = "sum over experts"
     if args.tp_size == 1:

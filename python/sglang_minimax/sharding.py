@@ -1,7 +1,8 @@
-"""The overlay's sharding arithmetic for processes that do not import the engine.
+"""The overlay's sharding arithmetic and rules for processes that do not import the engine.
 
-``sglang.srt.layers.minimax_sharding`` is pure integers, but importing it by that name imports ``sglang``, which may
-be missing, stock (``SGLANG_MINIMAX_OVERLAY=0``) or simply slow. So the one file is executed from where it stands.
+``minimax_sharding`` and ``minimax_qk_norm_paths`` of ``sglang.srt.layers`` are pure integers, but importing them by
+that name imports ``sglang``, which may be missing, stock (``SGLANG_MINIMAX_OVERLAY=0``) or simply slow. So each file
+is executed from where it stands.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def _load() -> ModuleType:
-    path = os.path.join(overlay.folder(), "srt", "layers", "minimax_sharding.py")
-    spec = importlib.util.spec_from_file_location("sglang_minimax._sharding_file", path)
+def _load(name: str) -> ModuleType:
+    path = os.path.join(overlay.folder(), "srt", "layers", f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"sglang_minimax._file_of_{name}", path)
     assert spec is not None and spec.loader is not None, f"{path} cannot be loaded as a module"
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -28,9 +29,11 @@ def _load() -> ModuleType:
 
 
 if TYPE_CHECKING:
+    from sglang.srt.layers import minimax_qk_norm_paths as _paths
     from sglang.srt.layers import minimax_sharding as _file
 else:
-    _file = _load()
+    _file = _load("minimax_sharding")
+    _paths = _load("minimax_qk_norm_paths")
 
 AttentionShards = _file.AttentionShards
 ExpertShape = _file.ExpertShape
@@ -41,3 +44,6 @@ quantisation_block = _file.quantisation_block
 shard_attention = _file.shard_attention
 working_ep_sizes = _file.working_ep_sizes
 working_tp_sizes = _file.working_tp_sizes
+
+reason_against_exchange = _paths.reason_against_exchange
+reason_against_one_kernel = _paths.reason_against_one_kernel

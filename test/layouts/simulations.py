@@ -12,7 +12,7 @@ from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.distributed import attention_tensor_model_parallel_all_reduce, get_tp_group
 from sglang.srt.eplb.expert_location_dispatch import topk_ids_logical_to_physical
-from sglang.srt.layers import communicator, flashinfer_comm_fusion
+from sglang.srt.layers import communicator, flashinfer_comm_fusion, minimax_attention_inputs
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.moe import fused_moe_native
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
@@ -20,7 +20,8 @@ from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput, StandardDispatchOutput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization import fp8
-from sglang.srt.models import minimax_m2
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.models import minimax_m2, minimax_m2_moe
 
 
 def fused_all_reduce(monkeypatch) -> None:
@@ -56,7 +57,7 @@ def token_exchange(monkeypatch) -> None:
 
 def fp4_all_gather(monkeypatch) -> None:
     """The FP4 all-gather's path with tokens that are gathered as they are, not quantised."""
-    for module in (communicator, minimax_m2):
+    for module in (communicator, minimax_m2_moe):
         monkeypatch.setattr(module, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: True)
     token_exchange(monkeypatch)
 
@@ -87,6 +88,20 @@ def exchange_in_order(monkeypatch) -> None:
     """:func:`token_exchange` through the stages of :func:`stages_in_order`."""
     token_exchange(monkeypatch)
     stages_in_order(monkeypatch)
+
+
+def one_kernel(monkeypatch) -> None:
+    """QK norm, RoPE and KV store as where one kernel does all three, by that operator's plain torch.
+
+    What would run otherwise fails: the norm of its own, and the store by attention.
+    """
+
+    def unexpected(*args, **kwargs):
+        raise AssertionError("a norm or a store of its own was run where one kernel does both")
+
+    monkeypatch.setattr(minimax_attention_inputs, "reason_against_one_kernel", lambda **_: None)
+    monkeypatch.setattr(minimax_m2.MiniMaxM2RMSNormTP, "forward_qk", unexpected)
+    monkeypatch.setattr(MHATokenToKVPool, "set_kv_buffer", unexpected)
 
 
 def fp8_in_plain_torch(monkeypatch) -> None:

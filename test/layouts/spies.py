@@ -37,7 +37,7 @@ class _Watch:
     def install(self) -> None:
         from sglang.srt.layers.communicator import LayerCommunicator
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-        from sglang.srt.models import minimax_m2
+        from sglang.srt.models import minimax_m2, minimax_m2_moe
 
         for name in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter", "reduce"):
             _wrap(torch.distributed, name, self._on_sum)
@@ -48,8 +48,8 @@ class _Watch:
             (minimax_m2.MiniMaxM2Attention, "forward_core"),
         ):
             _wrap(owner, name, self._on_attention)
-        _wrap(minimax_m2.MiniMaxM2MoE, "forward", self._on_routed)
-        _wrap(minimax_m2.MiniMaxM2MoE, "op_experts", self._on_stage)
+        _wrap(minimax_m2_moe.MiniMaxM2MoE, "forward", self._on_routed)
+        _wrap(minimax_m2_moe.MiniMaxM2MoE, "op_experts", self._on_stage)
         _wrap(minimax_m2.MiniMaxM2Model, "forward", self._on_pass)
 
     def _on_pass(self, model_forward, model, input_ids, positions, forward_batch, *rest):
@@ -91,6 +91,21 @@ class _Watch:
     def _on_stage(self, op_experts, *args, **kwargs):
         self.current["stages"] += 1
         return op_experts(*args, **kwargs)
+
+
+def watch_exchanges(runner):
+    """A probe: [layer, tokens] of every call of the one kernel on this rank, in order, without empty ones."""
+    from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
+
+    calls: list[list[int]] = []
+
+    def keep(run, operator, qkv, *arguments):
+        if qkv.shape[0]:
+            calls.append([operator.layer_id, qkv.shape[0]])
+        return run(operator, qkv, *arguments)
+
+    _wrap(QKNormRope, "run", keep)
+    return lambda: calls
 
 
 def _wrap(owner, name: str, around) -> None:

@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from layouts import proof
+from layouts import proof, simulations, spies
 from layouts.harness import LayoutFailed, run_layout
-from layouts.matrix import REDUNDANT, ROWS, Oracles, Outcome, run_row, small
-from sglang.srt.models import minimax_m2
+from layouts.matrix import NUM_LAYERS, OVERLAPPED, REDUNDANT, ROWS, STEPS, Oracles, Outcome, run_row, small
+from sglang.srt.models import minimax_m2, minimax_m2_moe
 
 from sglang_minimax.checkpoints import write_checkpoint
 from sglang_minimax.reference import Reference
@@ -27,6 +27,44 @@ def test_row(name, oracles):
     assert outcome.compared > 0
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["tp1", "tp4_kv2", "tp16_kv8", "tp2_mixed", "tp4_prefix", "tp2_pp2", "tp4_dp2_one_idle", "tp4_dp4_staggered"],
+        *["tp16_dp4_kv2", "tp4_dp2_overlap", "tp4_dp2_stages"],
+    ],
+)
+def test_row_through_the_one_kernel_operator(name, oracles):
+    row = ROWS[name]
+
+    def simulation(monkeypatch):
+        if row.simulation:
+            row.simulation(monkeypatch)
+        simulations.one_kernel(monkeypatch)
+
+    outcome = run_row(dataclasses.replace(row, simulation=simulation), oracles)
+    assert not outcome.faults, "\n".join(outcome.faults)
+    assert outcome.compared > 0
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_the_ranks_of_an_attention_group_exchange_the_same_rows_in_the_same_order(oracles, monkeypatch, overlapped):
+    """Else one of them would wait for sums that nobody sends. In two-batch overlap, and else with a DP rank that idles
+    first and ends early; the engine cannot overlap that."""
+    simulations.one_kernel(monkeypatch)
+    first, second, third, fourth, _ = oracles.prompts
+    if overlapped:
+        simulations.token_exchange(monkeypatch)
+        run = dict(ep=4, chunk=64, prompts_by_dp_rank=[[first, second], [third, fourth]], server_arguments=OVERLAPPED)
+    else:
+        prompts = [[second, fourth], [first]]
+        run = dict(prompts_by_dp_rank=prompts, arrivals=[[0, 3], [2]], lengths=[[4, 4], [2]])
+    checkpoint, *_ = oracles.of("2 KV heads")
+    ranks = run_layout(checkpoint, tp=4, dp=2, steps=STEPS, probe=spies.watch_exchanges, **run).probed
+    assert ranks[0] == ranks[1] and ranks[2] == ranks[3]
+    assert ranks[0] != ranks[2] and min(map(len, ranks)) > NUM_LAYERS
+
+
 def test_copies_of_experts_that_each_rank_would_choose_for_itself_are_refused(oracles):
     checkpoint, *_ = oracles.of("2 KV heads")
     arguments = {**REDUNDANT, "ep_dispatch_algorithm": "static"}
@@ -38,12 +76,12 @@ def test_copies_of_experts_that_each_rank_would_choose_for_itself_are_refused(or
 
 
 def leave_out_the_sum(monkeypatch):
-    monkeypatch.setattr(minimax_m2.MiniMaxM2MoE, "_all_reduce", lambda self, output: output)
+    monkeypatch.setattr(minimax_m2_moe.MiniMaxM2MoE, "_all_reduce", lambda self, output: output)
 
 
 def sum_twice(monkeypatch):
-    once = minimax_m2.MiniMaxM2MoE._all_reduce
-    monkeypatch.setattr(minimax_m2.MiniMaxM2MoE, "_all_reduce", lambda self, output: once(self, once(self, output)))
+    once = minimax_m2_moe.MiniMaxM2MoE._all_reduce
+    monkeypatch.setattr(minimax_m2_moe.MiniMaxM2MoE, "_all_reduce", lambda self, output: once(self, once(self, output)))
 
 
 def norm_own_heads_alone(monkeypatch):

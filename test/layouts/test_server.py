@@ -68,9 +68,13 @@ HEADS = {
     "tp4": "heads a rank: 4 of 16 q heads, 1 of 2 KV heads; each KV head is on 2 ranks",
     "tp4_dp2": "heads a rank: 8 of 16 q heads, 1 of 2 KV heads; no KV head is replicated",
 }
+APART = "; RoPE and KV store in launches of their own"
 PATHS = {
-    "tp4": {"QK norm": "one all-reduce over 4 ranks", "sum over experts": "the model's all-reduce over 4 ranks"},
-    "tp4_dp2": {"QK norm": "one all-reduce over 2 ranks", "sum over experts": "reduce-scatter"},
+    "tp4": {
+        "QK norm": f"one all-reduce over 4 ranks{APART}",
+        "sum over experts": "the model's all-reduce over 4 ranks",
+    },
+    "tp4_dp2": {"QK norm": f"one all-reduce over 2 ranks{APART}", "sum over experts": "reduce-scatter"},
 }
 
 

@@ -52,11 +52,14 @@ def said_and_done(runner):
     return lambda: (info, serving.log_block(runner), held, passes())
 
 
+APART = "; RoPE and KV store in launches of their own"
+
+
 @pytest.mark.parametrize(
     ("layout", "simulation", "arguments", "expected"),
     [
-        ({"tp": 1}, None, {}, {"sum over experts": "none", "QK norm": "on each rank alone"}),
-        ({"tp": 4}, None, {}, {"QK norm": "one all-reduce over 4 ranks", "fused all-reduce + norm": "off"}),
+        ({"tp": 1}, None, {}, {"sum over experts": "none", "QK norm": f"on each rank alone{APART}"}),
+        ({"tp": 4}, None, {}, {"QK norm": f"one all-reduce over 4 ranks{APART}", "fused all-reduce + norm": "off"}),
         ({"tp": 4, "ep": 2, "dp": 2}, None, {}, {"EP": "2", "sum over experts": "reduce-scatter"}),
         ({"tp": 2, "pp": 2}, None, {}, {"sum over experts": "the model's all-reduce over 2 ranks"}),
         ({"tp": 2}, simulations.fused_all_reduce, {}, {"fused all-reduce + norm": "on, up to 2048 tokens"}),
@@ -95,14 +98,23 @@ def check_who_sums(path: dict, passes: list[dict], layout: dict) -> None:
             assert path["taken"].startswith(WHO[done["who"][first]]), (path, done)
 
 
-def test_one_kernel_for_qk_norm_is_named():
+@pytest.mark.parametrize(
+    ("stores", "reason", "taken"),
+    [
+        (True, None, "one kernel with RoPE and KV store, over 4 ranks"),
+        (False, None, "one kernel with RoPE, over 4 ranks"),
+        (True, "out of reach", "one all-reduce over 4 ranks, and one kernel with RoPE and KV store"),
+    ],
+)
+def test_one_kernel_for_qk_norm_is_named(stores, reason, taken):
     norm = SimpleNamespace(shards=SimpleNamespace(num_ranks=4))
-    apart = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=None))
-    assert apart.taken == "one all-reduce over 4 ranks"
-    one = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=SimpleNamespace(stores=True)))
-    assert one.taken == "one kernel with RoPE and KV store" and one.why.startswith(apart.taken)
-    one = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=SimpleNamespace(stores=False)))
-    assert one.taken == "one kernel with RoPE"
+    fused = SimpleNamespace(stores=stores, operator=SimpleNamespace(reason_against_exchange=reason))
+    path = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=fused))
+    assert path.taken == taken
+    assert path.why == (reason or "NVLink peers swap two float32 sums of squares a token in it")
+
+
+def test_a_model_without_qk_norm_says_so():
     assert serving.qk_norm_path(SimpleNamespace(q_norm=None)).taken == "none"
 
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
-from sglang.srt.models import minimax_m2
-from sglang.srt.models.minimax_m2 import ExpertReduction, MiniMaxM2Attention, MiniMaxM2ForCausalLM
+from sglang.srt.models import minimax_m2_moe
+from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
+from sglang.srt.models.minimax_m2_moe import ExpertReduction
 
 
 def communicator(reduce_scatter: bool, next_norm: bool):
@@ -29,19 +30,19 @@ def communicator(reduce_scatter: bool, next_norm: bool):
     ],
 )
 def test_exactly_one_reduces(monkeypatch, a2a, fp4, reduce_scatter, next_norm, who):
-    monkeypatch.setattr(minimax_m2, "get_moe_a2a_backend", lambda: MoeA2ABackend(a2a))
-    monkeypatch.setattr(minimax_m2, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: fp4)
+    monkeypatch.setattr(minimax_m2_moe, "get_moe_a2a_backend", lambda: MoeA2ABackend(a2a))
+    monkeypatch.setattr(minimax_m2_moe, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: fp4)
     assert ExpertReduction.of(communicator(reduce_scatter, next_norm), None) is who
 
 
 @pytest.mark.parametrize("backend", MoeRunnerBackend)
 def test_a_kernel_that_routes_by_other_rules_is_an_error(monkeypatch, backend):
-    monkeypatch.setattr(minimax_m2, "get_moe_runner_backend", lambda: backend)
+    monkeypatch.setattr(minimax_m2_moe, "get_moe_runner_backend", lambda: backend)
     if backend.value in ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel"):
         with pytest.raises(ValueError, match=f"--moe-runner-backend {backend.value} chooses the experts in its kernel"):
-            minimax_m2._check_routing_stays_here()
+            minimax_m2_moe.check_routing_stays_here()
     else:
-        minimax_m2._check_routing_stays_here()
+        minimax_m2_moe.check_routing_stays_here()
 
 
 class Attention:

@@ -322,10 +322,20 @@ def test_what_the_server_says_of_heads_and_experts_the_plan_says(tmp_path, flags
     [
         (Flags(tp=8), H200, {"fused all-reduce + norm": "on", "sum over experts": "in the next layer's norm"}),
         (Flags(tp=8), GPUS["mi300x"], {"fused all-reduce + norm": "off", "sum over experts": "the model's"}),
-        (Flags(tp=16, nnodes=2), H200, {"fused all-reduce + norm": "off", "QK norm": "one all-reduce over 16 ranks"}),
+        (
+            Flags(tp=16, nnodes=2), H200,
+            {"fused all-reduce + norm": "off", "QK norm": "one all-reduce over 16 ranks, and one kernel with RoPE"},
+        ),
+        (Flags(tp=8), H200, {"QK norm": "one kernel with RoPE and KV store, over 8 ranks"}),
+        (Flags(tp=8, kv_cache_dtype="fp8_e4m3"), H200, {"QK norm": "one kernel with RoPE, over 8 ranks"}),
+        (
+            Flags(tp=16, dp=2, nnodes=2, enable_dp_attention=True), H200,
+            {"QK norm": "one kernel with RoPE and KV store, over 8 ranks"},
+        ),
+        (Flags(tp=8), GPUS["mi300x"], {"QK norm": "one all-reduce over 8 ranks; RoPE and KV store in launches of"}),
         (
             Flags(tp=8, dp=8, enable_dp_attention=True), H200,
-            {"QK norm": "on each rank alone", "sum over experts": "reduce-scatter", "FP4 all-gather": "off"},
+            {"QK norm": "on each rank alone, in one", "sum over experts": "reduce-scatter", "FP4 all-gather": "off"},
         ),
     ],
 )  # fmt: skip

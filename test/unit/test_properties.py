@@ -21,7 +21,7 @@ from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.minimax_qk_norm import norm_qk, sums_of_squares
 from sglang.srt.layers.minimax_sharding import ExpertShape, attention_tp_size, shard_attention, shard_heads
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
-from sglang.srt.models import minimax_m2, minimax_m2_weights
+from sglang.srt.models import minimax_m2, minimax_m2_moe, minimax_m2_weights
 
 MOST_RANKS = 16
 EPS = 1e-6
@@ -302,10 +302,10 @@ def build_layer(q_heads: int, kv_heads: int, tp: int, dp: int, experts: int, wid
     arguments = SimpleNamespace(ep_size=ep, ep_num_redundant_experts=0, moe_dp_size=1)
     attn_tp = attention_tp_size(tp, dp)
     with on_rank(minimax_m2, 0, attn_tp), pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(minimax_m2, "get_global_server_args", lambda: arguments)
-        monkeypatch.setattr(minimax_m2, "get_tensor_model_parallel_world_size", lambda: tp)
+        monkeypatch.setattr(minimax_m2_moe, "get_global_server_args", lambda: arguments)
+        monkeypatch.setattr(minimax_m2_moe, "get_tensor_model_parallel_world_size", lambda: tp)
         monkeypatch.setattr(minimax_m2, "QKVParallelLinear", allocate)
-        minimax_m2._check_experts(config)
+        minimax_m2_moe.check_experts(config)
         minimax_m2.MiniMaxM2Attention(config, 0, None, "")
 
 

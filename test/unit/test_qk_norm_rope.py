@@ -87,13 +87,16 @@ def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted,
         k_cache = torch.full((tokens + 3, len(kv_heads_of_rank), HEAD_DIM), 7.0, dtype=dtype)
         v_cache = k_cache.clone()
         weights = part(whole.q_weight, q_heads), part(whole.k_weight, kv_heads_of_rank)
-        arguments = (qkv, *weights, positions, cos_sin, k_cache, v_cache, slots)
+        arguments = (*weights, positions, cos_sin, k_cache, v_cache, slots)
         if interpreted and tokens:
             given = None if ranks == 1 else sums
-            operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), *arguments, sums=given)
-            q, k, v = qkv.split(operator.sizes, dim=-1)
+            q = torch.empty(tokens, operator.sizes[0], dtype=dtype)
+            operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), qkv, q, *arguments, sums=given)
+            raw_q, k, v = qkv.split(operator.sizes, dim=-1)
         else:
-            q, k, v = operator(*arguments)
+            q, k, v = operator(qkv, *arguments)
+            raw_q = qkv[:, : operator.sizes[0]]
+        assert q.is_contiguous() and torch.equal(raw_q, part(whole.q, q_heads)), "the raw q is left as it was"
         tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
         if interpreted and dtype == torch.bfloat16:
             tolerance *= 2  # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds
@@ -124,7 +127,8 @@ def test_kernel_agrees_with_float64_when_interpreted():
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_the_operator_traces_and_names_what_it_writes():
+def test_the_operator_traces_and_names_what_it_writes(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # a host without a GPU sets it to 1
     from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
 
     operator = QKNormRope(4, 2, HEAD_DIM, ROTARY_DIM, EPS, None, 0, "cpu")
@@ -135,6 +139,7 @@ def test_the_operator_traces_and_names_what_it_writes():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(row):
+        assert torch.compiler.is_compiling()
         q, k, v = operator((row * 1.0), *weights, positions, cos_sin)
         return q + 0, k + 0, v + 0
 
@@ -173,15 +178,16 @@ def test_errors_name_the_value_and_the_rule(change, said):
 
 @pytest.mark.parametrize("values_per_row", [256, 512, 1024, 2048, 4096])
 def test_launch_plans_fit_the_multiprocessor_and_the_inbox(values_per_row):
+    from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
     from sglang.srt.layers.minimax_qk_norm_rope import REGISTERS_PER_SM, launch_plans
-    from sglang.srt.layers.minimax_sum_exchange import MAX_RANKS, ROWS_PER_CTA
+    from sglang.srt.layers.minimax_sum_exchange import ROWS_PER_CTA
 
     for plan in launch_plans(values_per_row):
         threads = 32 * plan.num_warps * plan.ctas_per_sm
         assert plan.ctas_per_sm <= 32 and threads <= 1536, "more than the smallest multiprocessor holds"
         assert 64 <= plan.registers_per_thread <= 255
         assert threads * plan.registers_per_thread <= REGISTERS_PER_SM, "waiting CTAs must all be resident"
-        assert plan.rows * MAX_RANKS <= 32, "one warp polls all messages"
+        assert plan.rows * max(EXCHANGE_RANKS) <= 32, "one warp polls all messages"
         assert ROWS_PER_CTA % plan.rows == 0, "a turn must not run over the CTA's part of the inbox"
 
 
@@ -217,6 +223,85 @@ def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once):
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 2})
     polls = "ld.relaxed.sys.global.b128" in compiled.asm["ptx"]
     assert polls == (ranks > 1) and len(compiled.asm["cubin"]) > 0
+
+
+def exchanges_in_one_process(ranks: int, multiprocessors: int, ctas_per_sm: int):
+    """An exchange a rank, whose inboxes are tensors of this process."""
+    from sglang.srt.layers.minimax_sum_exchange import SumExchange, inbox_bytes
+
+    size = inbox_bytes(ranks, multiprocessors * ctas_per_sm)
+    inboxes = [torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)]
+    addresses = [inbox.data_ptr() for inbox in inboxes]
+    return [SumExchange(inbox, addresses, rank, multiprocessors, ctas_per_sm) for rank, inbox in enumerate(inboxes)]
+
+
+@pytest.mark.parametrize(
+    "ranks, heads, kv_heads, in_graph", [(2, 4, 2, False), (4, 8, 2, True), (8, 48, 8, False), (8, 48, 4, True)]
+)
+def test_an_exchange_that_is_given_is_the_one_that_is_launched(monkeypatch, ranks, heads, kv_heads, in_graph):
+    """Every rank's launch gets everybody's addresses in rank order, its own rank, and grids of the same size.
+
+    A peer that compiles for twenty minutes is waited for; one that does not come in a graph's replay is not.
+    """
+    from sglang.srt.layers import minimax_qk_norm_rope as module
+
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launches.append((grid, arguments, constants))
+
+    monkeypatch.setattr(module, "_qk_norm_rope_kernel", Kernel())
+    monkeypatch.setattr(module, "_has_programmatic_launch", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: in_graph)
+    given: list = []
+
+    def exchange(rank):
+        def of_width(ctas_per_sm):
+            given[:] = given or exchanges_in_one_process(ranks, 3, ctas_per_sm)
+            return given[rank]
+
+        return of_width
+
+    tokens = 300
+    for rank in range(ranks):
+        group = SimpleNamespace(world_size=ranks, rank_in_group=rank)
+        operator = module.QKNormRope(
+            heads, kv_heads, HEAD_DIM, ROTARY_DIM, EPS, group, 0, "cuda", exchange=exchange(rank)
+        )
+        qkv, q = torch.zeros(tokens, sum(operator.sizes)), torch.zeros(tokens, operator.sizes[0])
+        weights = [torch.ones(size) for size in operator.sizes[:2]]
+        operator.run(qkv, q, *weights, torch.zeros(tokens, dtype=torch.int64), torch.zeros(8, ROTARY_DIM), *3 * [None])
+        assert operator.exchange is given[rank] and operator.exchange.max_ctas == given[0].max_ctas
+        assert operator.exchange.inbox_addresses.tolist() == [each.inbox.data_ptr() for each in given]
+    a_rank = len(launches) // ranks
+    for number, (grid, arguments, constants) in enumerate(launches):
+        rank = number // a_rank
+        same_grid, _, same_constants = launches[number % a_rank]
+        assert grid == same_grid and constants == same_constants and grid[0] <= given[rank].max_ctas
+        assert constants["RANKS"] == ranks and any(argument is given[rank].epochs for argument in arguments)
+        timeout_ms = arguments[-1]
+        assert timeout_ms < 300_000 if in_graph else timeout_ms > 20 * 60_000
+    sent = sum(arguments[0].shape[0] for _, arguments, _ in launches[:a_rank])
+    assert sent == tokens, "chunks cover every token once"
+
+
+def test_an_exchange_refuses_what_would_be_written_beside_its_inbox():
+    from sglang.srt.layers.minimax_sum_exchange import SumExchange, inbox_bytes
+
+    inbox = torch.zeros(inbox_bytes(2, 4) + 16, dtype=torch.uint8)
+    exact = inbox[:-16]
+    for bad, said in (
+        ((inbox, [inbox.data_ptr(), 0], 0), f"need {inbox_bytes(2, 4)} of uint8"),
+        ((exact.view(torch.int8), [inbox.data_ptr(), 0], 0), "values of torch.int8"),
+        ((inbox[8:-8], [inbox.data_ptr() + 8, 0], 0), "aligned to 16"),
+        ((exact, [inbox.data_ptr(), 0], 1), r"inbox_addresses\[1\] is not this rank's inbox"),
+        ((exact, [inbox.data_ptr()], 0), "rank 0 of 1"),
+        ((exact, [inbox.data_ptr()] * 9, 0), "rank 0 of 9"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SumExchange(*bad, 2, 2)
+    assert SumExchange(exact, [inbox.data_ptr(), 0], 0, 2, 2).max_ctas == 4
 
 
 def test_a_warp_polls_no_more_messages_than_it_has_lanes():

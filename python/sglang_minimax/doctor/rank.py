@@ -35,12 +35,6 @@ FLOAT32_ROUNDINGS = 64  # a sum of up to 6144 squares in a kernel's order, its s
 NOT_A_NUMBER = 1e9  # stands for NaN and for infinity, which JSON does not have
 
 _CACHE_SLOTS_BESIDE = 9
-_RUNS = {
-    "_run_torch": "plain torch, the sums all-reduced",
-    "_run_alone": "one launch on each rank alone",
-    "_run_exchange": "one launch, the sums exchanged over NVLink",
-    "_run_collective": "two launches and an all-reduce between them",
-}
 
 
 @dataclass(frozen=True)
@@ -118,14 +112,14 @@ class _NoServer:
 
 
 def path_of_model(fused: Any, num_ranks: int, device_type: str) -> str:
-    """Which of the two the model's attention runs, and how: the one place here that knows."""
-    from sglang.srt.models import minimax_m2
+    """Which way a server with no flags but the layout would take here: the same rules, the same words."""
+    from sglang_minimax import sharding
+    from sglang_minimax.plan import paths
 
-    if hasattr(minimax_m2, "QKNormRope"):
-        run = fused._run.__name__
-        return f"fused with RoPE and KV store: {_RUNS.get(run, run)}"
-    between = " and an all-reduce between them" if num_ranks > 1 else ""
-    return f"norm_qk: {'two launches' if device_type == 'cuda' else 'plain torch in two steps'}{between}"
+    reason = sharding.reason_against_one_kernel(
+        has_norms=True, cuda=device_type == "cuda", head_dim=HEAD_DIM, rotary_dim=ROTARY_DIM, dtype_bytes=2
+    )
+    return paths.qk_norm(num_ranks, reason, fused.reason_against_exchange, stores=True).taken
 
 
 def draw(heads: int, kv_heads: int, tokens: int, dtype: torch.dtype, seed: int, device: torch.device) -> Rows:

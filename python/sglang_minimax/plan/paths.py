@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 
+from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import Gpu
-from sglang_minimax.plan.layout import Layout
+from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout
 from sglang_minimax.plan.shape import ModelShape
 from sglang_minimax.server_arguments import reason_against_fused_all_reduce
 
@@ -25,7 +26,7 @@ class Path:
 def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
     """The decisions of ``models/minimax_m2.py`` and of the engine under it, for a server with these flags."""
     return [
-        qk_norm(layout.attention_ranks if model.use_qk_norm else None),
+        _qk_norm(model, layout, gpu),
         _fused_all_reduce(layout, gpu),
         _expert_sum(model, layout, gpu),
         fp4_all_gather(fp4_all_gather_reason(model, layout)),
@@ -33,17 +34,45 @@ def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
     ]
 
 
-def qk_norm(attention_ranks: int | None) -> Path:
-    """How q and k are normed over ``attention_ranks`` ranks; None: the model has no such norm."""
-    if attention_ranks is None:
-        return Path("QK norm", "none", "the config says use_qk_norm: false")
-    if attention_ranks == 1:
-        return Path("QK norm", "on each rank alone", "a rank holds all heads of its requests")
-    return Path(
-        "QK norm",
-        f"one all-reduce over {attention_ranks} ranks",
-        "q and k are normed over all heads: two float32 sums of squares a token are added up",
+def _qk_norm(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
+    ranks = layout.attention_ranks
+    return qk_norm(
+        ranks if model.use_qk_norm else None,
+        sharding.reason_against_one_kernel(
+            has_norms=model.use_qk_norm,
+            cuda=gpu.is_hopper_or_blackwell,
+            head_dim=model.head_dim,
+            rotary_dim=model.rotary_dim,
+            dtype_bytes=model.dtype_bytes,
+        ),
+        sharding.reason_against_exchange(ranks, peers_reachable=layout.tp_ranks_per_node % ranks == 0),
+        stores=(KV_CACHE_DTYPES[layout.flags.kv_cache_dtype] or model.kv_cache_bytes) == model.dtype_bytes,
     )
+
+
+def qk_norm(
+    attention_ranks: int | None, against_one_kernel: str | None, against_exchange: str | None, stores: bool
+) -> Path:
+    """How q and k are normed, and what of their way to attention is in the same kernel.
+
+    Args:
+        attention_ranks: over which the heads are divided; None: the model has no such norm.
+        against_one_kernel: why norm, RoPE and KV store are separate launches, or None where they are one.
+        against_exchange: why several ranks' sums are all-reduced before that kernel, or None where it swaps them.
+        stores: that kernel stores to the KV cache too.
+    """
+    name, ranks = "QK norm", attention_ranks
+    if ranks is None:
+        return Path(name, "none", "the config says use_qk_norm: false")
+    if against_one_kernel is not None:
+        how = "on each rank alone" if ranks == 1 else f"one all-reduce over {ranks} ranks"
+        return Path(name, f"{how}; RoPE and KV store in launches of their own", against_one_kernel)
+    kernel = "one kernel with RoPE and KV store" if stores else "one kernel with RoPE"
+    if ranks == 1:
+        return Path(name, f"on each rank alone, in {kernel}", "a rank holds all heads of its requests")
+    if against_exchange is not None:
+        return Path(name, f"one all-reduce over {ranks} ranks, and {kernel}", against_exchange)
+    return Path(name, f"{kernel}, over {ranks} ranks", "NVLink peers swap two float32 sums of squares a token in it")
 
 
 def fused_all_reduce_reason(layout: Layout, gpu: Gpu) -> str | None:

@@ -6,13 +6,14 @@
     k_cache[out_cache_loc], v_cache[out_cache_loc] = k, v
 
 A CTA takes one token's row of qkv (several rows, where there are many tokens) into registers, sums the squares of its
-q and of its k, swaps the two sums with its peers (:mod:`minimax_sum_exchange`), scales, rotates, and writes q and k
-back where they lay, and k and v into the cache. Statistics, products and rotation are float32; the result is cast once.
+q and of its k, swaps the two sums with its peers (:mod:`minimax_sum_exchange`), scales, rotates, and writes k back
+where it lay, k and v into the cache, and q into a tensor of its own, to which attention backends would copy it
+otherwise. Statistics, products and rotation are float32; the result is cast once.
 
 Four ways, one chosen when a layer is built:
     torch       not a GPU. The sums are all-reduced by the engine's group.
     one launch  one rank in the attention-TP group: nothing to swap.
-    exchange    2 to 8 GPUs with NVLink between every pair: one launch.
+    exchange    2, 4 or 8 GPUs with NVLink between every pair: one launch.
     collective  peers out of reach: a launch for the sums, the engine's all-reduce, a launch for the rest.
 
 It is Triton and not CUDA C++ because a serving machine with a CUDA wheel has no nvcc, and nothing here needs more than
@@ -25,15 +26,22 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
+from sglang.srt.layers.minimax_qk_norm_paths import (
+    EXCHANGE_RANKS,
+    reason_against_dimensions,
+    reason_against_exchange,
+)
 from sglang.srt.layers.minimax_sharding import shard_attention
 from sglang.srt.layers.minimax_sum_exchange import (
-    PEER_TIMEOUT_SECONDS,
+    EAGER_TIMEOUT_SECONDS,
+    GRAPH_TIMEOUT_SECONDS,
     ROWS_PER_CTA,
     SumExchange,
     await_sums,
@@ -45,6 +53,7 @@ from sglang.srt.layers.minimax_sum_exchange import (
     poll_assembly,
     send_sums,
 )
+from sglang.srt.utils import log_info_on_rank0
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -99,7 +108,11 @@ class QKNormRope:
         device: where the layer runs.
         slot: which exchange buffer. Layers that run in one stream order share a slot; work that may overlap on the
             GPU (a second stream) takes another one.
-        peer_timeout_seconds: how long a GPU waits for a peer before it traps.
+        peer_timeout_seconds: how long a GPU waits for a peer before it traps; None: long enough for a peer that
+            compiles kernels, and less in CUDA graphs.
+        shares_gpu: kernels that wait for peers run on another stream at the same time.
+        exchange: called with the CTAs that may be on a multiprocessor at once, gives the exchange to use; without it
+            the group has one on symmetric memory where its ranks can reach each other.
 
     Raises:
         ValueError: the heads cannot be divided over the ranks, or a dimension is one that the kernel does not have.
@@ -116,7 +129,9 @@ class QKNormRope:
         layer_id: int,
         device: torch.device | str,
         slot: int = 0,
-        peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
+        peer_timeout_seconds: float | None = None,
+        shares_gpu: bool = False,
+        exchange: Callable[[int], SumExchange] | None = None,
     ) -> None:
         self.group = group
         self.num_ranks = 1 if group is None else group.world_size
@@ -128,11 +143,12 @@ class QKNormRope:
         self.q_count = shards.q.replicas * num_heads * head_dim
         self.k_count = shards.kv.replicas * num_kv_heads * head_dim
         self.sizes = [heads * head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
-        self.peer_timeout_ms = int(peer_timeout_seconds * 1000)
+        self.peer_timeout_seconds = peer_timeout_seconds
         self.device = torch.device(device)
         self.heads_block = triton.next_power_of_2(self.num_heads + 2 * self.num_kv_heads)
         self.exchange: SumExchange | None = None
-        self._run = self._choose(slot)
+        self.reason_against_exchange: str | None = None
+        self._run = self._choose(exchange, shares_gpu, slot)
         self._handle = len(_operators)
         _operators.append(self)
 
@@ -147,7 +163,7 @@ class QKNormRope:
         v_cache: torch.Tensor | None = None,
         out_cache_loc: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Norms and rotates q and k where they lie in ``qkv``, and stores k and v if there are caches.
+        """Norms and rotates q and k, k where it lies in ``qkv``, and stores k and v if there are caches.
 
         Args:
             qkv: [tokens, (heads + 2 KV heads) a rank * head_dim], bfloat16 or float16, contiguous values, rows at any
@@ -160,46 +176,47 @@ class QKNormRope:
             out_cache_loc: [tokens], each token's slot, int32 or int64.
 
         Returns:
-            q, k, v: views of qkv, [tokens, heads a rank * head_dim] each.
+            q, k, v: [tokens, heads a rank * head_dim] each; q is contiguous, k and v are views of qkv.
 
         Raises:
             ValueError: a shape or dtype other than these.
         """
-        arguments = (qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+        q = torch.empty(qkv.shape[0], self.sizes[0], dtype=qkv.dtype, device=qkv.device)
+        arguments = (qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
         if torch.compiler.is_compiling():
             minimax_qk_norm_rope(self._handle, *arguments)
         else:
             self.run(*arguments)
-        return qkv.split(self.sizes, dim=-1)
+        _, k, v = qkv.split(self.sizes, dim=-1)
+        return q, k, v
 
-    def run(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
-        """The operator itself, in place; what a compiled graph calls."""
+    def run(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        """The operator itself, which writes q, the k of qkv and the caches; what a compiled graph calls."""
         if qkv.shape[0] == 0:  # an idle group: none of its ranks has tokens, so nobody waits for us
             return
         self._check(qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
-        self._run(qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+        self._run(qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
 
-    def _choose(self, slot: int):
+    def _choose(self, exchange: Callable[[int], SumExchange] | None, shares_gpu: bool, slot: int):
         self.plans = launch_plans(self.heads_block * self.head_dim)
         self.single_plan = LaunchPlan(max(1, min(self.heads_block // 4, 8)), 1)
         if self.device.type != "cuda":
             return self._run_torch
-        quarter = self.head_dim // 4
-        if self.head_dim != 2 * self.rotary_dim or quarter & (quarter - 1) or quarter == 0:
-            raise ValueError(
-                f"head_dim {self.head_dim} with rotary_dim {self.rotary_dim}: on a GPU the fused QK norm and RoPE "
-                "takes a head_dim that is a power of two, half of it rotated. Call norm, RoPE and store one by one."
-            )
+        reason = reason_against_dimensions(self.head_dim, self.rotary_dim)
+        if reason is not None:
+            raise ValueError(f"fused QK norm and RoPE on a GPU: {reason}. Call norm, RoPE and store one by one.")
         if self.num_ranks == 1:
+            log_once("QK norm, RoPE and KV store: one launch, on this rank alone.")
             return self._run_alone
-        if not peers_are_reachable(self.group, self.device):
-            _log_once(
-                f"QK norm: the {self.num_ranks} attention-TP ranks are not NVLink peers of one host (or custom "
-                "all-reduce is disabled); it takes two launches and an all-reduce instead of one launch."
-            )
-            return self._run_collective
-        self.exchange = exchange_of(self.group, self.device, max(plan.ctas_per_sm for plan in self.plans), slot)
-        _log_once(f"QK norm: one launch, sums exchanged over NVLink between {self.num_ranks} attention-TP ranks.")
+        if exchange is None:
+            reachable = self.num_ranks in EXCHANGE_RANKS and peers_are_reachable(self.group, self.device)
+            self.reason_against_exchange = reason = reason_against_exchange(self.num_ranks, reachable, shares_gpu)
+            if reason is not None:
+                log_once(f"QK norm, RoPE and KV store: two launches and an all-reduce, not one launch: {reason}.")
+                return self._run_collective
+            exchange = functools.partial(exchange_of, self.group, self.device, slot)
+        self.exchange = exchange(max(plan.ctas_per_sm for plan in self.plans))
+        log_once(f"QK norm, RoPE and KV store: one launch, sums exchanged between {self.num_ranks} GPUs over NVLink.")
         return self._run_exchange
 
     def _check(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
@@ -239,11 +256,11 @@ class QKNormRope:
             f"out_cache_loc must have one slot for each of {tokens} tokens where there is a cache to store to",
         )
 
-    def _run_torch(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        sums = self._all_reduced(sums_of_squares(q, k))
+    def _run_torch(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        raw_q, k, v = qkv.split(self.sizes, dim=-1)
+        sums = self._all_reduced(sums_of_squares(raw_q, k))
         normed = norm_rope_reference(
-            q, k, q_weight, k_weight, sums, positions, cos_sin_cache,
+            raw_q, k, q_weight, k_weight, sums, positions, cos_sin_cache,
             self.q_count, self.k_count, self.eps, self.head_dim,
         )  # fmt: skip
         q.copy_(normed[0])
@@ -256,11 +273,13 @@ class QKNormRope:
         self._launch(qkv.shape[0], self.single_plan, qkv, *arguments)
 
     def _run_collective(self, qkv, *arguments) -> None:
-        q, k, _ = qkv.split(self.sizes, dim=-1)
-        sums = self._all_reduced(sums_of_squares_triton(q, k))
+        raw_q, k, _ = qkv.split(self.sizes, dim=-1)
+        sums = self._all_reduced(sums_of_squares_triton(raw_q, k))
         self._launch(qkv.shape[0], self.single_plan, qkv, *arguments, sums=sums)
 
-    def _run_exchange(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+    def _run_exchange(
+        self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc
+    ) -> None:
         assert self.exchange is not None, "this path is chosen only where there is an exchange"
         multiprocessors = self.exchange.num_multiprocessors
         limit = self.plans[-1].ctas_per_sm * multiprocessors * ROWS_PER_CTA
@@ -271,16 +290,23 @@ class QKNormRope:
             plan = next(fitting, self.plans[-1])
             ctas = min(triton.cdiv(tokens, plan.rows), plan.ctas_per_sm * multiprocessors)
             self._launch(
-                ctas, plan, qkv[part], q_weight, k_weight, positions[part], cos_sin_cache, k_cache, v_cache,
+                ctas, plan, qkv[part], q[part], q_weight, k_weight, positions[part], cos_sin_cache, k_cache, v_cache,
                 None if out_cache_loc is None else out_cache_loc[part],
             )  # fmt: skip
+
+    def _peer_timeout_ms(self) -> int:
+        if self.peer_timeout_seconds is not None:
+            return int(self.peer_timeout_seconds * 1000)
+        in_graph = self.exchange is not None and torch.cuda.is_current_stream_capturing()
+        return int((GRAPH_TIMEOUT_SECONDS if in_graph else EAGER_TIMEOUT_SECONDS) * 1000)
 
     def _all_reduced(self, sums: torch.Tensor) -> torch.Tensor:
         return sums if self.num_ranks == 1 else self.group.all_reduce(sums)
 
     def _launch(
-        self, ctas, plan, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc, sums=None
-    ) -> None:
+        self, ctas, plan, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc,
+        sums=None,
+    ) -> None:  # fmt: skip
         if q_weight.dtype != k_weight.dtype:
             q_weight, k_weight = q_weight.float(), k_weight.float()
         exchange, store = self.exchange, k_cache is not None
@@ -291,12 +317,12 @@ class QKNormRope:
             options["launch_pdl"] = True
         ranks = exchange.num_ranks if exchange else 1
         _qk_norm_rope_kernel[(ctas,)](
-            qkv, q_weight, k_weight, positions, cos_sin_cache,
+            qkv, q, q_weight, k_weight, positions, cos_sin_cache,
             k_cache if store else qkv, v_cache if store else qkv, out_cache_loc if store else positions, sums,
             exchange.inbox_addresses if exchange else None, exchange.epochs if exchange else None,
             qkv.shape[0], qkv.stride(0), k_cache.stride(0) if store else 0, v_cache.stride(0) if store else 0,
             self.q_count, self.k_count, self.eps,
-            exchange.max_ctas if exchange else 0, self.rank, self.layer_id, self.peer_timeout_ms,
+            exchange.max_ctas if exchange else 0, self.rank, self.layer_id, self._peer_timeout_ms(),
             NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEADS_BLOCK=self.heads_block,
             HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None, ROWS=plan.rows,
             ONCE=ctas * plan.rows >= qkv.shape[0], RANKS=ranks, SLOTS=ROWS_PER_CTA, PDL=pdl, PACKED=pdl,
@@ -344,10 +370,11 @@ def norm_rope_reference(
 _operators: list[QKNormRope] = []  # a compiled graph names a layer by its place here
 
 
-@register_custom_op(mutates_args=["qkv", "k_cache", "v_cache"])
+@register_custom_op(mutates_args=["qkv", "q", "k_cache", "v_cache"])
 def minimax_qk_norm_rope(
     operator: int,
     qkv: torch.Tensor,
+    q: torch.Tensor,
     q_weight: torch.Tensor,
     k_weight: torch.Tensor,
     positions: torch.Tensor,
@@ -357,9 +384,7 @@ def minimax_qk_norm_rope(
     out_cache_loc: torch.Tensor | None,
 ) -> None:
     """:meth:`QKNormRope.run` as a torch operator, opaque to torch.compile and to piecewise CUDA graphs."""
-    _operators[operator].run(
-        qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc
-    )
+    _operators[operator].run(qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
 
 
 @triton.jit
@@ -415,11 +440,11 @@ def _cast(x, dtype: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def _finish_row(
     quarters, weights, rotation, row, slot, is_row, q_sum, k_sum, q_count, k_count, eps, offset, head, qkv_ptr,
-    qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
+    q_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, QUARTER: tl.constexpr, STORE: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Scales and rotates one row that lies in registers; q and k go back into the row, k and v into the cache."""
+    """Scales and rotates one row that lies in registers; q goes to its tensor, k back into the row and to the cache."""
     HEAD_DIM: tl.constexpr = 4 * QUARTER
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     a, b, c, d = quarters
@@ -435,7 +460,9 @@ def _finish_row(
     b = _cast(b_rotated, dtype, PACKED)
     c = _cast(c.to(tl.float32) * inverse_rms * weights[2].to(tl.float32), dtype, PACKED)
     d = _cast(d.to(tl.float32) * inverse_rms * weights[3].to(tl.float32), dtype, PACKED)
-    _store_quarters(qkv_ptr + row.to(tl.int64) * qkv_stride + offset, a, b, c, d, is_qk & is_row, QUARTER)
+    q_row = q_ptr + row.to(tl.int64) * (NUM_HEADS * HEAD_DIM) + offset
+    k_row = qkv_ptr + row.to(tl.int64) * qkv_stride + offset
+    _store_quarters(tl.where(head < NUM_HEADS, q_row, k_row), a, b, c, d, is_qk & is_row, QUARTER)
     if STORE:
         k_slot = k_cache_ptr + slot * k_cache_stride + (offset - NUM_HEADS * HEAD_DIM)
         v_slot = v_cache_ptr + slot * v_cache_stride + (offset - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)
@@ -445,7 +472,7 @@ def _finish_row(
 
 @triton.jit
 def _rows(
-    first, stride, turn, epoch, inbox, peer_inbox, cta, qkv_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
+    first, stride, turn, epoch, inbox, peer_inbox, cta, qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
     cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride, k_cache_stride,
     v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -501,7 +528,7 @@ def _rows(
             next_x = _load_quarters(next_ptr + offset, inside & is_row[i + 1], 0.0, QUARTER)
         _finish_row(
             x, weights, rotation, rows[i], slots[i], is_row[i], sums[2 * i], sums[2 * i + 1],
-            q_count, k_count, eps, offset, head, qkv_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride,
+            q_count, k_count, eps, offset, head, qkv_ptr, q_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride,
             v_cache_stride, NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE, PACKED,
         )  # fmt: skip
         if i + 1 < ROWS:
@@ -511,7 +538,7 @@ def _rows(
 
 @triton.jit(do_not_specialize=["num_tokens", "q_count", "k_count", "max_ctas", "rank", "layer_id", "peer_timeout_ms"])
 def _qk_norm_rope_kernel(
-    qkv_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr,
+    qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr,
     sums_ptr, inboxes_ptr, epochs_ptr, num_tokens, qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps,
     max_ctas, rank, layer_id, peer_timeout_ms,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -532,7 +559,7 @@ def _qk_norm_rope_kernel(
         timeout_ns = peer_timeout_ms.to(tl.int64) * 1000000
     if ONCE:
         _rows(
-            cta, ctas, 0, epoch, inbox, peer_inbox, cta, qkv_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
+            cta, ctas, 0, epoch, inbox, peer_inbox, cta, qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
             cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride,
             k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
             NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL, PACKED, SLOTS,
@@ -540,7 +567,7 @@ def _qk_norm_rope_kernel(
     else:
         for first in range(cta, num_tokens, ctas * ROWS):
             _rows(
-                first, ctas, first // ctas, epoch, inbox, peer_inbox, cta, qkv_ptr, q_weight_ptr, k_weight_ptr,
+                first, ctas, first // ctas, epoch, inbox, peer_inbox, cta, qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr,
                 positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens,
                 qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id,
                 timeout_ns, NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL,
@@ -562,5 +589,6 @@ def _require(holds: bool, message: str) -> None:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def log_once(message: str) -> None:
+    """Says it once and not for every layer, on the first rank only."""
+    log_info_on_rank0(logger, message)

@@ -20,25 +20,27 @@ Why waiting CTAs never starve the ones they wait for. A CTA waits for CTA c of t
 its own GPU, and it waits for rows only after it sent the same rows, in the same order on every rank. A launch
 has at most ``max_ctas`` CTAs, which all fit on the GPU at once under the register cap of the launch, so every CTA
 comes to run as soon as whatever else is on the GPU ends. Then by induction over a CTA's rows every wait ends.
+What else is on the GPU must not wait for peers itself: a token dispatcher on another stream, as in two-batch overlap,
+could hold the place of a CTA here while the exchange there holds the dispatcher's. The model takes the all-reduce then.
 
-One inbox serves the launches of one stream order. Two micro-batches of two-batch overlap that are launched in turn on
-one stream may share it; work that may run concurrently, or in different order on different ranks, needs one ``slot``
-each.
+One inbox serves the launches of one stream order; work that may run concurrently, or in different order on different
+ranks, needs one ``slot`` each.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 import triton
 import triton.language as tl
+from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
 
-logger = logging.getLogger(__name__)
-
-PEER_TIMEOUT_SECONDS = 120  # under the engine's watchdog (300 s), over any skew that a first launch was seen to have
-MAX_RANKS = 8  # of one NVLink domain
+# How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
+# compiled. Elsewhere the first rank may be compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the
+# others wait here as they would in an all-reduce. Of a server that already serves, the watchdog ends that wait.
+GRAPH_TIMEOUT_SECONDS = 120.0
+EAGER_TIMEOUT_SECONDS = 3600.0
 MESSAGE_BYTES = 16
 ROWS_PER_CTA = 16  # rows that one CTA sends in one launch at most; longer inputs take several launches
 
@@ -46,50 +48,93 @@ ROWS_PER_CTA = 16  # rows that one CTA sends in one launch at most; longer input
 class SumExchange:
     """The inbox of this rank, the addresses of everybody's inbox, and the epoch of every CTA.
 
+    It does not ask where an inbox is: any memory of any GPU does that all ranks' GPUs can store to, and that stays
+    mapped. :func:`exchange_of` has it from symmetric memory, with a process a rank.
+
+    Args:
+        inbox: this rank's, uint8, :func:`inbox_bytes` long and 16-byte aligned, all zero, which is an epoch that no
+            launch has; no rank may send before every inbox is cleared.
+        inbox_addresses: where the inbox of each rank is mapped for this rank, in rank order, its own included.
+        rank: this rank.
+        num_multiprocessors: of the smallest GPU of all ranks, so that grids are the same on every rank.
+        ctas_per_sm: CTAs of one launch that may be on a multiprocessor at once.
+
     Attributes:
-        inbox: uint8, [2 parities, max_ctas, ROWS_PER_CTA, ranks, MESSAGE_BYTES], symmetric memory.
-        inbox_addresses: [ranks] int64, where each rank's inbox is mapped here.
+        inbox: [2 parities, max_ctas, ROWS_PER_CTA, ranks, MESSAGE_BYTES] as bytes in a row.
+        inbox_addresses: [ranks] int64, on the GPU.
         epochs: [max_ctas] int64, the last epoch of each CTA.
-        num_multiprocessors: of the smallest GPU in the group, so that grids are the same on every rank.
         max_ctas: CTAs that may take part in one launch.
+
+    Raises:
+        ValueError: too many ranks, or an inbox of another size.
     """
 
-    def __init__(self, group, device: torch.device, ctas_per_sm: int) -> None:
-        """Collective over ``group``, an engine ``GroupCoordinator`` for which :func:`peers_are_reachable` is true."""
-        import torch.distributed as dist
-        import torch.distributed._symmetric_memory as symmetric_memory
+    def __init__(
+        self, inbox: torch.Tensor, inbox_addresses: list[int], rank: int, num_multiprocessors: int, ctas_per_sm: int
+    ) -> None:
+        self.rank, self.num_ranks = rank, len(inbox_addresses)
+        self.num_multiprocessors = num_multiprocessors
+        self.max_ctas = num_multiprocessors * ctas_per_sm
+        if self.num_ranks not in EXCHANGE_RANKS or not 0 <= rank < self.num_ranks:
+            raise ValueError(
+                f"rank {rank} of {self.num_ranks}: sums are exchanged between {EXCHANGE_RANKS} ranks of one NVLink "
+                "domain; others add them up by a collective"
+            )
+        size = inbox_bytes(self.num_ranks, self.max_ctas)
+        if inbox.dtype != torch.uint8 or inbox.numel() != size or inbox.data_ptr() % MESSAGE_BYTES:
+            raise ValueError(
+                f"the inbox has {inbox.numel()} values of {inbox.dtype}, and {self.max_ctas} CTAs of {self.num_ranks} "
+                f"ranks need {size} of uint8, aligned to {MESSAGE_BYTES}: allocate inbox_bytes(ranks, CTAs)"
+            )
+        if inbox_addresses[rank] != inbox.data_ptr():
+            raise ValueError(f"inbox_addresses[{rank}] is not this rank's inbox: give the addresses in rank order")
+        self.inbox = inbox
+        self.inbox_addresses = torch.tensor(inbox_addresses, dtype=torch.int64, device=inbox.device)
+        self.epochs = torch.zeros(self.max_ctas, dtype=torch.int64, device=inbox.device)
 
-        multiprocessors = [0] * group.world_size
-        mine = torch.cuda.get_device_properties(device).multi_processor_count
-        dist.all_gather_object(multiprocessors, mine, group=group.cpu_group)
-        self.num_multiprocessors = min(multiprocessors)
-        self.rank = group.rank_in_group
-        self.num_ranks = group.world_size
-        self.max_ctas = self.num_multiprocessors * ctas_per_sm
-        size = 2 * self.max_ctas * ROWS_PER_CTA * self.num_ranks * MESSAGE_BYTES
-        self.inbox = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        self._handle = symmetric_memory.rendezvous(self.inbox, group.cpu_group)
-        self.inbox.zero_()  # epoch 0: no launch has it
-        self.inbox_addresses = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
-        self.epochs = torch.zeros(self.max_ctas, dtype=torch.int64, device=device)
-        torch.cuda.synchronize(device)
-        dist.barrier(group=group.cpu_group)  # no rank writes into an inbox that is still being cleared
+
+def inbox_bytes(num_ranks: int, max_ctas: int) -> int:
+    """What an inbox takes: for both parities, a message of each rank for each row of each CTA."""
+    return 2 * max_ctas * ROWS_PER_CTA * num_ranks * MESSAGE_BYTES
 
 
 _exchanges: dict[tuple, SumExchange] = {}
+_symmetric_memory: list = []  # what keeps the peers' inboxes mapped
 
 
-def exchange_of(group, device: torch.device, ctas_per_sm: int, slot: int) -> SumExchange:
-    """The one exchange of this group, slot and width; the first call of each is collective and allocates."""
+def exchange_of(group, device: torch.device, slot: int, ctas_per_sm: int) -> SumExchange:
+    """The one exchange of this group, slot and width, on symmetric memory.
+
+    The first call of each is collective over ``group``, an engine ``GroupCoordinator`` for which
+    :func:`peers_are_reachable` is true, and allocates.
+    """
     key = (group.unique_name, slot, ctas_per_sm)
     if key not in _exchanges:
-        _exchanges[key] = SumExchange(group, device, ctas_per_sm)
+        _exchanges[key] = _on_symmetric_memory(group, device, ctas_per_sm)
     return _exchanges[key]
+
+
+def _on_symmetric_memory(group, device: torch.device, ctas_per_sm: int) -> SumExchange:
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    multiprocessors = [0] * group.world_size
+    mine = torch.cuda.get_device_properties(device).multi_processor_count
+    dist.all_gather_object(multiprocessors, mine, group=group.cpu_group)
+    smallest = min(multiprocessors)
+    size = inbox_bytes(group.world_size, smallest * ctas_per_sm)
+    inbox = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(inbox, group.cpu_group)
+    _symmetric_memory.append(handle)
+    exchange = SumExchange(inbox.zero_(), list(handle.buffer_ptrs), group.rank_in_group, smallest, ctas_per_sm)
+    torch.cuda.synchronize(device)
+    dist.barrier(group=group.cpu_group)  # no rank writes into an inbox that is still being cleared
+    return exchange
 
 
 @functools.cache
 def peers_are_reachable(group, device: torch.device) -> bool:
-    """Whether all ranks of ``group`` are 2 to ``MAX_RANKS`` NVIDIA GPUs of one host, NVLink between every pair.
+    """Whether ``group`` is as many NVIDIA GPUs of one host as can exchange, with NVLink between every pair.
 
     Collective over the group, and the same answer on every rank. PCIe peers do not count: a 16-byte store is one
     access over NVLink, and nobody says so of PCIe. Nor do peers of a server that was started with
@@ -103,7 +148,7 @@ def peers_are_reachable(group, device: torch.device) -> bool:
         can_use_custom_all_reduce_with_nvlink,
     )
 
-    sizes = list(range(2, MAX_RANKS + 1))
+    sizes = list(EXCHANGE_RANKS)
     return can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "The fused QK norm") is True
 
 

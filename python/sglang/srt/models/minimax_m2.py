@@ -1,8 +1,16 @@
 """MiniMax-M2 (M2, M2.1, M2.5, M2.7) for inference: grouped-query attention with QK RMSNorm over all heads and
 partial RoPE, and in every layer a mixture of experts routed by sigmoid scores with a selection bias.
 
-Reference: ``transformers.models.minimax_m2``. Read in the order in which data flows: QK norm, attention, experts,
-decoder layer, model, causal LM, weights.
+Reference: ``transformers.models.minimax_m2``. This file is read in the order in which data flows: QK norm, attention,
+decoder layer, model, causal LM. The rest lies beside it:
+    minimax_m2_moe.py                   the experts: routing, who sums their output, what layouts are refused
+    minimax_m2_overlap.py               attention, layer and model as stages of two-batch overlap
+    minimax_m2_weights.py, _files.py    loading a checkpoint, and accounting for every tensor of it
+    layers/minimax_sharding.py          how heads, experts and layers are divided over ranks
+    layers/minimax_qk_norm.py           QK norm in launches of its own
+    layers/minimax_attention_inputs.py  whether QK norm, RoPE and KV store are one kernel instead; it is in
+                                        layers/minimax_qk_norm_rope.py, its exchange between GPUs in
+                                        layers/minimax_sum_exchange.py, the rules in layers/minimax_qk_norm_paths.py
 
 Three groups of ranks carry it, and every place names the one that it means:
     attention TP    embedding, attention and norms: all of TP, or TP / DP ranks under DP attention
@@ -14,63 +22,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from contextlib import nullcontext
-from enum import Enum, auto
 
 import torch
-from sglang.srt.batch_overlap import two_batch_overlap
-from sglang.srt.batch_overlap.operations import YieldOperation
-from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.distributed import (
     attention_tensor_model_parallel_all_reduce,
-    get_moe_data_parallel_world_size,
     get_pp_group,
     get_pp_indices,
-    get_tensor_model_parallel_world_size,
     get_tp_group,
-    moe_expert_parallel_all_reduce,
-    moe_tensor_model_parallel_all_reduce,
-    tensor_model_parallel_all_reduce,
 )
-from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
-from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 from sglang.srt.layers import flashinfer_comm_fusion  # type: ignore[attr-defined]
 from sglang.srt.layers.communicator import (
     FUSE_ALLREDUCE_MAX_BATCH_SIZE,
     LayerCommunicator,
     LayerScatterModes,
-    ScatterMode,
     apply_flashinfer_allreduce_fusion,
 )
-from sglang.srt.layers.dp_attention import (
-    get_attention_tp_rank,
-    get_attention_tp_size,
-    is_dp_attention_enabled,
-)
+from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size, is_dp_attention_enabled
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.minimax_attention_inputs import fuse
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
-from sglang.srt.layers.minimax_sharding import expert_shape_of, shard_attention, shard_heads
-from sglang.srt.layers.moe import (
-    get_moe_a2a_backend,
-    get_moe_runner_backend,
-    should_use_flashinfer_cutlass_moe_fp4_allgather,
-)
-from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
-from sglang.srt.layers.moe.token_dispatcher import DeepEPConfig
-from sglang.srt.layers.moe.topk import TopK
-from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
+from sglang.srt.layers.minimax_sharding import shard_attention, shard_heads
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, PPProxyTensors
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
+from sglang.srt.models.minimax_m2_moe import ExpertReduction, MiniMaxM2MoE, check_experts, recorded_as
+from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, forward_overlapped
 from sglang.srt.models.minimax_m2_weights import CheckedWeights
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import add_prefix, is_cuda, log_info_on_rank0, make_layers
+from sglang.srt.utils import add_prefix, log_info_on_rank0, make_layers
 from sglang.srt.utils.hf_transformers_utils import get_rope_config
 from torch import nn
 from transformers import PretrainedConfig
@@ -148,7 +133,7 @@ class MiniMaxM2RMSNormTP(nn.Module):
         )  # fmt: skip
 
 
-class MiniMaxM2Attention(nn.Module):
+class MiniMaxM2Attention(AttentionStages):
     """Attention of one layer on the attention-TP group; its output is this rank's part of a sum over that group."""
 
     def __init__(
@@ -175,6 +160,7 @@ class MiniMaxM2Attention(nn.Module):
             base=rope_theta,
             rope_scaling=rope_scaling,
         )
+        self.fused_inputs = fuse(self.q_norm, self.k_norm, self.rotary_emb, head_dim, layer_id)
         self.attn = RadixAttention(
             num_heads=shards.q.heads_per_rank,
             head_dim=head_dim,
@@ -196,8 +182,12 @@ class MiniMaxM2Attention(nn.Module):
         return self.forward_core(self.forward_prepare(positions, hidden_states, forward_batch))
 
     def forward_prepare(self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch):
-        """From [tokens, hidden_size] to (hidden_states, batch, (q, k, v)), or (hidden_states, batch, None) when there
-        is nothing to attend to: no tokens, or an idle batch, whose tokens are padding."""
+        """From [tokens, hidden_size] to (hidden_states, batch, (q, k, v, stored)), or (hidden_states, batch, None) when
+        there is nothing to attend to: no tokens, or an idle batch, whose tokens are padding.
+
+        stored: k and v are in the KV cache already. Whether there is nothing to do is the same on all ranks of an
+        attention-TP group, which share one batch: none of them waits for sums of a rank that returned.
+        """
         if hidden_states.shape[0] == 0 or forward_batch.forward_mode.is_idle():
             assert not self.o_proj.reduce_results, (
                 "attention without tokens returns before o_proj, so o_proj must not all-reduce: the other ranks of "
@@ -206,31 +196,23 @@ class MiniMaxM2Attention(nn.Module):
             )
             return hidden_states, forward_batch, None
         qkv, _ = self.qkv_proj(hidden_states)
+        if self.fused_inputs is not None:
+            return hidden_states, forward_batch, self.fused_inputs(qkv, positions, forward_batch)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.q_norm is not None:
             q, k = MiniMaxM2RMSNormTP.forward_qk(self.q_norm, self.k_norm, q, k)
         else:
             q, k = q.contiguous(), k.contiguous()
         q, k = self.rotary_emb(positions, q, k)
-        return hidden_states, forward_batch, (q, k, v)
+        return hidden_states, forward_batch, (q, k, v, False)
 
     def forward_core(self, prepared) -> torch.Tensor:
-        hidden_states, forward_batch, qkv = prepared
-        if qkv is None:
+        hidden_states, forward_batch, inputs = prepared
+        if inputs is None:
             return hidden_states
-        output, _ = self.o_proj(self.attn(*qkv, forward_batch))
+        q, k, v, stored = inputs
+        output, _ = self.o_proj(self.attn(q, k, v, forward_batch, save_kv_cache=not stored))
         return output
-
-    # The two stages of attention in two-batch overlap.
-    def op_prepare(self, state) -> None:
-        state.attn_intermediate_state = self.forward_prepare(
-            positions=state.positions,
-            hidden_states=state.pop("hidden_states_after_comm_pre_attn"),
-            forward_batch=state.forward_batch,
-        )
-
-    def op_core(self, state) -> None:
-        state.hidden_states_after_attn = self.forward_core(state.pop("attn_intermediate_state"))
 
 
 def _qk_norms(config: PretrainedConfig, head_dim: int):
@@ -258,175 +240,7 @@ def _rotary_dim(config: PretrainedConfig, head_dim: int) -> int:
     return rotary_dim
 
 
-class ExpertReduction(Enum):
-    """Who sums the ranks' parts of the experts' output. Exactly one of them does."""
-
-    MODEL = auto()  # an all-reduce right after the experts
-    NEXT_NORM = auto()  # the all-reduce fused into the next layer's norm
-    REDUCE_SCATTER = auto()  # the layer communicator, which also gives each DP rank its tokens back
-    DISPATCHER = auto()  # the experts' token dispatcher: an a2a backend, or FP4 all-gather with reduce-scatter
-
-    @classmethod
-    def of(cls, communicator: LayerCommunicator, forward_batch: ForwardBatch) -> ExpertReduction:
-        if _has_dispatcher():
-            return cls.DISPATCHER
-        if communicator.should_use_reduce_scatter(forward_batch):
-            return cls.REDUCE_SCATTER
-        if communicator.should_fuse_mlp_allreduce_with_next_layer(forward_batch):
-            return cls.NEXT_NORM
-        return cls.MODEL
-
-
-def _has_dispatcher() -> bool:
-    """Whether tokens travel to their experts, each from one rank. Without, every rank routes all tokens."""
-    return not get_moe_a2a_backend().is_none() or should_use_flashinfer_cutlass_moe_fp4_allgather()
-
-
-class MiniMaxM2MoE(nn.Module):
-    """Mixture of experts: sigmoid scores, the top k of score + bias, weights renormalised over the chosen."""
-
-    def __init__(
-        self, config: PretrainedConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
-    ) -> None:
-        super().__init__()
-        _check_routing_stays_here()
-        self.layer_id = layer_id
-        self.tp_size = get_tensor_model_parallel_world_size()
-        self.e_score_correction_bias = None
-        if getattr(config, "use_routing_bias", True):
-            self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_local_experts, dtype=torch.float32))
-        # The router is small and decides everything: float32 weights and activations, as in the reference.
-        self.gate = ReplicatedLinear(
-            config.hidden_size, config.num_local_experts,
-            bias=False, params_dtype=torch.float32, quant_config=None, prefix=add_prefix("gate", prefix),
-        )  # fmt: skip
-        self.topk = TopK(
-            top_k=config.num_experts_per_tok,
-            layer_id=layer_id,
-            renormalize=True,
-            scoring_func=getattr(config, "scoring_func", "sigmoid"),
-            correction_bias=self.e_score_correction_bias,
-            routed_scaling_factor=1.0,
-        )
-        self.experts = get_moe_impl_class(quant_config)(
-            num_experts=config.num_local_experts + get_global_server_args().ep_num_redundant_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            layer_id=layer_id,
-            quant_config=quant_config,
-            prefix=add_prefix("experts", prefix),
-        )
-
-    def forward(
-        self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction
-    ) -> torch.Tensor:
-        """From and to [tokens, hidden_size]; with ``ExpertReduction.MODEL`` the sum over all ranks, else my part."""
-        topk_output = self._route(hidden_states, forward_batch, reduction)
-        output = self.experts(hidden_states, topk_output)
-        return self._all_reduce(output) if reduction is ExpertReduction.MODEL else output
-
-    def _route(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction):
-        if hidden_states.shape[0] == 0:
-            return self.topk.empty_topk_output(hidden_states.device)
-        return self.topk(
-            hidden_states, self._router_logits(hidden_states), **self._routing_info(forward_batch, reduction)
-        )
-
-    def _router_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[tokens, num_local_experts] float32."""
-        return self.gate(hidden_states.to(torch.float32))[0]
-
-    def _routing_info(self, forward_batch: ForwardBatch, reduction: ExpertReduction) -> dict:
-        """Where EPLB has put the experts; and how many of my own tokens are padding, which a dispatcher must not send.
-
-        Without a dispatcher the tokens here are those of all DP ranks, to which my count does not apply.
-        """
-        info = {}
-        if get_global_server_args().ep_dispatch_algorithm is not None:
-            info["expert_location_dispatch_info"] = ExpertLocationDispatchInfo.init_new(layer_id=self.layer_id)
-        if reduction is ExpertReduction.DISPATCHER and not get_moe_a2a_backend().is_none():
-            info["num_token_non_padded"] = forward_batch.num_token_non_padded
-        return info
-
-    def _all_reduce(self, output: torch.Tensor) -> torch.Tensor:
-        if self.tp_size == 1:
-            return output
-        if get_moe_data_parallel_world_size() == 1:
-            return tensor_model_parallel_all_reduce(output)
-        # Experts in data-parallel groups: TP as a whole also spans ranks with other tokens.
-        return moe_tensor_model_parallel_all_reduce(moe_expert_parallel_all_reduce(output))
-
-    def expert_weights(self) -> list[torch.Tensor]:
-        """What belongs to single experts of this rank, [local experts, ...] each: EPLB moves these between ranks."""
-        return [
-            param.data
-            for name, param in self.experts.named_parameters()
-            if filter_moe_weight_param_global_expert(name, param, self.experts.num_local_experts)
-        ]
-
-    # The stages of experts with a dispatcher in two-batch overlap.
-    def op_gate(self, state) -> None:
-        hidden_states = state.hidden_states_mlp_input
-        # An idle batch may hold padding, which is routed as well: the dispatcher takes as many routes as tokens.
-        state.router_logits = self._router_logits(hidden_states) if hidden_states.shape[0] != 0 else None
-
-    def op_select_experts(self, state) -> None:
-        router_logits, hidden_states = state.pop("router_logits"), state.hidden_states_mlp_input
-        if router_logits is None:
-            state.topk_output = self.topk.empty_topk_output(hidden_states.device)
-            return
-        with _recorded_as(self.layer_id):
-            state.topk_output = self.topk(
-                hidden_states, router_logits, **self._routing_info(state.forward_batch, ExpertReduction.DISPATCHER)
-            )
-
-    def op_dispatch_a(self, state) -> None:
-        self.experts.dispatcher.dispatch_a(
-            hidden_states=state.pop("hidden_states_mlp_input"),
-            topk_output=state.pop("topk_output"),
-            tbo_subbatch_index=state.get("tbo_subbatch_index"),
-        )
-
-    def op_dispatch_b(self, state) -> None:
-        with _recorded_as(self.layer_id):
-            state.dispatch_output = self.experts.dispatcher.dispatch_b(
-                tbo_subbatch_index=state.get("tbo_subbatch_index")
-            )
-
-    def op_experts(self, state) -> None:
-        state.combine_input = self.experts.run_moe_core(dispatch_output=state.pop("dispatch_output"))
-
-    def op_combine_a(self, state) -> None:
-        self.experts.dispatcher.combine_a(
-            combine_input=state.pop("combine_input"), tbo_subbatch_index=state.get("tbo_subbatch_index")
-        )
-
-    def op_combine_b(self, state) -> None:
-        state.hidden_states_mlp_output = self.experts.dispatcher.combine_b(
-            tbo_subbatch_index=state.get("tbo_subbatch_index")
-        )
-
-
-def _check_routing_stays_here() -> None:
-    """Some MoE kernels route by themselves, from the router's logits, and know softmax or groups of experts only."""
-    backend = get_moe_runner_backend()
-    if backend.is_flashinfer_trtllm() or backend.is_flashinfer_mxfp4() or backend.is_triton_kernels():
-        raise ValueError(
-            f"--moe-runner-backend {backend.value} chooses the experts in its kernel, by rules other than MiniMax-M2's "
-            f"sigmoid scores with a selection bias, and would answer wrongly. Use auto, triton, deep_gemm, cutlass, "
-            f"flashinfer_cutlass or flashinfer_trtllm_routed"
-        )
-
-
-def _recorded_as(layer_id: int):
-    """Names the layer to the recorder of expert loads, which piecewise CUDA graphs cannot trace through."""
-    if not get_global_server_args().disable_piecewise_cuda_graph:
-        return nullcontext()
-    return get_global_expert_distribution_recorder().with_current_layer(layer_id)
-
-
-class MiniMaxM2DecoderLayer(nn.Module):
+class MiniMaxM2DecoderLayer(LayerStages):
     """Norm, attention, norm, experts. The layer communicator moves tokens between the groups and reduces."""
 
     def __init__(
@@ -477,88 +291,12 @@ class MiniMaxM2DecoderLayer(nn.Module):
             return hidden_states, residual
         return self.layer_communicator.postprocess_layer(hidden_states, residual, forward_batch)
 
-    # The stages of a layer in two-batch overlap.
-    def op_comm_prepare_attn(
-        self, state, positions, hidden_states, forward_batch, residual, zero_allocator=None, tbo_subbatch_index=None
-    ) -> None:
-        state.hidden_states_after_comm_pre_attn, state.residual_after_input_ln = self.layer_communicator.prepare_attn(
-            hidden_states, residual, forward_batch
-        )
-        state.update(
-            {
-                "positions": positions,
-                "forward_batch": forward_batch,
-                "zero_allocator": zero_allocator,
-                "tbo_subbatch_index": tbo_subbatch_index,
-            }
-        )
-
-    def op_comm_prepare_mlp(self, state) -> None:
-        state.hidden_states_mlp_input, state.residual_after_comm_pre_mlp = self.layer_communicator.prepare_mlp(
-            state.pop("hidden_states_after_attn"), state.pop("residual_after_input_ln"), state.forward_batch
-        )
-
-    def op_mlp(self, state) -> dict:
-        """Experts without a dispatcher and the end of the layer, in one stage."""
-        return self._overlap_output(
-            state,
-            *self._experts_and_postprocess(
-                state.pop("hidden_states_mlp_input"), state.pop("residual_after_comm_pre_mlp"), state.forward_batch
-            ),
-        )
-
-    def op_comm_postprocess_layer(self, state) -> dict:
-        return self._overlap_output(
-            state,
-            *self.layer_communicator.postprocess_layer(
-                state.pop("hidden_states_mlp_output"), state.pop("residual_after_comm_pre_mlp"), state.forward_batch
-            ),
-        )
-
-    @staticmethod
-    def _overlap_output(state, hidden_states, residual) -> dict:
-        output = {
-            name: state.pop(name) for name in ("positions", "forward_batch", "zero_allocator", "tbo_subbatch_index")
-        }
-        return {**output, "hidden_states": hidden_states, "residual": residual}
-
-    def overlap_strategy(self, forward_mode: ForwardMode) -> OperationsStrategy:
-        """The stages of this layer, with a yield to the other half batch wherever this half waits for the network."""
-        attention, experts, wait = self.self_attn, self.block_sparse_moe, YieldOperation()
-        to_experts = [self.op_comm_prepare_attn, attention.op_prepare, attention.op_core, self.op_comm_prepare_mlp]
-        if get_moe_a2a_backend().is_none():
-            return OperationsStrategy(operations=[*to_experts, self.op_mlp], tbo_delta_stages=0)
-        route = [experts.op_gate, experts.op_select_experts]
-        compute = [experts.op_dispatch_b, experts.op_experts, experts.op_combine_a]
-        finish = [experts.op_combine_b, self.op_comm_postprocess_layer]
-        if forward_mode == ForwardMode.EXTEND:
-            return OperationsStrategy(
-                operations=[*to_experts, *route, experts.op_dispatch_a, wait, *compute, wait, *finish],
-                tbo_delta_stages=0,
-                deep_gemm_num_sms=_sms_beside_deepep(),
-            )
-        prepare, rest = to_experts[:2], to_experts[2:]
-        return OperationsStrategy(
-            operations=[
-                *[*prepare, wait, *rest, *route, wait],
-                *[experts.op_dispatch_a, wait, *compute, wait, *finish, wait],
-            ],
-            tbo_delta_stages=2,
-        )
-
 
 def _is_last_of_stage(layer_id: int, num_layers: int) -> bool:
     """The last layer of a pipeline stage has no next norm on this rank that could take its reduction over."""
     pp_group = get_pp_group()
     _, end = get_pp_indices(num_layers, pp_group.rank_in_group, pp_group.world_size)
     return layer_id == end - 1
-
-
-def _sms_beside_deepep() -> int | None:
-    """Multiprocessors left to GEMMs while DeepEP communicates in a prefill."""
-    if not (is_cuda() and get_moe_a2a_backend().is_deepep()):
-        return None
-    return torch.cuda.get_device_properties("cuda").multi_processor_count - DeepEPConfig.get_instance().num_sms
 
 
 class MiniMaxM2Model(nn.Module):
@@ -610,11 +348,10 @@ class MiniMaxM2Model(nn.Module):
         captured: list[torch.Tensor] = []
         # Overlapped stages neither capture nor start from a pipeline's scattered tensors: then one after the other.
         if forward_batch.can_run_tbo and not self.layers_to_capture and self.pp_group.world_size == 1:
-            hidden_states, residual = self._forward_overlapped(positions, hidden_states, forward_batch, residual)
+            layers = self.layers[self.start_layer : self.end_layer]
+            hidden_states, residual = forward_overlapped(layers, positions, hidden_states, forward_batch, residual)
         else:
-            hidden_states, residual = self._forward_layers(
-                positions, hidden_states, forward_batch, residual, captured
-            )
+            hidden_states, residual = self._forward_layers(positions, hidden_states, forward_batch, residual, captured)
 
         if not self.pp_group.is_last_rank:
             return PPProxyTensors({"hidden_states": hidden_states, "residual": residual})
@@ -629,7 +366,7 @@ class MiniMaxM2Model(nn.Module):
 
     def _forward_layers(self, positions, hidden_states, forward_batch, residual, captured):
         for layer_id in range(self.start_layer, self.end_layer):
-            with _recorded_as(layer_id):
+            with recorded_as(layer_id):
                 hidden_states, residual = self.layers[layer_id](
                     positions,
                     hidden_states,
@@ -638,27 +375,6 @@ class MiniMaxM2Model(nn.Module):
                     captured if layer_id in self.layers_to_capture else None,
                 )
         return hidden_states, residual
-
-    def _forward_overlapped(self, positions, hidden_states, forward_batch, residual):
-        """Two halves of the batch in turn, one computing while the other's tokens travel.
-
-        The engine finds the stages of a layer by its class name and does not know this one, so they are given here.
-        """
-        layers = self.layers[self.start_layer : self.end_layer]
-        return two_batch_overlap._model_forward_tbo(
-            inputs={
-                "positions": positions,
-                "hidden_states": hidden_states,
-                "forward_batch": forward_batch,
-                "residual": residual,
-                "zero_allocator": None,
-            },
-            operations_strategy=OperationsStrategy.concat(
-                [layer.overlap_strategy(forward_batch.global_forward_mode) for layer in layers]
-            ),
-            input_data_scatter_mode=ScatterMode.model_input_output(),
-            layer_input_scatter_mode=layers[0].layer_scatter_modes.layer_input_mode,
-        )
 
 
 class MiniMaxM2ForCausalLM(nn.Module):
@@ -672,7 +388,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
 
     def __init__(self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
-        _check_experts(config)
+        check_experts(config)
         self.config = config
         self.quant_config = quant_config
         self.pp_group = get_pp_group()
@@ -773,30 +489,6 @@ class MiniMaxM2ForCausalLM(nn.Module):
 
 def _weights_are_dummies() -> bool:
     return get_global_server_args().load_format == "dummy"
-
-
-def _check_experts(config: PretrainedConfig) -> None:
-    """Refuses a division of the experts that cannot work, before any of their weights is allocated."""
-    server_args = get_global_server_args()
-    tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
-    shape = expert_shape_of(config, server_args.ep_num_redundant_experts)
-    reason = shape.reason_against(tp_size, ep_size, server_args.moe_dp_size)
-    if reason is not None:
-        raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}")
-    if server_args.ep_num_redundant_experts and server_args.ep_dispatch_algorithm and not _has_dispatcher():
-        raise ValueError(
-            f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts} --ep-dispatch-algorithm "
-            f"{server_args.ep_dispatch_algorithm} need an a2a backend: without one each rank routes all tokens and "
-            f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
-            f"--moe-a2a-backend, or leave the redundant experts out."
-        )
-    quantisation = getattr(config, "quantization_config", None) or {}
-    if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
-        raise ValueError(
-            f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
-            f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
-            f"keeps experts whole."
-        )
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:

@@ -1,0 +1,105 @@
+"""The choice between one kernel and separate launches from the qkv projection to attention, made when a layer is built.
+
+The rules are in :mod:`minimax_qk_norm_paths`, the kernel is in :mod:`minimax_qk_norm_rope`; here the engine's objects
+are turned into what those two know.
+"""
+
+from __future__ import annotations
+
+import torch
+from sglang.srt.layers.dp_attention import get_attention_tp_group
+from sglang.srt.layers.minimax_qk_norm_paths import reason_against_one_kernel, reason_against_store
+from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope, log_once
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.server_args import get_global_server_args
+from sglang.srt.utils import is_cuda
+from torch import nn
+
+
+class FusedAttentionInputs:
+    """QK norm over all ranks, RoPE and KV-cache store of one layer in one kernel; made by :func:`fuse`."""
+
+    def __init__(self, operator: QKNormRope, q_norm: nn.Module, k_norm: nn.Module, rotary_emb, stores: bool) -> None:
+        self.operator, self.q_norm, self.k_norm, self.rotary_emb = operator, q_norm, k_norm, rotary_emb
+        self.stores = stores
+
+    def __call__(
+        self, qkv: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """From [tokens, (heads + 2 KV heads) a rank * head_dim], which is overwritten, to q, k, v and whether k and v
+        are in the KV cache already."""
+        cache = kv_cache_of(forward_batch, self.operator.layer_id, qkv.dtype) if self.stores else None
+        q, k, v = self.operator(
+            qkv, self.q_norm.weight, self.k_norm.weight, positions, self.rotary_emb.cos_sin_cache, *(cache or ())
+        )
+        return q, k, v, cache is not None
+
+
+def fuse(q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_id: int) -> FusedAttentionInputs | None:
+    """The one kernel for a layer's norms and rotary embedding, or None where the separate launches are taken.
+
+    Collective over the attention-TP group, whose ranks build their layers in the same order. The norms are
+    ``MiniMaxM2RMSNormTP``, or both None.
+    """
+    server_args = get_global_server_args()
+    reason = reason_against_fusing(q_norm, rotary_emb, head_dim)
+    if reason is not None:
+        log_once(f"QK norm, RoPE and KV store are separate launches, not one kernel: {reason}")
+        return None
+    against_store = reason_against_store(server_args.get_attention_backends(), server_args.attn_cp_size)
+    if against_store is not None:
+        log_once(f"The KV store is a launch of its own: {against_store}")
+    q_heads, kv_heads = q_norm.shards.num_heads, k_norm.shards.num_heads
+    operator = QKNormRope(
+        q_heads, kv_heads, head_dim, rotary_emb.rotary_dim, q_norm.variance_epsilon, get_attention_tp_group(),
+        layer_id, q_norm.weight.device, shares_gpu=server_args.enable_two_batch_overlap,
+    )  # fmt: skip
+    return FusedAttentionInputs(operator, q_norm, k_norm, rotary_emb, against_store is None)
+
+
+def reason_against_fusing(q_norm: nn.Module | None, rotary_emb, head_dim: int) -> str | None:
+    """Why a layer takes the separate launches, or None where it takes the one kernel."""
+    server_args = get_global_server_args()
+    weight = getattr(q_norm, "weight", None)
+    return reason_against_one_kernel(
+        has_norms=weight is not None,
+        cuda=weight is not None and weight.is_cuda and is_cuda(),
+        head_dim=head_dim,
+        rotary_dim=getattr(rotary_emb, "rotary_dim", 0),
+        dtype_bytes=torch.get_default_dtype().itemsize,
+        plain_rope=rotates_plainly(rotary_emb),
+        deterministic=server_args.enable_deterministic_inference,
+        pdmux=server_args.enable_pdmux,
+        memory_saver=server_args.enable_memory_saver,
+    )
+
+
+def rotates_plainly(rotary_emb) -> bool:
+    """Neox pairs by one cache of cosines and sines. A scaling that only fills that cache otherwise still counts."""
+    return (
+        isinstance(rotary_emb, RotaryEmbedding)
+        and rotary_emb.is_neox_style
+        and type(rotary_emb).forward_cuda is RotaryEmbedding.forward_cuda
+        and type(rotary_emb).forward_native is RotaryEmbedding.forward_native
+    )
+
+
+def kv_cache_of(
+    forward_batch: ForwardBatch, layer_id: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(k_cache, v_cache, out_cache_loc) for a kernel that stores what ``set_kv_buffer`` would, or None.
+
+    None: a cache of another dtype (FP8, with or without scales), one that is laid out or addressed in another way
+    (sliding windows, double sparsity, FP4), or a compiled graph. That is piecewise CUDA graphs, whose attention runs
+    outside the graphs: it stores, and the caches of all layers need not be inputs of the graphs.
+
+    Padding stores to slot 0, which belongs to nobody, as it does in the engine's own store. The public
+    ``get_kv_buffer`` is not called: it waits until the layer's keys of a prefix are back from the host (HiCache), which
+    is for those who read. Attention does, and waits then.
+    """
+    pool = forward_batch.token_to_kv_pool
+    if torch.compiler.is_compiling() or type(pool) is not MHATokenToKVPool or pool.store_dtype != dtype:
+        return None
+    return pool._get_key_buffer(layer_id), pool._get_value_buffer(layer_id), forward_batch.out_cache_loc

@@ -1,0 +1,228 @@
+"""The experts of a MiniMax-M2 layer: routing, who sums their output over the ranks, and what is refused before any is
+allocated. ``minimax_m2.py`` is the model around them.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from enum import Enum, auto
+
+import torch
+from sglang.srt.distributed import (
+    get_moe_data_parallel_world_size,
+    get_tensor_model_parallel_world_size,
+    moe_expert_parallel_all_reduce,
+    moe_tensor_model_parallel_all_reduce,
+    tensor_model_parallel_all_reduce,
+)
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
+from sglang.srt.layers.communicator import LayerCommunicator
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.minimax_sharding import expert_shape_of
+from sglang.srt.layers.moe import (
+    get_moe_a2a_backend,
+    get_moe_runner_backend,
+    should_use_flashinfer_cutlass_moe_fp4_allgather,
+)
+from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
+from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.server_args import get_global_server_args
+from sglang.srt.utils import add_prefix
+from torch import nn
+from transformers import PretrainedConfig
+
+
+class ExpertReduction(Enum):
+    """Who sums the ranks' parts of the experts' output. Exactly one of them does."""
+
+    MODEL = auto()  # an all-reduce right after the experts
+    NEXT_NORM = auto()  # the all-reduce fused into the next layer's norm
+    REDUCE_SCATTER = auto()  # the layer communicator, which also gives each DP rank its tokens back
+    DISPATCHER = auto()  # the experts' token dispatcher: an a2a backend, or FP4 all-gather with reduce-scatter
+
+    @classmethod
+    def of(cls, communicator: LayerCommunicator, forward_batch: ForwardBatch) -> ExpertReduction:
+        if has_dispatcher():
+            return cls.DISPATCHER
+        if communicator.should_use_reduce_scatter(forward_batch):
+            return cls.REDUCE_SCATTER
+        if communicator.should_fuse_mlp_allreduce_with_next_layer(forward_batch):
+            return cls.NEXT_NORM
+        return cls.MODEL
+
+
+def has_dispatcher() -> bool:
+    """Whether tokens travel to their experts, each from one rank. Without, every rank routes all tokens."""
+    return not get_moe_a2a_backend().is_none() or should_use_flashinfer_cutlass_moe_fp4_allgather()
+
+
+class MiniMaxM2MoE(nn.Module):
+    """Mixture of experts: sigmoid scores, the top k of score + bias, weights renormalised over the chosen."""
+
+    def __init__(
+        self, config: PretrainedConfig, layer_id: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        check_routing_stays_here()
+        self.layer_id = layer_id
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.e_score_correction_bias = None
+        if getattr(config, "use_routing_bias", True):
+            self.e_score_correction_bias = nn.Parameter(torch.empty(config.num_local_experts, dtype=torch.float32))
+        # The router is small and decides everything: float32 weights and activations, as in the reference.
+        self.gate = ReplicatedLinear(
+            config.hidden_size, config.num_local_experts,
+            bias=False, params_dtype=torch.float32, quant_config=None, prefix=add_prefix("gate", prefix),
+        )  # fmt: skip
+        self.topk = TopK(
+            top_k=config.num_experts_per_tok,
+            layer_id=layer_id,
+            renormalize=True,
+            scoring_func=getattr(config, "scoring_func", "sigmoid"),
+            correction_bias=self.e_score_correction_bias,
+            routed_scaling_factor=1.0,
+        )
+        self.experts = get_moe_impl_class(quant_config)(
+            num_experts=config.num_local_experts + get_global_server_args().ep_num_redundant_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            layer_id=layer_id,
+            quant_config=quant_config,
+            prefix=add_prefix("experts", prefix),
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction
+    ) -> torch.Tensor:
+        """From and to [tokens, hidden_size]; with ``ExpertReduction.MODEL`` the sum over all ranks, else my part."""
+        topk_output = self._route(hidden_states, forward_batch, reduction)
+        output = self.experts(hidden_states, topk_output)
+        return self._all_reduce(output) if reduction is ExpertReduction.MODEL else output
+
+    def _route(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction):
+        if hidden_states.shape[0] == 0:
+            return self.topk.empty_topk_output(hidden_states.device)
+        return self.topk(
+            hidden_states, self._router_logits(hidden_states), **self._routing_info(forward_batch, reduction)
+        )
+
+    def _router_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, num_local_experts] float32."""
+        return self.gate(hidden_states.to(torch.float32))[0]
+
+    def _routing_info(self, forward_batch: ForwardBatch, reduction: ExpertReduction) -> dict:
+        """Where EPLB has put the experts; and how many of my own tokens are padding, which a dispatcher must not send.
+
+        Without a dispatcher the tokens here are those of all DP ranks, to which my count does not apply.
+        """
+        info = {}
+        if get_global_server_args().ep_dispatch_algorithm is not None:
+            info["expert_location_dispatch_info"] = ExpertLocationDispatchInfo.init_new(layer_id=self.layer_id)
+        if reduction is ExpertReduction.DISPATCHER and not get_moe_a2a_backend().is_none():
+            info["num_token_non_padded"] = forward_batch.num_token_non_padded
+        return info
+
+    def _all_reduce(self, output: torch.Tensor) -> torch.Tensor:
+        if self.tp_size == 1:
+            return output
+        if get_moe_data_parallel_world_size() == 1:
+            return tensor_model_parallel_all_reduce(output)
+        # Experts in data-parallel groups: TP as a whole also spans ranks with other tokens.
+        return moe_tensor_model_parallel_all_reduce(moe_expert_parallel_all_reduce(output))
+
+    def expert_weights(self) -> list[torch.Tensor]:
+        """What belongs to single experts of this rank, [local experts, ...] each: EPLB moves these between ranks."""
+        return [
+            param.data
+            for name, param in self.experts.named_parameters()
+            if filter_moe_weight_param_global_expert(name, param, self.experts.num_local_experts)
+        ]
+
+    # The stages of experts with a dispatcher in two-batch overlap.
+    def op_gate(self, state) -> None:
+        hidden_states = state.hidden_states_mlp_input
+        # An idle batch may hold padding, which is routed as well: the dispatcher takes as many routes as tokens.
+        state.router_logits = self._router_logits(hidden_states) if hidden_states.shape[0] != 0 else None
+
+    def op_select_experts(self, state) -> None:
+        router_logits, hidden_states = state.pop("router_logits"), state.hidden_states_mlp_input
+        if router_logits is None:
+            state.topk_output = self.topk.empty_topk_output(hidden_states.device)
+            return
+        with recorded_as(self.layer_id):
+            state.topk_output = self.topk(
+                hidden_states, router_logits, **self._routing_info(state.forward_batch, ExpertReduction.DISPATCHER)
+            )
+
+    def op_dispatch_a(self, state) -> None:
+        self.experts.dispatcher.dispatch_a(
+            hidden_states=state.pop("hidden_states_mlp_input"),
+            topk_output=state.pop("topk_output"),
+            tbo_subbatch_index=state.get("tbo_subbatch_index"),
+        )
+
+    def op_dispatch_b(self, state) -> None:
+        with recorded_as(self.layer_id):
+            state.dispatch_output = self.experts.dispatcher.dispatch_b(
+                tbo_subbatch_index=state.get("tbo_subbatch_index")
+            )
+
+    def op_experts(self, state) -> None:
+        state.combine_input = self.experts.run_moe_core(dispatch_output=state.pop("dispatch_output"))
+
+    def op_combine_a(self, state) -> None:
+        self.experts.dispatcher.combine_a(
+            combine_input=state.pop("combine_input"), tbo_subbatch_index=state.get("tbo_subbatch_index")
+        )
+
+    def op_combine_b(self, state) -> None:
+        state.hidden_states_mlp_output = self.experts.dispatcher.combine_b(
+            tbo_subbatch_index=state.get("tbo_subbatch_index")
+        )
+
+
+def check_routing_stays_here() -> None:
+    """Some MoE kernels route by themselves, from the router's logits, and know softmax or groups of experts only."""
+    backend = get_moe_runner_backend()
+    if backend.is_flashinfer_trtllm() or backend.is_flashinfer_mxfp4() or backend.is_triton_kernels():
+        raise ValueError(
+            f"--moe-runner-backend {backend.value} chooses the experts in its kernel, by rules other than MiniMax-M2's "
+            f"sigmoid scores with a selection bias, and would answer wrongly. Use auto, triton, deep_gemm, cutlass, "
+            f"flashinfer_cutlass or flashinfer_trtllm_routed"
+        )
+
+
+def recorded_as(layer_id: int):
+    """Names the layer to the recorder of expert loads, which piecewise CUDA graphs cannot trace through."""
+    if not get_global_server_args().disable_piecewise_cuda_graph:
+        return nullcontext()
+    return get_global_expert_distribution_recorder().with_current_layer(layer_id)
+
+
+def check_experts(config: PretrainedConfig) -> None:
+    """Refuses a division of the experts that cannot work, before any of their weights is allocated."""
+    server_args = get_global_server_args()
+    tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
+    shape = expert_shape_of(config, server_args.ep_num_redundant_experts)
+    reason = shape.reason_against(tp_size, ep_size, server_args.moe_dp_size)
+    if reason is not None:
+        raise ValueError(f"the experts cannot be divided over --tp {tp_size} --ep {ep_size}: {reason}")
+    if server_args.ep_num_redundant_experts and server_args.ep_dispatch_algorithm and not has_dispatcher():
+        raise ValueError(
+            f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts} --ep-dispatch-algorithm "
+            f"{server_args.ep_dispatch_algorithm} need an a2a backend: without one each rank routes all tokens and "
+            f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
+            f"--moe-a2a-backend, or leave the redundant experts out."
+        )
+    quantisation = getattr(config, "quantization_config", None) or {}
+    if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
+        raise ValueError(
+            f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
+            f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
+            f"keeps experts whole."
+        )
