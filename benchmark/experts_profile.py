@@ -38,7 +38,8 @@ def compiled_sums() -> list[dict]:
 
     found = []
     for one in gc.get_objects():
-        if isinstance(one, CachingAutotuner):
+        # By the object's type: isinstance would ask weak proxies, whose objects may be gone, for their class.
+        if issubclass(type(one), CachingAutotuner):
             chosen = [str(launcher.config) for launcher in getattr(one, "launchers", [])]
             meta = {key: str(one.inductor_meta.get(key)) for key in ("kernel_name", "reduction_hint")}
             offered = [str(config) for config in (getattr(one, "configs", None) or [])]

@@ -7,7 +7,8 @@ A backend is a value of the engine's --fp8-gemm-backend, and what is timed is th
 activations' quantisation and the GEMM. ``quantise`` is the quantisation alone, as that backend does it. Each backend
 runs in a process of its own, since some compile, or are not there. Protocol: a CUDA graph of 24 layers, each with its
 own weights; 10 replays to warm up, then 60, each between two events. Reported: the median, in microseconds a layer; and
-the relative error of the norm against the same FP8 values in float32.
+the relative error of the norm against the same FP8 values in float32. A backend that runs out of its time keeps what it
+had by then.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 
 HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 3072, 48, 8, 128, 128
 TOKENS, LAYERS, WARM_UP, REPLAYS = [1, 4, 16, 32, 64, 128, 256, 1024], 24, 10, 60
+ROW = "row: "
 # The engine's name of the function behind a backend, and how that one lays the activations' scales out.
 BACKENDS = {
     "cutlass": ("cutlass_w8a8_block_fp8_linear_with_fallback", {"column_major_scales": True}),
@@ -62,7 +64,8 @@ def graph_time(function, arguments: list) -> float:
     return statistics.median(b.elapsed_time(a) * 1000 / len(arguments) for b, a in events[WARM_UP:])
 
 
-def measure(backend: str, ranks: list[int]) -> dict:
+def measure(backend: str, ranks: list[int]) -> None:
+    """Prints a row of JSON for each projection and number of tokens, as it comes."""
     import torch
     import tune_experts as tuner
 
@@ -70,7 +73,7 @@ def measure(backend: str, ranks: list[int]) -> dict:
     from sglang.srt.layers.quantization import fp8_kernel, fp8_utils
 
     name, scales = BACKENDS[backend]
-    linear, quantise, rows = getattr(fp8_utils, name), fp8_kernel.sglang_per_token_group_quant_fp8, {}
+    linear, quantise = getattr(fp8_utils, name), fp8_kernel.sglang_per_token_group_quant_fp8
     torch.manual_seed(0)
     with torch.inference_mode():
         for rank_count in ranks:
@@ -92,8 +95,16 @@ def measure(backend: str, ranks: list[int]) -> dict:
                     row = {"us": graph_time(linear, arguments), "error": error}
                     if scales is not None:
                         row["quantise"] = graph_time(lambda x, s=scales: quantise(x, BLOCK, **s), [(x,)] * LAYERS)
-                    rows[f"TP{rank_count} {projection} {tokens}"] = row
-                    print(backend, rank_count, projection, tokens, row, file=sys.stderr, flush=True)
+                    print(ROW + json.dumps({f"TP{rank_count} {projection} {tokens}": row}), flush=True)
+
+
+def rows_of(output: bytes | str | None) -> dict[str, dict]:
+    """What :func:`measure` had printed, up to its end or to that of its time."""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    rows: dict[str, dict] = {}
+    for line in text.splitlines(keepends=True):
+        if line.startswith(ROW) and line.endswith("\n"):
+            rows |= json.loads(line.removeprefix(ROW))
     return rows
 
 
@@ -106,7 +117,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.backend:
-        print("\n" + json.dumps(measure(options.backend, options.ranks)))
+        measure(options.backend, options.ranks)
         return
     results: dict[str, dict] = {}
     for backend in options.backends:
@@ -119,21 +130,25 @@ def main() -> None:
         environment = {**os.environ, **deep_gemm}
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=options.seconds)
+            output, failure = done.stdout, f"failed: {done.stderr[-600:]}" if done.returncode else None
         except subprocess.TimeoutExpired as late:
-            print(f"{backend}: not done in {options.seconds:.0f} s: {(late.stderr or b'')[-300:]!r}", flush=True)
-            continue
-        if done.returncode:
-            print(f"{backend} failed: {done.stderr[-600:]}", flush=True)
-            continue
-        results[backend] = json.loads(done.stdout.splitlines()[-1])
+            output, failure = late.stdout, f"not done in {options.seconds:.0f} s"
+        results[backend] = rows_of(output)
+        if failure:
+            print(f"{backend}: {len(results[backend])} rows, {failure}", flush=True)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as stream:
             json.dump(results, stream, indent=1)
     print(f"{'':<14}" + "".join(f"{backend:>28}" for backend in results) + "   us (quantisation alone), error")
-    for key in next(iter(results.values()), {}):
-        cells = [row[key] for row in results.values()]
-        texts = (f"{c['us']:.2f} ({c.get('quantise', float('nan')):.2f}) {c['error']:.0e}" for c in cells)
-        print(f"{key:<14}" + "".join(f"{text:>28}" for text in texts))
+    for key in dict.fromkeys(key for rows in results.values() for key in rows):
+        cells = (rows.get(key) for rows in results.values())
+        print(f"{key:<14}" + "".join(f"{cell_text(cell):>28}" for cell in cells))
+
+
+def cell_text(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['us']:.2f} ({row.get('quantise', float('nan')):.2f}) {row['error']:.0e}"
 
 
 if __name__ == "__main__":

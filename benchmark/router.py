@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Times the router of MiniMax-M2, from bfloat16 activations to the experts of a token: the engine's way and ours.
+"""Times the router's logits of MiniMax-M2, from bfloat16 activations to float32: the engine's way and ours, by plan.
 
     python benchmark/router.py --json out.json
 
 Protocol: a CUDA graph of 32 layers, each with its own weights (3 MB; together more than the L2 cache, as in a model,
 where the experts' weights pass between two routers); 10 replays to warm up, then 100, each between two events; the time
 of a layer is a replay's time / 32. Reported: medians, in microseconds. What is timed:
-    stock           cast to float32, F.linear, topk_sigmoid of sgl_kernel
-    stock logits    cast and F.linear
-    ours            partial sums, then their sum and the choice of experts, two launches
-    ours logits     partial sums, then their sum
+    stock           cast to float32 and F.linear
+    partials        our first kernel, partial sums
+    logits          both of ours, for the three plans of each method whose first kernel is fastest
 The error is the largest difference of a logit from float64, in units of the root mean square of the logits.
 """
 
@@ -25,7 +24,7 @@ import statistics
 
 import torch
 
-TOKENS, EXPERTS, HIDDEN_SIZE, TOP_K = [1, 2, 4, 8, 16, 32, 48, 64, 128, 256], 256, 3072, 8
+TOKENS, EXPERTS, HIDDEN_SIZE = [1, 2, 4, 8, 16, 32, 48, 64, 128, 256], 256, 3072
 LAYERS, WARM_UP, REPLAYS = 32, 10, 100
 
 
@@ -99,39 +98,19 @@ def error_of(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return float((logits.double() - exact).abs().max() / exact.square().mean().sqrt())
 
 
-def stock_functions(bias: torch.Tensor):
-    from sgl_kernel import topk_sigmoid
-
-    def logits(x, weight):
-        return torch.nn.functional.linear(x.to(torch.float32), weight)
-
-    def whole(x, weight):
-        gating, tokens = logits(x, weight), x.shape[0]
-        topk_weights = torch.empty(tokens, TOP_K, dtype=torch.float32, device=x.device)
-        ids = torch.empty(tokens, TOP_K, dtype=torch.int32, device=x.device)
-        topk_sigmoid(topk_weights, ids, gating, True, bias)
-        return gating, topk_weights, ids
-
-    return logits, whole
+def stock(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x.to(torch.float32), weight)
 
 
-def same_choice(ours, theirs) -> float:
-    """The share of tokens with the same experts in the same order, whose weights must agree."""
-    same = (ours[2] == theirs[2]).all(dim=-1)
-    torch.testing.assert_close(ours[1][same], theirs[1][same], rtol=1e-4, atol=1e-5)
-    return float(same.float().mean())
-
-
-def measure(tokens: int, weights: list, bias: torch.Tensor) -> dict:
+def measure(tokens: int, weights: list) -> dict:
     from sglang.srt.layers import minimax_router as router
 
     inputs = [torch.randn(tokens, HIDDEN_SIZE, device="cuda").bfloat16() for _ in weights]
     exact = inputs[0].double() @ weights[0].double().T
-    stock_logits, stock = stock_functions(bias)
     row = {
         "stock": replay_time(of_layers(stock, inputs, weights)),
-        "stock logits": replay_time(of_layers(stock_logits, inputs, weights)),
-        "stock error": error_of(stock_logits(inputs[0], weights[0]), exact),
+        "stock error": error_of(stock(inputs[0], weights[0]), exact),
+        "served": router.plan_for(tokens),
         "plans": [],
     }
     for plan in plans(tokens):
@@ -146,21 +125,11 @@ def measure(tokens: int, weights: list, bias: torch.Tensor) -> dict:
     for method in ("fma", "reduce", "parts"):
         timed = [one for one in row["plans"] if one["plan"].method == method and "partials" in one]
         for one in sorted(timed, key=lambda one: one["partials"])[:3]:
-            plan = one["plan"]
-            for warps in (1, 2, 4):
-                one[f"whole {warps}"] = replay_time(
-                    of_layers(
-                        lambda x, w, p=plan, n=warps: router.choose_experts(router.partial_logits(x, w, p), bias, 8, n),
-                        inputs,
-                        weights,
-                    )
-                )
-            one["whole"] = min(one[f"whole {warps}"] for warps in (1, 2, 4))
             one["logits"] = replay_time(
-                of_layers(lambda x, w, p=plan: router.add_partials(router.partial_logits(x, w, p)), inputs, weights)
+                of_layers(
+                    lambda x, w, p=one["plan"]: router.add_partials(router.partial_logits(x, w, p)), inputs, weights
+                )
             )
-            ours = router.choose_experts(router.partial_logits(inputs[0], weights[0], plan), bias, TOP_K)
-            one["same"] = same_choice(ours, stock(inputs[0], weights[0]))
     return row
 
 
@@ -175,22 +144,17 @@ def main() -> None:
     compile_plans(options.tokens)
     torch.manual_seed(0)
     weights = [torch.randn(EXPERTS, HIDDEN_SIZE, device="cuda") * HIDDEN_SIZE**-0.5 for _ in range(LAYERS)]
-    bias = torch.randn(EXPERTS, device="cuda")
     results: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "us_a_layer": {}}
     with torch.inference_mode():
         for tokens in options.tokens:
-            results["us_a_layer"][tokens] = row = measure(tokens, weights, bias)
-            print(
-                f"{tokens:4} tokens: stock {row['stock']:.2f}, its logits {row['stock logits']:.2f}, "
-                f"error {row['stock error']:.1e}"
-            )
+            results["us_a_layer"][tokens] = row = measure(tokens, weights)
+            print(f"{tokens:4} tokens: stock {row['stock']:.2f}, error {row['stock error']:.1e}")
             for one in row["plans"]:
-                if "whole" in one:
+                if "logits" in one:
                     print(
                         f"     {'/'.join(map(str, one['plan'])):<24} partials {one['partials']:5.2f} "
-                        f"logits {one['logits']:5.2f} whole {one['whole']:5.2f} (1, 2, 4 warps "
-                        f"{one['whole 1']:.2f} {one['whole 2']:.2f} {one['whole 4']:.2f}) error {one['error']:.1e} "
-                        f"same {one['same']:.3f}",
+                        f"logits {one['logits']:5.2f} error {one['error']:.1e}"
+                        + ("  (served)" if one["plan"] == row["served"] else ""),
                         flush=True,
                     )
             failed = sum("failed" in one for one in row["plans"])

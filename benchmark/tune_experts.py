@@ -70,9 +70,6 @@ GATE_UP, DOWN = Stage("gate_up", TOP_K, False), Stage("down", 1, True)
 STAGES = (GATE_UP, DOWN)
 
 
-# ---------------------------------------------------------------- candidates
-
-
 def config(m: int, n: int, warps: int, stages: int, group: int = 1, k: int = BLOCK, tma: bool = False) -> Config:
     sizes = {"BLOCK_SIZE_M": m, "BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "GROUP_SIZE_M": group}
     return {**sizes, "num_warps": warps, "num_stages": stages, **({"USE_TMA": True} if tma else {})}
@@ -105,9 +102,6 @@ def candidates(tokens: int, stage: Stage) -> list[Config]:
     if tokens >= 1024 and stage is DOWN:
         found += [config(m, 128, warps, 3, tma=True) for m in (64, 128) for warps in (4, 8)]
     return found
-
-
-# ---------------------------------------------------------------- the engine
 
 
 class NoServer:
@@ -152,7 +146,7 @@ def padded_routes(shape: Shape, tokens: int, block_m: int) -> int:
     return routes * block_m if routes < shape.experts + 1 else routes + (shape.experts + 1) * (block_m - 1)
 
 
-# ---------------------------------------------------------------- compilation, in processes of their own
+# Compilation, in processes of their own.
 
 
 class Recorder:
@@ -271,9 +265,6 @@ class Compilers:
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-# ---------------------------------------------------------------- measurement
 
 
 class Weights:
@@ -452,9 +443,6 @@ def pairs(timed: dict[Stage, list[tuple[float, Config, Any]]]) -> dict[int, tupl
             chosen = {stage: min(of_m[stage], key=lambda one: one[0]) for stage in STAGES}
             found[m] = sum(one[0] for one in chosen.values()), {stage: one[1] for stage, one in chosen.items()}
     return found
-
-
-# ---------------------------------------------------------------- tables
 
 
 def table_files(root: Path, shape: Shape) -> dict[Stage, Path]:

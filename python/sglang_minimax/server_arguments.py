@@ -3,7 +3,8 @@
 The engine decides per architecture while it reads its arguments, and does not name this one:
     how the heads and experts are divided, checked before anything is loaded;
     the smallest EP size that works for a quantised checkpoint, where the person left ``--ep`` alone;
-    FlashInfer's fused all-reduce + norm, on wherever it is on for the engine's other mixtures of experts.
+    FlashInfer's fused all-reduce + norm, on wherever it is on for the engine's other mixtures of experts;
+    the kernel that sums a token's experts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sglang_minimax import expert_sum
 from sglang_minimax.adjustments import EngineModule, EngineObject
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def adjust_server_args(module: EngineModule) -> None:
     server_args = module.ServerArgs
     _mark_default(server_args, "ep_size", LeftAlone(1))
     _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _enable_fused_all_reduce(args, module))
+    _run_after(server_args, "_handle_model_specific_adjustments", _sum_experts_in_kernel)
     # Experts are divided after context parallelism is settled and before the MoE kernels are chosen for an EP size.
     _run_before(server_args, "_handle_moe_kernel_config", _settle_layout)
 
@@ -150,6 +153,11 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
     ):
         args.enable_flashinfer_allreduce_fusion = True
         logger.info("FlashInfer's fused all-reduce + norm is on; --enforce-disable-flashinfer-allreduce-fusion: off")
+
+
+def _sum_experts_in_kernel(args: EngineObject) -> None:
+    if _is_minimax(args):
+        expert_sum.mark(args)
 
 
 def reason_against_fused_all_reduce(

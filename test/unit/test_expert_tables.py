@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from sglang.srt.layers.moe.fused_moe_triton import fused_moe_triton_config as en
 
 from sglang_minimax import expert_tables
 
+SHIPPED = sorted(Path(expert_tables.folder(), *expert_tables.FOLDER).glob("*/*.json"))
 TUNED = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
 MINE = {**TUNED, "BLOCK_SIZE_N": 32}
 BLOCKS = {"block_shape": [128, 128], "return_down_config": True}
@@ -105,3 +108,42 @@ def test_deterministic_inference_takes_no_table(tables, server):
     server.enable_deterministic_inference = True
     default = engine.get_default_config(1, 256, 384, 3072, 8, "fp8_w8a8", False, [128, 128])
     assert choose(256, 384, 1) == (default, None)
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.6.0"])
+def test_the_table_of_tp4_is_found_by_every_triton_that_the_engine_runs_with(server, monkeypatch, version):
+    monkeypatch.setattr(engine, "triton", SimpleNamespace(__version__=version))
+    config, down = choose(256, 384, 16)
+    assert config != engine.get_default_config(16, 256, 384, 3072, 8, "fp8_w8a8", False, [128, 128])
+    assert (config["BLOCK_SIZE_M"], config["BLOCK_SIZE_N"]) == (16, 64)
+    assert (down["BLOCK_SIZE_M"], down["BLOCK_SIZE_N"]) == (16, 128)
+
+
+def test_other_models_find_what_they_found_before(server, monkeypatch):
+    names = sorted(Path(engine.__file__).with_name("configs").glob("*/*device_name=NVIDIA_H200,dtype=fp8_w8a8,*.json"))
+    shapes = {tuple(map(int, re.match(r"E=(\d+),N=(\d+)", path.name).groups())) for path in names} | {(256, 384)}
+    assert len(shapes) > 3
+
+    def found():
+        engine.get_moe_configs.cache_clear()
+        return {(shape, tokens): choose(*shape, tokens, hidden_size=4096) for shape in shapes for tokens in (1, 64)}
+
+    ours = found()
+    with monkeypatch.context() as without_tables:
+        without_tables.setattr(expert_tables, "read_table", lambda *_: None)
+        assert ours == found()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_table_is_one_that_the_engine_can_run(path):
+    table = json.loads(path.read_text())
+    assert {"1", "16", "256", "4096"} <= table.keys()
+    other = path.with_name(path.name.replace("_down", "") if "_down" in path.name else path.stem + "_down.json")
+    for tokens, config in table.items():
+        assert config["BLOCK_SIZE_M"] == json.loads(other.read_text())[tokens]["BLOCK_SIZE_M"]
+        assert 128 % config["BLOCK_SIZE_K"] == 0, "a block of K must lie within a block of scales"
+        assert all(value > 0 for value in config.values())
+
+
+def test_the_shipped_tables_are_in_the_checkout():
+    assert len(SHIPPED) >= 2

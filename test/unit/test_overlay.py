@@ -190,6 +190,8 @@ def test_the_wheel_brings_the_start_up_line_and_no_file_of_the_engine(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "sglang_minimax_startup.pth" in names
     assert "sglang_minimax/laid_over/sglang/srt/models/minimax_m2.py" in names
+    tables = [name for name in names if name.endswith(".json")]
+    assert len(tables) >= 2 and all("/laid_over/sglang/srt/layers/moe/" in name for name in tables), tables
     assert not [name for name in names if name.startswith("sglang/")]
 
 

@@ -1,61 +1,59 @@
-"""The router's kernels in Triton's interpreter against float64, and what its choice must hold."""
+"""When a layer takes the router's kernels, by which plan, and what they compute when interpreted."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("the kernels run on a CPU with TRITON_INTERPRET=1", allow_module_level=True)
-
 from sglang.srt.layers import minimax_router as router
-from sglang.srt.layers.minimax_router import Plan
 
-PLANS = [
-    Plan("fma", 16, 16, 64, 2, 4),
-    Plan("reduce", 2, 8, 64, 3, 4),
-]
+from sglang_minimax.cpu_host import has_no_accelerator
+
+FITS = {"on_cuda": True, "activations": torch.bfloat16, "weights": torch.float32, "deterministic": False}
 
 
-def problem(tokens: int, experts: int, hidden_size: int, dtype=torch.bfloat16):
-    generator = torch.Generator().manual_seed(tokens * 1000 + experts)
-    x = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
-    weight = torch.randn(experts, hidden_size, generator=generator) * hidden_size**-0.5
-    return x, weight, torch.randn(experts, generator=generator)
+@pytest.mark.skipif(not has_no_accelerator(), reason="the op is registered for the GPU here: test/gpu/test_router.py")
+def test_the_kernels_in_tritons_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    cases = Path(__file__).with_name("router_interpreted.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(cases)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.method)
-@pytest.mark.parametrize(("tokens", "experts", "hidden_size"), [(1, 256, 768), (17, 11, 200), (5, 180, 256)])
-def test_logits_are_those_of_float64(plan, tokens, experts, hidden_size):
-    x, weight, _ = problem(tokens, experts, hidden_size)
-    logits = router.add_partials(router.partial_logits(x, weight, plan))
-    torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=0, atol=3e-6)
+def test_every_count_up_to_the_limit_has_the_first_plan_that_is_large_enough():
+    limits = [min(limit for limit in router.PLANS if limit >= tokens) for tokens in range(1, router.MAX_TOKENS + 1)]
+    assert [router.plan_for(tokens) for tokens in range(1, 257)] == [router.PLANS[limit] for limit in limits]
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(256, 8), (11, 8), (180, 6), (8, 8)])
-@pytest.mark.parametrize("biased", [True, False])
-def test_the_choice_is_that_of_plain_torch(experts, top_k, biased):
-    x, weight, bias = problem(9, experts, 256)
-    bias = bias if biased else None
-    logits, weights, ids = router.choose_experts(router.partial_logits(x, weight, PLANS[0]), bias, top_k)
-    exact = router.route(x.double(), weight, bias, top_k)
-    torch.testing.assert_close(logits, exact[0], rtol=0, atol=3e-6)
-    assert torch.equal(ids, exact[2]) and ids.dtype == torch.int32
-    torch.testing.assert_close(weights, exact[1], rtol=1e-5, atol=1e-6)
-
-
-def test_of_equal_scores_the_first_experts_win():
-    partials = torch.zeros(2, 3, 20)
-    _, weights, ids = router.choose_experts(partials, torch.zeros(20), 4)
-    assert torch.equal(ids, torch.arange(4, dtype=torch.int32).expand(3, 4))
-    torch.testing.assert_close(weights, torch.full((3, 4), 0.25))
-
-
-def test_strided_rows_are_read_where_they_are():
-    x, weight, _ = problem(6, 16, 256)
-    wide = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :256]
-    assert wide.stride(0) == 512
-    logits = router.add_partials(router.partial_logits(wide, weight, PLANS[0]))
-    assert torch.equal(logits, router.add_partials(router.partial_logits(x, weight, PLANS[0])))
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"on_cuda": False}, "NVIDIA"),
+        ({"activations": torch.float16}, "float16"),
+        ({"weights": torch.bfloat16}, "weights are torch.bfloat16"),
+        ({"deterministic": True}, "batch size"),
+    ],
+)
+def test_a_layer_takes_the_kernels_where_they_were_measured(monkeypatch, changed, reason):
+    case = FITS | changed
+    monkeypatch.setattr(router, "is_cuda", lambda: case["on_cuda"])
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: case["activations"])
+    arguments = SimpleNamespace(enable_deterministic_inference=case["deterministic"])
+    monkeypatch.setattr(router, "get_global_server_args", lambda: arguments)
+    said = []
+    monkeypatch.setattr(router, "log_info_on_rank0", lambda logger, text: said.append(text))
+    router._log_once.cache_clear()
+    gate = SimpleNamespace(weight=torch.empty(1, dtype=case["weights"]))
+    chosen = {router.choose_router_logits(gate) for _ in range(3)}
+    router._log_once.cache_clear()
+    assert chosen == {router.fused_router_logits if reason is None else router.linear_router_logits}
+    assert len(said) == 1 and (reason or "two kernels up to 256 tokens") in said[0]

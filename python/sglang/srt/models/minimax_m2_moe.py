@@ -19,6 +19,7 @@ from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_r
 from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 from sglang.srt.layers.communicator import LayerCommunicator
 from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.minimax_router import choose_router_logits
 from sglang.srt.layers.minimax_sharding import expert_shape_of
 from sglang.srt.layers.moe import (
     get_moe_a2a_backend,
@@ -78,6 +79,7 @@ class MiniMaxM2MoE(nn.Module):
             config.hidden_size, config.num_local_experts,
             bias=False, params_dtype=torch.float32, quant_config=None, prefix=add_prefix("gate", prefix),
         )  # fmt: skip
+        self.router_logits = choose_router_logits(self.gate)
         self.topk = TopK(
             top_k=config.num_experts_per_tok,
             layer_id=layer_id,
@@ -113,7 +115,7 @@ class MiniMaxM2MoE(nn.Module):
 
     def _router_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[tokens, num_local_experts] float32."""
-        return self.gate(hidden_states.to(torch.float32))[0]
+        return self.router_logits(hidden_states, self.gate)
 
     def _routing_info(self, forward_batch: ForwardBatch, reduction: ExpertReduction) -> dict:
         """Where EPLB has put the experts; and how many of my own tokens are padding, which a dispatcher must not send.
