@@ -53,9 +53,7 @@ def announce_overlay(module: EngineModule) -> None:
         pp_rank: int,
         dp_rank: int | None,
     ) -> int | None:
-        dp_rank = configure_scheduler(
-            server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank
-        )
+        dp_rank = configure_scheduler(server_args, tp_rank, attn_cp_rank, moe_dp_rank, moe_ep_rank, pp_rank, dp_rank)
         if not (tp_rank or pp_rank or dp_rank):
             from sglang_minimax import __version__
             from sglang_minimax.overlay import ENGINE_VERSION, folder
