@@ -47,7 +47,9 @@ def test_a_killed_rank_ends_the_server_and_a_restart_serves(layout, rank, dp_ran
     print(f"{layout}: ended {seconds:.1f} s after the kill (watchdog {WATCHDOG_SECONDS} s)")
     assert exit_code != 0
     text = log.read_text(errors="replace")
-    assert "crashed with exit code" in text or "watchdog timeout" in text, text[-2000:]
+    # Either the launcher or a rank whose peer is gone notices first.
+    signs = ("crashed with exit code", "watchdog timeout", "Connection reset by peer", "Connection closed by peer")
+    assert any(sign in text for sign in signs), text[-2000:]
 
     with serve(checkpoint, log.with_suffix(".restart.log"), *flags, **options) as (_, client):
         assert chosen(client.generate(PROMPT, STEPS)) == chosen(before)

@@ -217,8 +217,9 @@ def ask(case: Case, checkpoint: Path, draft: Path, logs: Path) -> list[Answer]:
     command += case.arguments.format(draft=draft).split()
 
     def environment_of(rank: int) -> dict[str, str]:
-        overlay = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))}
-        return overlay | (shared_gpu_environment(rank, NUM_GPUS) if case.nodes > 1 else {})
+        own = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))}
+        own["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # other servers of this test are on the same GPUs
+        return own | (shared_gpu_environment(rank, NUM_GPUS) if case.nodes > 1 else {})
 
     with serve_on_nodes(command, case.nodes, logs_of(case, logs), environment_of) as server:
         server.wait_until_ready(START_SECONDS)

@@ -2,9 +2,9 @@
 
     logits = x.float() @ weight.T                       # [tokens, experts]
 
-For few tokens that is a cast, an SGEMM and a split-K pass, though all that must be done is to read 3 MB of weights. Here
-a first kernel reads x and weights once and leaves sums over parts of the hidden size, and a second adds these in a fixed
-order. No atomics: the same inputs give the same bits. The choice of experts stays with the engine's ``TopK``.
+For few tokens that is a cast, an SGEMM and a split-K pass, though all that must be done is to read 3 MB of weights.
+Here a first kernel reads x and weights once and leaves sums over parts of the hidden size, and a second adds these in a
+fixed order. No atomics: the same inputs give the same bits. The choice of experts stays with the engine's ``TopK``.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Plan(NamedTuple):
     ``method`` is how a tile is multiplied:
         fma     ``tl.dot`` on the floating-point units
         reduce  float32 products and a sum over lanes
-        parts   on tensor cores. A float32 weight is the sum of three bfloat16 values, exactly: 24 bits are three times 8.
-                A product of two bfloat16 values is exact in float32, and so are the accumulators. So nothing is
-                rounded but the sums, as in any float32 matrix product: this is no TF32.
+        parts   on tensor cores. A float32 weight is the sum of three bfloat16 values, exactly: 24 bits are three
+                times 8. A product of two bfloat16 values is exact in the accumulators, which are float32. So nothing
+                is rounded but the sums, as in any float32 matrix product: this is no TF32.
     """
 
     method: str
@@ -49,8 +49,8 @@ class Plan(NamedTuple):
         return triton.cdiv(hidden_size, self.block_k * self.steps)
 
 
-# The fastest of those whose error, measured against float64, is no larger than that of the stock float32 product.
-# From benchmark/results/router_h200.json: one H200, 256 experts, hidden size 3072.
+# For each range one of the fastest whose error, against float64, is no larger than that of the stock float32 product
+# at any count measured: benchmark/results/router_h200.json, of one H200, 256 experts and hidden size 3072.
 PLANS = {  # up to so many tokens
     1: Plan("reduce", 1, 8, 512, 1, 8),
     2: Plan("reduce", 2, 8, 256, 1, 4),
@@ -196,9 +196,7 @@ def _partial_logits_kernel(
 
 
 @triton.jit
-def _add_partials_kernel(
-    partials_ptr, logits_ptr, tokens, experts, SPLITS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr
-):
+def _add_partials_kernel(partials_ptr, logits_ptr, tokens, experts, SPLITS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr):
     token = tl.program_id(0)
     expert = tl.arange(0, BLOCK_EXPERTS)
     inside = expert < experts
