@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,26 +84,16 @@ def ratio(baseline: Cell, other: Cell) -> str:
 
 
 def show(records: Sequence[dict[str, Any]], names: Sequence[str], console: Console) -> None:
-    """Prints what was measured and two tables: decode and prefill. ``names`` are shown if there are several records."""
-    first = records[0]
-    _show_facts(first, console)
-    for title, cells_of in (("decode, ms a step", decode_cells), ("prefill, ms", prefill_cells)):
-        merged: dict[str, dict[int, Cell]] = {}
-        for record, name in zip(records, names, strict=True):
-            for contestant, cells in cells_of(record).items():
-                merged[contestant if len(records) == 1 else f"{contestant} ({name})"] = cells
-        if cells_of is prefill_cells:  # the table above has the errors
-            merged = {
-                column: {size: "-" if isinstance(cell, str) else cell for size, cell in cells.items()}
-                for column, cells in merged.items()
-            }
-        console.print(_table(title, merged))
+    """Prints what was measured, on what, and a table. ``names`` of the records are shown if there are several."""
+    labels = names if len(records) > 1 else [""]
+    _show_facts(records[0], console)
+    console.print(make_table(records, labels))
     console.print(
         "[dim]Median (quartiles of all samples, widened to the medians of single runs). A ratio is how many times "
         'faster; "same" is a difference smaller than the spread, which is noise.[/]'
     )
-    for record, name in zip(records, names, strict=True):
-        _show_versions(record, name if len(records) > 1 else "", console)
+    for record, label in zip(records, labels, strict=True):
+        _show_versions(record, label, console)
 
 
 def _show_facts(record: dict[str, Any], console: Console) -> None:
@@ -122,21 +112,39 @@ def _show_versions(record: dict[str, Any], name: str, console: Console) -> None:
         console.print(escape(line + (f"; {variables}" if variables else "")))
 
 
-def _table(title: str, cells: dict[str, dict[int, Cell]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def make_table(records: Sequence[dict[str, Any]], labels: Sequence[str]) -> Table:
+    """A row a batch size and contestant; ratios are to stock, or to the first contestant where stock was not measured."""
+    decode, prefill = _columns(records, labels, decode_cells), _columns(records, labels, prefill_cells)
+    measured = [name for name, cells in decode.items() if any(isinstance(cell, Measured) for cell in cells.values())]
+    baseline = next((name for name in measured if name.split(" ")[0] == STOCK), next(iter(measured or decode)))
+    table = Table(box=None, pad_edge=False)
     table.add_column("batch", justify="right")
-    baseline = next((name for name in cells if name.split(" ")[0] == STOCK), next(iter(cells)))
-    others = [name for name in cells if name != baseline]
-    for name in cells:
-        table.add_column(escape(name), justify="right", max_width=40)
-    for name in others:
-        table.add_column(escape(f"{baseline} / {name}"), justify="right")
-    for size in _sizes(cells):
-        row = [cells[name].get(size, "not measured") for name in cells]
-        ratios = [ratio(cells[baseline].get(size, ""), cells[name].get(size, "")) for name in others]
-        table.add_row(str(size), *(escape(str(cell)) for cell in row), *ratios)
+    table.add_column("contestant")
+    for title in ("decode, ms a step", "prefill, ms"):
+        table.add_column(title, max_width=60, overflow="fold")
+        table.add_column(escape(f"{baseline} / it"), justify="right")
+    for size in sorted({size for cells in decode.values() for size in cells}):
+        for name in decode:
+            if size not in decode[name]:
+                continue
+            row = [str(size), name]
+            for cells in (decode, prefill):
+                cell, of_baseline = cells[name][size], cells[baseline].get(size, "")
+                # The first column of numbers has the error, and once is enough.
+                text = "-" if isinstance(cell, str) and cells is prefill else str(cell)
+                row += [text, "" if name == baseline else ratio(of_baseline, cell)]
+            table.add_row(*map(escape, row))
+        table.add_section()
     return table
 
 
-def _sizes(cells: dict[str, dict[int, Cell]]) -> Iterator[int]:
-    yield from sorted({size for column in cells.values() for size in column})
+def _columns(
+    records: Sequence[dict[str, Any]],
+    labels: Sequence[str],
+    cells_of: Callable[[dict[str, Any]], dict[str, dict[int, Cell]]],
+) -> dict[str, dict[int, Cell]]:
+    return {
+        f"{contestant} ({label})" if label else contestant: cells
+        for record, label in zip(records, labels, strict=True)
+        for contestant, cells in cells_of(record).items()
+    }
