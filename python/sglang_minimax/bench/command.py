@@ -13,7 +13,6 @@ from typing import Any
 from sglang_minimax.bench import contestants, record
 from sglang_minimax.bench.contestants import Contestant
 from sglang_minimax.bench.record import CannotBench
-from sglang_minimax.server_process import Interrupted, Interrupts
 
 SUMMARY = "times whole steps or one operator, beside stock and other engines, on this host"
 
@@ -58,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures or shows, and returns the exit code."""
+    # Here, because it takes psutil, which the doctor must do without.
+    from sglang_minimax.server_process import Interrupted, Interrupts
+
     try:
         with Interrupts():
             if arguments.show:
@@ -80,14 +82,11 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _print(records: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
     from sglang_minimax.bench import tables
-    from sglang_minimax.plan.rendering import make_console
 
-    tables.show(records, names, make_console())
+    print("\n".join(tables.render(records, names)))
 
 
 def _measure_model(arguments: argparse.Namespace) -> int:
-    import rich  # noqa: F401  a lack of it is better known before minutes are spent
-
     from sglang_minimax.bench import model_steps
 
     for option, value in (("--repeats", arguments.repeats), ("--timeout", arguments.timeout)):

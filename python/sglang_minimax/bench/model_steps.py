@@ -99,7 +99,7 @@ class StepLog:
     _PREFILL = re.compile(rf"Prefill\. {_SECONDS}")
     _STEP = re.compile(rf"Decode \d+\. Batch size: (\d+), {_SECONDS}")
     _SKIPPED = re.compile(r"skipping \((\d+), \d+, \d+\)")
-    _RANK_DIED = re.compile(r"^Process (?:\w*Process-[\d:]+)\s*:?$")
+    _RANK_DIED = re.compile(r"\bProcess \w*Process-\d[\d:]*:\s*$")
     _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)\b(?:: .*)?)$")
     _FOLLOWS = ("KeyboardInterrupt", "BrokenPipeError", "EOFError", "CancelledError")
 
@@ -111,6 +111,7 @@ class StepLog:
         self._current: Batch | None = None
         self._size: int | None = None
         self._last_error = self._last_line = ""
+        self._first_of_ranks: str | None = None
 
     def read(self, line: str) -> None:
         """Takes in one line."""
@@ -133,10 +134,15 @@ class StepLog:
             self.rank_died = True
         elif (found := self._ERROR.search(line)) and not found[1].startswith(self._FOLLOWS):
             self._last_error = found[1]
+            if self.rank_died and self._first_of_ranks is None:
+                self._first_of_ranks = found[1]
 
     def error(self) -> str:
-        """The last line that is an error's, or else the last line."""
-        return self._last_error or self._last_line or "it wrote nothing"
+        """The error of the rank that died first, the last line that is an error's, or else the last line.
+
+        The other ranks' errors, of a connection that was lost, come later and say less.
+        """
+        return self._first_of_ranks or self._last_error or self._last_line or "it wrote nothing"
 
 
 # -------------------------------------------------------------------------------------------------- run

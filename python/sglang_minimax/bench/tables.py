@@ -7,10 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from sglang_minimax.bench.contestants import STOCK
 from sglang_minimax.bench.record import describe_clocks, describe_host
 
@@ -46,6 +42,11 @@ class Measured:
         spread = "" if self.samples == 1 else f" ({self.low:.2f} to {self.high:.2f})"
         return f"{self.median:.2f}{spread}"
 
+
+_LEGEND = (
+    "Median (quartiles of all samples, widened to the medians of single runs). A ratio is how many times faster;",
+    '"same" is a difference smaller than the spread, which is noise.',
+)
 
 Cell = Measured | str
 """What a contestant did at a batch size, or why there is no number."""
@@ -83,59 +84,60 @@ def ratio(baseline: Cell, other: Cell) -> str:
     return "same" if baseline.is_same_as(other) else times
 
 
-def show(records: Sequence[dict[str, Any]], names: Sequence[str], console: Console) -> None:
-    """Prints what was measured, on what, and a table. ``names`` of the records are shown if there are several."""
+def render(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Lines: what was measured, on what, a table, versions. ``names`` of the records show if there are several."""
     labels = names if len(records) > 1 else [""]
-    _show_facts(records[0], console)
-    console.print(make_table(records, labels))
-    console.print(
-        "[dim]Median (quartiles of all samples, widened to the medians of single runs). A ratio is how many times "
-        'faster; "same" is a difference smaller than the spread, which is noise.[/]'
-    )
+    lines = [*_facts(records[0]), "", *_table(records, labels), "", *_LEGEND]
     for record, label in zip(records, labels, strict=True):
-        _show_versions(record, label, console)
+        lines += _versions(record, label)
+    return lines
 
 
-def _show_facts(record: dict[str, Any], console: Console) -> None:
+def _facts(record: dict[str, Any]) -> list[str]:
     model = ", ".join([record["model"]["name"], *record["model"]["changes"], "dummy weights"])
-    console.print(escape(f"{model}; {record['layout']}; {record['input_len']} tokens in, {record['output_len']} out"))
-    console.print(escape(f"{describe_host(record['host'])}; host {record['host']['identity']}; {record['time']}"))
+    return [
+        f"{model}; {record['layout']}; {record['input_len']} tokens in, {record['output_len']} out",
+        f"{describe_host(record['host'])}; host {record['host']['identity']}; {record['time']}",
+    ]
 
 
-def _show_versions(record: dict[str, Any], name: str, console: Console) -> None:
+def _versions(record: dict[str, Any], label: str) -> list[str]:
+    lines = []
     for contestant, facts in record["contestants"].items():
         versions = ", ".join(f"{package} {version}" for package, version in (facts["versions"] or {}).items())
         samples = [sample for run in facts["runs"] for sample in (run["clocks_before"], run["clocks_after"])]
-        label = f"{contestant} ({name})" if name else contestant
         variables = " ".join(f"{variable}={value}" for variable, value in facts["variables"].items())
-        line = f"{label}: {versions or 'nothing found'}; {describe_clocks(samples)}; {len(facts['runs'])} run(s)"
-        console.print(escape(line + (f"; {variables}" if variables else "")))
+        parts = [versions or "nothing found", describe_clocks(samples), f"{len(facts['runs'])} run(s)", variables]
+        lines.append(f"{_named(contestant, label)}: {'; '.join(filter(None, parts))}")
+    return lines
 
 
-def make_table(records: Sequence[dict[str, Any]], labels: Sequence[str]) -> Table:
-    """A row a batch size and contestant; ratios are to stock, or to the first contestant where stock was not measured."""
+def _table(records: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
+    """A row a batch size and contestant; ratios are to stock, or to the first that was measured where stock was not."""
     decode, prefill = _columns(records, labels, decode_cells), _columns(records, labels, prefill_cells)
     measured = [name for name, cells in decode.items() if any(isinstance(cell, Measured) for cell in cells.values())]
     baseline = next((name for name in measured if name.split(" ")[0] == STOCK), next(iter(measured or decode)))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("batch", justify="right")
-    table.add_column("contestant")
-    for title in ("decode, ms a step", "prefill, ms"):
-        table.add_column(title, max_width=60, overflow="fold")
-        table.add_column(escape(f"{baseline} / it"), justify="right")
+    rows = [["batch", "contestant", "decode, ms a step", f"{baseline} / it", "prefill, ms", f"{baseline} / it"]]
     for size in sorted({size for cells in decode.values() for size in cells}):
         for name in decode:
             if size not in decode[name]:
                 continue
-            row = [str(size), name]
-            for cells in (decode, prefill):
-                cell, of_baseline = cells[name][size], cells[baseline].get(size, "")
-                # The first column of numbers has the error, and once is enough.
-                text = "-" if isinstance(cell, str) and cells is prefill else str(cell)
-                row += [text, "" if name == baseline else ratio(of_baseline, cell)]
-            table.add_row(*map(escape, row))
-        table.add_section()
-    return table
+            row = [str(size), name, str(decode[name][size])]
+            if isinstance(decode[name][size], Measured):  # an error takes the rest of the line
+                of_decode, of_prefill = (
+                    "" if name == baseline else ratio(cells[baseline].get(size, ""), cells[name][size])
+                    for cells in (decode, prefill)
+                )
+                row += [of_decode, str(prefill[name][size]), of_prefill]
+            rows.append(row)
+    whole = [row for row in rows if len(row) == len(rows[0])]
+    widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
+    widths[1] = max(len(row[1]) for row in rows)
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+
+
+def _named(contestant: str, label: str) -> str:
+    return f"{contestant} ({label})" if label else contestant
 
 
 def _columns(
@@ -144,7 +146,7 @@ def _columns(
     cells_of: Callable[[dict[str, Any]], dict[str, dict[int, Cell]]],
 ) -> dict[str, dict[int, Cell]]:
     return {
-        f"{contestant} ({label})" if label else contestant: cells
+        _named(contestant, label): cells
         for record, label in zip(records, labels, strict=True)
         for contestant, cells in cells_of(record).items()
     }
