@@ -87,16 +87,17 @@ def ratio(baseline: Cell, other: Cell) -> str:
 def render(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
     """Lines: what was measured, on what, a table, versions. ``names`` of the records show if there are several."""
     labels = names if len(records) > 1 else [""]
-    lines = [*_facts(records[0]), "", *_table(records, labels), "", *_LEGEND]
+    lines = [line for record, label in zip(records, labels, strict=True) for line in _facts(record, label)]
+    lines += ["", *_table(records, labels), "", *_LEGEND]
     for record, label in zip(records, labels, strict=True):
         lines += _versions(record, label)
     return lines
 
 
-def _facts(record: dict[str, Any]) -> list[str]:
+def _facts(record: dict[str, Any], label: str) -> list[str]:
     model = ", ".join([record["model"]["name"], *record["model"]["changes"], "dummy weights"])
     return [
-        f"{model}; {record['layout']}; {record['input_len']} tokens in, {record['output_len']} out",
+        f"{label + ': ' if label else ''}{model}; {record['layout']}; {record['input_len']} tokens in, {record['output_len']} out",
         f"{describe_host(record['host'])}; host {record['host']['identity']}; {record['time']}",
     ]
 
