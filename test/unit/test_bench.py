@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from sglang_minimax.bench import contestants, model_steps, record, tables
+from sglang_minimax.bench import contestants, model_steps, operators, plots, record, tables
 from sglang_minimax.bench.record import CannotBench
 from sglang_minimax.checkpoints import SmallModel, published_config
 from sglang_minimax.cli import main
@@ -90,6 +92,20 @@ def test_a_batch_that_the_cache_cannot_hold_says_so(model, tmp_path):
     bench(model, "--compare", f"stock={FAKE}", "--env", "SKIPS=16", *NO_OURS, "--json", str(out))
     (run,) = record.read(out)["contestants"]["stock"]["runs"]
     assert "--max-total-tokens" in run["error"] and list(run["batches"]) == ["1"]
+
+
+def test_ending_the_benchmark_ends_what_it_started(model, tmp_path):
+    words = ["--model", str(model), "--compare", f"stock={FAKE}", "--env", "HANGS=1", *NO_OURS, "--logs", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-m", "sglang_minimax", "bench", *words], stderr=subprocess.PIPE) as process:
+        log = tmp_path / "stock.0.log"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and "Warmup" in log.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None, "the fake engine did not start"
+            time.sleep(0.1)
+        children = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert children and not any(child.is_running() for child in children)
 
 
 # --------------------------------------------------------------------------------------------------- model
@@ -253,6 +269,94 @@ def test_an_environment_without_an_engine(tmp_path):
 def _bare_python(tmp_path: Path) -> str:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     return str(tmp_path / "venv/bin/python")
+
+
+# -------------------------------------------------------------------------------------- operators and plots
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A checkout whose script writes what it was asked, and this package lying outside any."""
+    monkeypatch.setattr(operators, "__file__", str(tmp_path / "a/b/c/operators.py"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmark").mkdir()
+    script = "import json, sys\nprint('tokens ours')\njson.dump(sys.argv[1:-2], open(sys.argv[-1], 'w'))\n"
+    for name in operators.SCRIPTS.values():
+        (tmp_path / "benchmark" / name).write_text(script)
+    return tmp_path
+
+
+def test_an_operators_script_gets_the_engines_to_compare(checkout, capsys):
+    words = ["--op", "qk-norm", "--compare", f"stock,peer={FAKE}:{checkout}", "--extra=--tokens 1 4"]
+    assert main(["bench", *words, "--json", "out.json"]) == 0
+    written = record.read(checkout / "out.json")
+    stock = written["results"][1].split(os.pathsep)
+    assert written["results"] == [
+        "--stock",
+        os.pathsep.join(stock),
+        "--peer",
+        f"{FAKE}:{checkout}",
+        "--tokens",
+        "1",
+        "4",
+    ]
+    assert written["host"]["identity"] and written["versions"]["sglang"] == "0.5.10.post1"
+    assert "tokens ours" in capsys.readouterr().out
+    assert main(["bench", "--show", "out.json"]) == 0
+    assert "tokens ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["router", "--compare", "stock"], "its script has the engine's way in it"),
+        (["qk-norm", "--compare", f"other={FAKE}"], "only with stock and peer"),
+    ],
+)
+def test_an_engine_that_an_operators_script_does_not_know(checkout, words, says, capsys):
+    assert main(["bench", "--op", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_operators_script_that_fails(checkout, capsys):
+    (checkout / "benchmark/router.py").write_text("raise RuntimeError('no such kernel')\n")
+    assert main(["bench", "--op", "router"]) == 2
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
+
+
+def test_an_operator_without_a_checkout(checkout, monkeypatch, capsys):
+    monkeypatch.chdir("/")
+    (checkout / "benchmark").rename(checkout / "elsewhere")
+    assert main(["bench", "--op", "router"]) == 2
+    assert "benchmark/router.py of a checkout, which is not in the wheel" in capsys.readouterr().err
+
+
+def test_every_operators_script_is_there():
+    for name in operators.SCRIPTS:
+        assert operators.find_script(name).parent.name == "benchmark"
+
+
+def test_plots_without_matplotlib_say_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--show", str(write(tmp_path / "a.json")), "--plots", str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are optional: pip install matplotlib")
+    assert main(["bench", "--show", str(write(tmp_path / "a.json")), "--plots", str(tmp_path)]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_in_the_docs_is_of_the_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are optional: pip install matplotlib")
+    repository = Path(__file__).parents[2]
+    results = json.loads((repository / "benchmark/results/qk_norm_rope_2_h200.json").read_text())
+    plots.draw(results, tmp_path / "drawn.png")
+    size = slice(16, 24)  # width and height in a PNG's header; pixels depend on the fonts and on matplotlib's version
+    assert (tmp_path / "drawn.png").read_bytes()[size] == (repository / "docs/qk_norm_rope_2_h200.png").read_bytes()[
+        size
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- for real

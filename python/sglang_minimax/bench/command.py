@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_minimax.bench import contestants, record
+from sglang_minimax.bench import contestants, operators, plots, record, tables
 from sglang_minimax.bench.contestants import Contestant
 from sglang_minimax.bench.record import CannotBench
 
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="FOLDER", help="whole steps of this config, with dummy weights")
+    what.add_argument("--op", choices=operators.SCRIPTS, help="one operator, by its script in a checkout's benchmark/")
     what.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="tables of earlier runs, side by side")
     who = parser.add_argument_group("contestants; ours is always one")
     who.add_argument(
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--timeout", type=float, default=900, help="seconds a run may take (default: 900)")
     steps.add_argument("--logs", type=Path, metavar="FOLDER", help="where logs stay (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write host, versions and all numbers here")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw into this folder; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,8 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with Interrupts():
+            if arguments.plots:  # a lack of matplotlib is better known before minutes are spent
+                plots.check_matplotlib()
             if arguments.show:
                 return _show(arguments)
+            if arguments.op:
+                return _measure_operator(arguments)
             return _measure_model(arguments)
     except CannotBench as error:
         print(f"sglang-minimax bench: {error}", file=sys.stderr)
@@ -77,13 +83,41 @@ def _show(arguments: argparse.Namespace) -> int:
     names = [path.name for path in arguments.show]
     record.check_comparable(records, names)
     _print(records, names)
+    for found, path in zip(records, arguments.show, strict=True):
+        _draw(found, arguments.plots, path.stem)
     return 0
 
 
 def _print(records: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    from sglang_minimax.bench import tables
+    if records[0]["kind"] == "model":
+        print("\n".join(tables.render(records, names)))
+        return
+    for found, name in zip(records, names, strict=True):
+        print("\n".join(operators.render(found, name if len(records) > 1 else "")))
 
-    print("\n".join(tables.render(records, names)))
+
+def _draw(found: dict[str, Any], folder: Path | None, name: str) -> None:
+    if folder is not None:
+        plots.draw(found, folder / f"{name}.png")
+        print(f"drew {folder / name}.png", file=sys.stderr)
+
+
+def _measure_operator(arguments: argparse.Namespace) -> int:
+    everyone = contestants.parse(arguments.compare, arguments.env, arguments.extra)
+    logs = _folder_for_logs(arguments)
+    with tempfile.TemporaryDirectory(prefix="sglang-minimax-bench-") as scratch:
+        found = operators.measure(arguments.op, everyone, logs, Path(scratch), arguments.timeout)
+    if arguments.json:
+        record.write(found, arguments.json)
+    _print([found], [""])
+    _draw(found, arguments.plots, arguments.json.stem if arguments.json else arguments.op)
+    return 0
+
+
+def _folder_for_logs(arguments: argparse.Namespace) -> Path:
+    logs: Path = arguments.logs or Path(tempfile.mkdtemp(prefix="sglang-minimax-bench-logs-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs
 
 
 def _measure_model(arguments: argparse.Namespace) -> int:
@@ -104,8 +138,7 @@ def _measure_model(arguments: argparse.Namespace) -> int:
             "model", model=model, layout=arguments.layout, device=arguments.device, batch_sizes=list(sizes),
             input_len=arguments.input_len, output_len=arguments.output_len, repeats=arguments.repeats, contestants={},
         )  # fmt: skip
-        logs = arguments.logs or Path(tempfile.mkdtemp(prefix="sglang-minimax-bench-logs-"))
-        logs.mkdir(parents=True, exist_ok=True)
+        logs = _folder_for_logs(arguments)
         entered = [_enter(contestant, work, folder, found) for contestant in everyone]
         ready = [contestant for contestant in entered if contestant is not None]
         for repeat in range(arguments.repeats):
@@ -114,10 +147,14 @@ def _measure_model(arguments: argparse.Namespace) -> int:
                 _run(contestant, work, log, arguments.timeout, found)
                 if arguments.json:  # after each run: what was measured stays whatever becomes of the next
                     record.write(found, arguments.json)
+    if arguments.json:  # once more: with nobody to run, nothing was written yet
+        record.write(found, arguments.json)
     _print([found], [""])
     failed = any(one["error"] or any(r["error"] for r in one["runs"]) for one in found["contestants"].values())
     if failed:
         print(f"not all was measured; the logs are in {logs}", file=sys.stderr)
+    if any(run["batches"] for one in found["contestants"].values() for run in one["runs"]):
+        _draw(found, arguments.plots, arguments.json.stem if arguments.json else "decode_steps")
     return 1 if failed else 0
 
 

@@ -149,11 +149,14 @@ def inspect(contestant: Contestant, folder: Path) -> tuple[Contestant, dict[str,
 
 
 def _probe(contestant: Contestant) -> dict[str, Any]:
-    done = subprocess.run(
-        [contestant.python, str(_PROBE)],
-        env={**os.environ, **contestant.environment()},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [contestant.python, str(_PROBE)],
+            env={**os.environ, **contestant.environment()},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBench(f"its Python does not start: {error}") from error
     if done.returncode != 0:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise CannotBench(f"its Python does not start: {last}")

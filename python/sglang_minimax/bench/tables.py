@@ -96,8 +96,9 @@ def render(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
 
 def _facts(record: dict[str, Any], label: str) -> list[str]:
     model = ", ".join([record["model"]["name"], *record["model"]["changes"], "dummy weights"])
+    name, lengths = f"{label}: " if label else "", f"{record['input_len']} tokens in, {record['output_len']} out"
     return [
-        f"{label + ': ' if label else ''}{model}; {record['layout']}; {record['input_len']} tokens in, {record['output_len']} out",
+        f"{name}{model}; {record['layout']}; {lengths}",
         f"{describe_host(record['host'])}; host {record['host']['identity']}; {record['time']}",
     ]
 
