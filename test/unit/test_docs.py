@@ -139,6 +139,8 @@ def test_a_command_is_read_by_what_it_calls(block, words, monkeypatch):
     elif words[:3] == ["python", "-m", "sglang.bench_serving"]:
         check_benchmark(words[3:], monkeypatch)
         assert block.page == "serving.md" or _not_run(block), f"{block} must say that it was not run"
+    elif words[:2] == ["sglang-minimax", "bench"]:
+        check_bench(words[1:], monkeypatch)
     elif words[0] == "curl":
         if "-d" in words:
             check_chat(words)
@@ -196,6 +198,20 @@ def check_benchmark(arguments: list[str], monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_serving", *arguments])
     with pytest.raises(Read):
         runpy.run_path(bench_serving.__file__, run_name="__main__")
+
+
+def check_bench(arguments: list[str], monkeypatch) -> None:
+    """Our own parser takes the arguments, and what belongs to single contestants names those that there are."""
+    from sglang_minimax import cli
+    from sglang_minimax.bench import command, contestants
+
+    def read(options: argparse.Namespace) -> int:
+        names = re.sub("=[^,]*", f"={REPOSITORY / 'test'}", options.compare or "")
+        assert all(contestant.name for contestant in contestants.parse(names, options.env, options.extra))
+        return 0
+
+    monkeypatch.setattr(command, "run", read)
+    assert cli.main(arguments) == 0
 
 
 def check_chat(words: list[str]) -> None:

@@ -1,0 +1,186 @@
+"""``sglang-minimax bench``: the command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sglang_minimax.bench import contestants, operators, plots, record, tables
+from sglang_minimax.bench.contestants import Contestant
+from sglang_minimax.bench.record import CannotBench
+
+SUMMARY = "times whole steps or one operator, beside stock and other engines, on this host"
+
+_EPILOG = """exit code: 0 all was measured, 1 something was not, 2 a question that cannot be answered
+
+examples:
+  sglang-minimax bench --model MODEL --layout "--tp 2" --num-layers 16 --compare stock --json out.json
+  sglang-minimax bench --model MODEL --layout "--tp 2" --compare stock,peer=VENV --env peer:VARIABLE=1
+  sglang-minimax bench --show monday.json tuesday.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, who is, and where the numbers go."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, metavar="FOLDER", help="whole steps of this config, with dummy weights")
+    what.add_argument("--op", choices=operators.SCRIPTS, help="one operator, by its script in a checkout's benchmark/")
+    what.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="tables of earlier runs, side by side")
+    who = parser.add_argument_group("contestants; ours is always one")
+    who.add_argument(
+        "--compare", metavar="NAMES", help="after commas: stock, NAME=VENV, or NAME=FOLDER[:FOLDER...] for PYTHONPATH"
+    )
+    who.add_argument(
+        "--env", action="append", default=[], metavar="[NAME:]VARIABLE=VALUE", help="set for all, or for one"
+    )
+    who.add_argument(
+        "--extra", action="append", default=[], metavar='"[NAME:]--flag ..."', help="engine flags for all, or for one"
+    )
+    steps = parser.add_argument_group("whole steps")
+    steps.add_argument("--layout", default="--tp 1", metavar='"--tp N ..."', help="engine flags (default: --tp 1)")
+    steps.add_argument("--device", help="the engine's --device: cpu on a host without a GPU (default: left to it)")
+    steps.add_argument("--num-layers", type=int, help="fewer layers than the model has")
+    steps.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
+    steps.add_argument("--input-len", type=int, default=128, help="tokens (default: 128)")
+    steps.add_argument("--output-len", type=int, default=34, help="tokens (default: 34)")
+    steps.add_argument("--repeats", type=int, default=1, help="whole runs of each, in turn (default: 1)")
+    steps.add_argument("--timeout", type=float, default=900, help="seconds a run may take (default: 900)")
+    steps.add_argument("--logs", type=Path, metavar="FOLDER", help="where logs stay (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write host, versions and all numbers here")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw into this folder; needs matplotlib")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures or shows, and returns the exit code."""
+    # Here, because it takes psutil, which the doctor must do without.
+    from sglang_minimax.server_process import Interrupted, Interrupts
+
+    try:
+        with Interrupts():
+            if arguments.plots:  # a lack of matplotlib is better known before minutes are spent
+                plots.check_matplotlib()
+            if arguments.show:
+                return _show(arguments)
+            if arguments.op:
+                return _measure_operator(arguments)
+            return _measure_model(arguments)
+    except CannotBench as error:
+        print(f"sglang-minimax bench: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interruption:
+        return interruption.exit_code
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    records = [record.read(path) for path in arguments.show]
+    names = [path.name for path in arguments.show]
+    record.check_comparable(records, names)
+    _print(records, names)
+    for found, path in zip(records, arguments.show, strict=True):
+        _draw(found, arguments.plots, path.stem)
+    return 0
+
+
+def _print(records: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    if records[0]["kind"] == "model":
+        print("\n".join(tables.render(records, names)))
+        return
+    for found, name in zip(records, names, strict=True):
+        print("\n".join(operators.render(found, name if len(records) > 1 else "")))
+
+
+def _draw(found: dict[str, Any], folder: Path | None, name: str) -> None:
+    if folder is not None:
+        plots.draw(found, folder / f"{name}.png")
+        print(f"drew {folder / name}.png", file=sys.stderr)
+
+
+def _measure_operator(arguments: argparse.Namespace) -> int:
+    everyone = contestants.parse(arguments.compare, arguments.env, arguments.extra)
+    logs = _folder_for_logs(arguments)
+    with tempfile.TemporaryDirectory(prefix="sglang-minimax-bench-") as scratch:
+        found = operators.measure(arguments.op, everyone, logs, Path(scratch), arguments.timeout)
+    if arguments.json:
+        record.write(found, arguments.json)
+    _print([found], [""])
+    _draw(found, arguments.plots, arguments.json.stem if arguments.json else arguments.op)
+    return 0
+
+
+def _folder_for_logs(arguments: argparse.Namespace) -> Path:
+    logs: Path = arguments.logs or Path(tempfile.mkdtemp(prefix="sglang-minimax-bench-logs-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    return logs
+
+
+def _measure_model(arguments: argparse.Namespace) -> int:
+    from sglang_minimax.bench import model_steps
+
+    for option, value in (("--repeats", arguments.repeats), ("--timeout", arguments.timeout)):
+        if value < 1:
+            raise CannotBench(f"{option} {value} must be at least 1")
+    everyone = contestants.parse(arguments.compare, arguments.env, arguments.extra)
+    with tempfile.TemporaryDirectory(prefix="sglang-minimax-bench-") as scratch:
+        folder = Path(scratch)
+        device = ["--device", arguments.device] if arguments.device else []
+        flags = (*device, *shlex.split(arguments.layout))
+        sizes = tuple(arguments.batch_sizes)
+        work = model_steps.Work(folder / "model", flags, sizes, arguments.input_len, arguments.output_len)
+        model = model_steps.prepare_model(arguments.model, work.model, arguments.num_layers)
+        found = record.new(
+            "model", model=model, layout=arguments.layout, device=arguments.device, batch_sizes=list(sizes),
+            input_len=arguments.input_len, output_len=arguments.output_len, repeats=arguments.repeats, contestants={},
+        )  # fmt: skip
+        logs = _folder_for_logs(arguments)
+        entered = [_enter(contestant, work, folder, found) for contestant in everyone]
+        ready = [contestant for contestant in entered if contestant is not None]
+        for repeat in range(arguments.repeats):
+            for contestant in ready:
+                log = logs / f"{contestant.name}.{repeat}.log"
+                _run(contestant, work, log, arguments.timeout, found)
+                if arguments.json:  # after each run: what was measured stays whatever becomes of the next
+                    record.write(found, arguments.json)
+    if arguments.json:  # once more: with nobody to run, nothing was written yet
+        record.write(found, arguments.json)
+    _print([found], [""])
+    failed = any(one["error"] or any(r["error"] for r in one["runs"]) for one in found["contestants"].values())
+    if failed:
+        print(f"not all was measured; the logs are in {logs}", file=sys.stderr)
+    if any(run["batches"] for one in found["contestants"].values() for run in one["runs"]):
+        _draw(found, arguments.plots, arguments.json.stem if arguments.json else "decode_steps")
+    return 1 if failed else 0
+
+
+def _enter(contestant: Contestant, work: Any, folder: Path, found: dict[str, Any]) -> Contestant | None:
+    """Looks into the contestant's environment and enters it into the record; None if it cannot run."""
+    facts: dict[str, Any] = {"versions": None, "error": None, "runs": [], "variables": dict(contestant.variables)}
+    found["contestants"][contestant.name] = facts
+    facts["command"] = shlex.join(work.command(contestant, model="MODEL"))
+    try:
+        contestant, inside = contestants.inspect(contestant, folder / "hook")
+    except CannotBench as error:
+        facts["error"] = str(error)
+        return None
+    facts.update(inside)
+    return contestant
+
+
+def _run(contestant: Contestant, work: Any, log: Path, timeout: float, found: dict[str, Any]) -> None:
+    from sglang_minimax.bench import model_steps
+
+    print(f"{contestant.name}: runs, log {log}", file=sys.stderr, flush=True)
+    before, after = record.clocks(), []
+    done = model_steps.run_once(
+        work.command(contestant), contestant.environment(), work.batch_sizes, log, timeout,
+        on_end=lambda: after.extend(record.clocks()),
+    )  # fmt: skip
+    data = {**done.as_data(), "clocks_before": before, "clocks_after": after}
+    found["contestants"][contestant.name]["runs"].append(data)
+    print(f"{contestant.name}: {done.error or 'measured'}, {done.seconds:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,242 @@
+"""Whole steps: one contestant's run of the engine's own ``bench_one_batch`` in a child, and what its log says.
+
+The weights are dummies, so a folder with nothing but ``config.json`` will do. The steps are read from the log and not
+from the tool's result file: that has medians only, and nothing at all when the last batch size fails.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_minimax.bench.contestants import Contestant
+from sglang_minimax.bench.record import CannotBench
+from sglang_minimax.checkpoints import SmallModel, write_tokenizer
+from sglang_minimax.server_process import SessionProcess
+
+TOOL = "sglang.bench_one_batch"
+SMALLEST_VOCABULARY = 10_000  # the tool draws its prompts' tokens from so many, whatever the model has
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.py", "*.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_LARGEST_COPIED_BYTES = 64 * 2**20
+_GRACE_SECONDS = 10.0  # for what a failing rank and its peers still have to say
+_POLL_SECONDS = 0.2
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def prepare_model(model: Path, folder: Path, num_layers: int | None) -> dict[str, Any]:
+    """Copies the config and, if there is one, the tokenizer of ``model`` into ``folder``, without weights.
+
+    Where there is no tokenizer a small one is written: the tool loads it and encodes nothing.
+
+    Args:
+        num_layers: hidden layers of the copy; None leaves them.
+
+    Returns:
+        ``name``, and ``changes``: in words, what of the config is not the model's.
+
+    Raises:
+        CannotBench: no ``config.json``, or a number of layers that the model does not have.
+    """
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CannotBench(
+            f"--model {model} must be a folder with a config.json ({error}). Download that file, or write a small "
+            f"model with `python -m sglang_minimax.checkpoints FOLDER`"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (file for pattern in _COPIED for file in model.glob(pattern)):
+        if file.stat().st_size <= _LARGEST_COPIED_BYTES and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    changes = []
+    layers = config.get("num_hidden_layers")
+    if num_layers is not None and num_layers != layers:
+        if not 1 <= num_layers <= (layers or 0):
+            raise CannotBench(f"--num-layers {num_layers} must be from 1 to the model's {layers}")
+        config["num_hidden_layers"] = num_layers
+        changes.append(f"{num_layers} of {layers} layers")
+    vocabulary = config.get("vocab_size") or 0
+    if vocabulary < SMALLEST_VOCABULARY:
+        config["vocab_size"] = SMALLEST_VOCABULARY
+        changes.append(f"vocabulary of {SMALLEST_VOCABULARY} instead of {vocabulary}, which {TOOL} needs")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        write_tokenizer(folder, SmallModel.vocab_size)
+    return {"name": model.resolve().name, "changes": changes}
+
+
+# -------------------------------------------------------------------------------------------------- log
+
+
+@dataclass
+class Batch:
+    """One batch size: milliseconds of the prefill and of each decode step."""
+
+    prefill_ms: float
+    decode_ms: list[float] = field(default_factory=list)
+
+
+class StepLog:
+    """Reads the tool's log line by line; what comes before the measurement proper is its warm-up.
+
+    Attributes:
+        batches: by batch size, those that ran to their end.
+        skipped: batch sizes that the tool left out because the KV cache holds fewer tokens.
+        rank_died: whether a rank ended with an error, after which the others may wait for it without end.
+    """
+
+    _SECONDS = r"latency:\s+([\d.]+) s"
+    _PREFILL = re.compile(rf"Prefill\. {_SECONDS}")
+    _STEP = re.compile(rf"Decode \d+\. Batch size: (\d+), {_SECONDS}")
+    _SKIPPED = re.compile(r"skipping \((\d+), \d+, \d+\)")
+    _RANK_DIED = re.compile(r"\bProcess \w*Process-\d[\d:]*:\s*$")
+    _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)\b(?:: .*)?)$")
+    _FOLLOWS = ("KeyboardInterrupt", "BrokenPipeError", "EOFError", "CancelledError")
+
+    def __init__(self) -> None:
+        self.batches: dict[int, Batch] = {}
+        self.skipped: list[int] = []
+        self.rank_died = False
+        self._measures = False
+        self._current: Batch | None = None
+        self._size: int | None = None
+        self._last_error = self._last_line = ""
+        self._first_of_ranks: str | None = None
+
+    def read(self, line: str) -> None:
+        """Takes in one line."""
+        if line.strip():
+            self._last_line = line.strip()
+        if "Benchmark ..." in line:
+            self._measures, self._current = True, None
+        elif not self._measures:
+            pass
+        elif found := self._PREFILL.search(line):
+            self._current, self._size = Batch(prefill_ms=float(found[1]) * 1000), None
+        elif (found := self._STEP.search(line)) and self._current is not None:
+            self._size = int(found[1])
+            self._current.decode_ms.append(float(found[2]) * 1000)
+        elif "Total. latency" in line and self._current is not None and self._size is not None:
+            self.batches[self._size], self._current = self._current, None
+        elif found := self._SKIPPED.search(line):
+            self.skipped.append(int(found[1]))
+        if self._RANK_DIED.search(line):
+            self.rank_died = True
+        elif (found := self._ERROR.search(line)) and not found[1].startswith(self._FOLLOWS):
+            self._last_error = found[1]
+            if self.rank_died and self._first_of_ranks is None:
+                self._first_of_ranks = found[1]
+
+    def error(self) -> str:
+        """The error of the rank that died first, the last line that is an error's, or else the last line.
+
+        The other ranks' errors, of a connection that was lost, come later and say less.
+        """
+        return self._first_of_ranks or self._last_error or self._last_line or "it wrote nothing"
+
+
+# -------------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contestant is asked to do. Lengths are in tokens.
+
+    model: the folder of :func:`prepare_model`.
+    flags: engine flags of all: device and layout.
+    """
+
+    model: Path
+    flags: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    input_len: int
+    output_len: int
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.batch_sizes) < 1 or len(set(self.batch_sizes)) != len(self.batch_sizes):
+            raise CannotBench(f"--batch-sizes {' '.join(map(str, self.batch_sizes))} must differ and be at least 1")
+        if self.input_len < 1:
+            raise CannotBench(f"--input-len {self.input_len} must be at least 1")
+        if self.output_len < 2:
+            raise CannotBench(f"--output-len {self.output_len} must be at least 2: the first token is the prefill's")
+
+    def command(self, contestant: Contestant, model: str | None = None) -> list[str]:
+        """The child's command; ``model`` stands in for the folder where a record must not name it."""
+        return [
+            contestant.python if model is None else "python", "-m", TOOL,
+            "--model-path", model or str(self.model), "--load-format", "dummy", *self.flags,
+            "--batch-size", *map(str, self.batch_sizes), "--input-len", str(self.input_len),
+            "--output-len", str(self.output_len), "--log-decode-step", "1", "--result-filename", "",
+            *contestant.flags,
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: seconds in all, the batches that were measured, and what went wrong if not all were."""
+
+    seconds: float
+    batches: dict[int, Batch]
+    error: str | None
+
+    def as_data(self) -> dict[str, Any]:
+        """The run as a record has it; milliseconds."""
+        return {"seconds": round(self.seconds, 1), "error": self.error, "batches": {
+            str(size): {"prefill_ms": round(batch.prefill_ms, 5), "decode_ms": [round(ms, 5) for ms in batch.decode_ms]}
+            for size, batch in self.batches.items()
+        }}  # fmt: skip
+
+
+def run_once(
+    command: Sequence[str],
+    environment: dict[str, str],
+    batch_sizes: Sequence[int],
+    log: Path,
+    timeout_seconds: float,
+    on_end: Callable[[], None] = lambda: None,
+) -> Run:
+    """Runs the tool to its end, or ends it with all its ranks: after ``timeout_seconds``, or once a rank has died.
+
+    Args:
+        on_end: called as soon as the command has ended, before its session is searched for what is left.
+    """
+    started, steps, timed_out = time.monotonic(), StepLog(), False
+    with SessionProcess(command, log, environment=environment) as process:
+        deadline = started + timeout_seconds
+        while not process.has_ended():
+            died_before = steps.rank_died
+            for line in process.new_lines():
+                steps.read(line)
+            if steps.rank_died and not died_before:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            if time.monotonic() > deadline:
+                timed_out = not steps.rank_died
+                break
+            time.sleep(_POLL_SECONDS)
+        on_end()
+        for line in process.new_lines():
+            steps.read(line)
+        ended = process.has_ended()
+        process.stop()
+        exit_code = process.wait(timeout_seconds=0) if ended else 0
+    error = None
+    if missing := [size for size in batch_sizes if size not in steps.batches]:
+        if timed_out:
+            error = f"no end after {timeout_seconds:.0f} s (--timeout); the last line is: {steps.error()}"
+        elif set(missing) <= set(steps.skipped):
+            error = "the KV cache holds fewer tokens: lower --batch-sizes, or give more with --max-total-tokens"
+        elif exit_code < 0:
+            error = f"ended by signal {-exit_code}; the last line is: {steps.error()}"
+        else:
+            error = steps.error()
+    return Run(time.monotonic() - started, steps.batches, error)

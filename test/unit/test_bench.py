@@ -1,0 +1,382 @@
+"""``sglang-minimax bench``: a fake engine's whole steps, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sglang_minimax.bench import contestants, model_steps, operators, plots, record, tables
+from sglang_minimax.bench.record import CannotBench
+from sglang_minimax.checkpoints import SmallModel, published_config
+from sglang_minimax.cli import main
+
+FAKE = Path(__file__).parent / "fake_engine"
+NO_OURS = ["--env", f"ours:PYTHONPATH={FAKE}"]  # nothing is laid over a fake engine, so ours is left out
+HOST = {"identity": "a" * 16, "gpus": [], "cpu": "a processor", "cores": 2}
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A folder with nothing but a config: no weights, no tokenizer."""
+    folder = tmp_path / "m2-small"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(published_config(SmallModel())))
+    return folder
+
+
+def bench(model: Path, *words: str) -> int:
+    arguments = ["bench", "--model", str(model), "--batch-sizes", "1", "16", "--output-len", "8", *words]
+    return main([*arguments, "--logs", str(model.parent / "logs")])
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def test_contestants_are_measured_in_their_own_environments(model, tmp_path, capsys):
+    """Ours cannot be laid over a fake engine, so it is one that fails; the others go on."""
+    out = tmp_path / "out.json"
+    environments = f"stock={FAKE},peer={FAKE}:{tmp_path}"
+    code = bench(
+        model, "--compare", environments, "--env", "MS=20", "--env", "peer:MS=10", *NO_OURS,
+        "--extra=--grammar-backend none", "--extra", "peer:--attention-backend triton", "--json", str(out),
+        "--repeats", "2",
+    )  # fmt: skip
+    assert code == 1, "ours was not measured"
+    written = record.read(out)
+    assert list(written["contestants"]) == ["ours", "stock", "peer"]
+    stock, peer = (written["contestants"][name] for name in ("stock", "peer"))
+    assert stock["versions"]["sglang"] == "0.5.99" and stock["versions"]["python"].startswith("3.")
+    assert [len(run["batches"]["16"]["decode_ms"]) for run in peer["runs"]] == [7, 7], "the warm-up is not counted"
+    assert peer["runs"][0]["batches"]["1"]["prefill_ms"] == pytest.approx(30)
+    assert "--attention-backend triton" in peer["command"] and "--attention-backend" not in stock["command"]
+    assert all("--grammar-backend none" in one["command"] for one in (stock, peer))
+    assert str(tmp_path) not in out.read_text(), "a record holds no folders of the host"
+    assert "ours" in written["contestants"] and "not laid over" in written["contestants"]["ours"]["error"]
+
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    row = next(row for row in rows if row[:2] == ["16", "peer"])
+    assert row[2:] == ["10.00", "(9.00", "to", "10.75)", "2.00", "30.00", "(30.00", "to", "30.00)", "2.00"]
+    assert any(row[:2] == ["1", "ours"] and "not laid over" in " ".join(row) for row in rows)
+
+
+def test_a_contestant_that_fails_keeps_what_it_measured_and_ends_at_once(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(model_steps, "_GRACE_SECONDS", 0.5)
+    started = time.monotonic()
+    bench(model, "--compare", f"stock={FAKE}", "--env", "FAILS_AT=16", *NO_OURS, "--json", str(tmp_path / "out.json"))
+    assert time.monotonic() - started < 60, "the rank that waits for the dead ones was waited for"
+    (run,) = record.read(tmp_path / "out.json")["contestants"]["stock"]["runs"]
+    assert list(run["batches"]) == ["1"]
+    assert run["error"] == "RuntimeError: Push buffer is too small"
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert ["16", "stock", "RuntimeError: Push buffer is too small"] in lines
+
+
+def test_a_contestant_that_hangs_is_ended(model, tmp_path):
+    out = tmp_path / "out.json"
+    bench(model, "--compare", f"stock={FAKE}", "--env", "HANGS=1", *NO_OURS, "--json", str(out), "--timeout", "3")
+    (run,) = record.read(out)["contestants"]["stock"]["runs"]
+    assert "no end after 3 s (--timeout)" in run["error"] and run["batches"] == {}
+    assert "Warmup" in (tmp_path / "logs/stock.0.log").read_text()
+
+
+def test_a_batch_that_the_cache_cannot_hold_says_so(model, tmp_path):
+    out = tmp_path / "out.json"
+    bench(model, "--compare", f"stock={FAKE}", "--env", "SKIPS=16", *NO_OURS, "--json", str(out))
+    (run,) = record.read(out)["contestants"]["stock"]["runs"]
+    assert "--max-total-tokens" in run["error"] and list(run["batches"]) == ["1"]
+
+
+def test_ending_the_benchmark_ends_what_it_started(model, tmp_path):
+    words = ["--model", str(model), "--compare", f"stock={FAKE}", "--env", "HANGS=1", *NO_OURS, "--logs", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-m", "sglang_minimax", "bench", *words], stderr=subprocess.PIPE) as process:
+        log = tmp_path / "stock.0.log"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and "Warmup" in log.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None, "the fake engine did not start"
+            time.sleep(0.1)
+        children = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert children and not any(child.is_running() for child in children)
+
+
+# --------------------------------------------------------------------------------------------------- model
+
+
+def test_the_copy_of_a_model_has_fewer_layers_and_a_tokenizer(model, tmp_path):
+    (model / "model.safetensors").write_bytes(b"weights")
+    told = model_steps.prepare_model(model, tmp_path / "copy", num_layers=2)
+    config = json.loads((tmp_path / "copy/config.json").read_text())
+    assert config["num_hidden_layers"] == 2 and config["vocab_size"] == model_steps.SMALLEST_VOCABULARY
+    assert told["name"] == "m2-small" and told["changes"][0] == "2 of 3 layers" and "10000" in told["changes"][1]
+    assert (tmp_path / "copy/tokenizer.json").exists()
+    assert not (tmp_path / "copy/model.safetensors").exists()
+    assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 3, "the original is left alone"
+
+
+def test_a_models_own_tokenizer_is_taken(model, tmp_path):
+    (model / "tokenizer.json").write_text("its own")
+    model_steps.prepare_model(model, tmp_path / "copy", num_layers=None)
+    assert (tmp_path / "copy/tokenizer.json").read_text() == "its own"
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--compare", "peer"], "--compare peer needs an environment"),
+        (["--compare", "peer=/no/such"], "/no/such is not a folder"),
+        (["--compare", f"ours={FAKE}"], "ours is this environment"),
+        (["--env", "peer:A=1"], "peer is not measured here, only ours"),
+        (["--env", "A"], "must be VARIABLE=VALUE"),
+        (["--extra", "triton"], 'must be "--flag value ..."'),
+        (["--num-layers", "9"], "--num-layers 9 must be from 1 to the model's 3"),
+        (["--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["--output-len", "1"], "--output-len 1 must be at least 2"),
+        (["--batch-sizes", "4", "4"], "--batch-sizes 4 4 must differ"),
+    ],
+)
+def test_a_question_that_cannot_be_answered(model, words, says, capsys):
+    assert bench(model, *words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_model_without_a_config(tmp_path, capsys):
+    assert bench(tmp_path) == 2
+    assert "must be a folder with a config.json" in capsys.readouterr().err
+
+
+def write(path: Path, **changes) -> Path:
+    batches = {"1": {"prefill_ms": 20.0, "decode_ms": [5.0, 5.4]}}
+    run = {"seconds": 1, "error": None, "batches": batches, "clocks_before": [], "clocks_after": []}
+    ours = {"versions": {"sglang": "1"}, "error": None, "variables": {}, "runs": [run]}
+    found = {
+        "format": 1, "kind": "model", "time": "now", "host": HOST, "model": {"name": "m2", "changes": []},
+        "layout": "--tp 1", "batch_sizes": [1], "input_len": 8, "output_len": 3, "contestants": {"ours": ours},
+    }  # fmt: skip
+    record.write({**found, **changes}, path)
+    return path
+
+
+def test_records_of_different_hosts_are_not_compared(tmp_path, capsys):
+    other = {"identity": "b" * 16, "gpus": [{"name": "NVIDIA H200", "driver_version": "580"}], "cpu": "", "cores": 1}
+    first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", host=other)
+    assert main(["bench", "--show", str(first), str(second)]) == 2
+    said = capsys.readouterr().err
+    assert "a" * 16 in said and "b" * 16 in said and "1 x NVIDIA H200" in said and "--compare" in said
+
+
+def test_records_of_other_work_are_not_compared(tmp_path, capsys):
+    first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", input_len=128)
+    assert main(["bench", "--show", str(first), str(second)]) == 2
+    assert "input_len is 8 in a.json and 128 in b.json" in capsys.readouterr().err
+
+
+def test_records_of_one_host_stand_side_by_side(tmp_path, capsys):
+    first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", layout="--tp 2")
+    assert main(["bench", "--show", str(first), str(second)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("1      ours (a.json)  5.20 (5.10 to 5.30)") for line in lines)
+    assert any(line.startswith("b.json: m2, dummy weights; --tp 2") for line in lines)
+    assert any(line.startswith("1      ours (b.json)") and "same" in line for line in lines)
+
+
+def test_a_file_that_is_no_record(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("[]")
+    assert main(["bench", "--show", str(tmp_path / "a.json")]) == 2
+    assert "is no record of format 1" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- spread and host
+
+
+def test_a_difference_under_the_spread_is_the_same():
+    wide = tables.Measured.of_runs([[9.0, 10.0, 11.0, 12.0]])
+    assert tables.ratio(wide, tables.Measured.of_runs([[9.8, 9.9]])) == "same"
+    assert tables.ratio(wide, tables.Measured.of_runs([[4.9, 5.1]])) == "2.10"
+    assert tables.ratio(wide, "RuntimeError") == "-"
+
+
+def test_the_spread_takes_in_what_differs_between_runs():
+    """Steps of a run are alike, and the next run is slower as a whole: the quartiles alone would not cover it."""
+    measured = tables.Measured.of_runs([[10.0] * 9, [12.0]])
+    assert (measured.median, measured.low, measured.high) == (10.0, 10.0, 12.0)
+
+
+def test_one_sample_has_no_spread():
+    one = tables.Measured.of_runs([[10.0]])
+    assert str(one) == "10.00" and tables.ratio(one, one) == "1.00 (1 run)"
+
+
+def test_gpus_are_named_by_a_hash(monkeypatch, tmp_path):
+    row = "GPU-1234, NVIDIA H200, 580.1, 143771, 1980, 3201, 700.00"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{row}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    host = record.host_facts()
+    assert "GPU-1234" not in json.dumps(host) and len(host["identity"]) == 16
+    assert record.describe_host(host) == "1 x NVIDIA H200, driver 580.1"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{row.replace('1234', '5678')}'\n")
+    assert record.host_facts()["identity"] != host["identity"]
+
+
+def test_clocks_before_and_after():
+    samples = [[{"clocks.sm": "345", "clocks.mem": "3201"}], [{"clocks.sm": "1980", "clocks.mem": "3201"}]]
+    assert record.describe_clocks(samples) == "SM clock 345 to 1980 MHz, memory clock 3201 to 3201 MHz"
+    assert record.describe_clocks([[], []]) == "no GPU clocks"
+
+
+# ---------------------------------------------------------------------------------------------- environments
+
+
+def test_a_checkout_on_pythonpath_gets_the_overlay(tmp_path):
+    """No start-up line runs for a folder on PYTHONPATH, and without one ours would be stock under another name."""
+    python = str(Path(contestants.__file__).parents[2])
+    bare = contestants.Contestant("ours", path=python, overlay=True)
+    ready, found = contestants.inspect(bare, tmp_path / "hook")
+    assert found["overlay"], "the child would not be laid over"
+    assert ready.path.split(os.pathsep)[-1] == python
+
+
+def test_stock_is_without_the_overlay(tmp_path):
+    stock = contestants.parse("stock", [], [])[1]
+    _, found = contestants.inspect(stock, tmp_path / "hook")
+    assert not found["overlay"] and found["versions"]["torch"] and found["versions"]["triton"]
+
+
+def test_a_virtual_environment_is_known_by_its_python(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    peer = contestants.parse(f"peer={tmp_path}", [], [])[1]
+    assert peer.python == str(tmp_path / "bin/python") and peer.path == ""
+
+
+def test_an_environment_without_an_engine(tmp_path):
+    with pytest.raises(CannotBench, match="no engine"):
+        contestants.inspect(contestants.Contestant("peer", python=_bare_python(tmp_path), path=""), tmp_path)
+
+
+def _bare_python(tmp_path: Path) -> str:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    return str(tmp_path / "venv/bin/python")
+
+
+# -------------------------------------------------------------------------------------- operators and plots
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A checkout whose script writes what it was asked, and this package lying outside any."""
+    monkeypatch.setattr(operators, "__file__", str(tmp_path / "a/b/c/operators.py"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmark").mkdir()
+    script = "import json, sys\nprint('tokens ours')\njson.dump(sys.argv[1:-2], open(sys.argv[-1], 'w'))\n"
+    for name in operators.SCRIPTS.values():
+        (tmp_path / "benchmark" / name).write_text(script)
+    return tmp_path
+
+
+def test_an_operators_script_gets_the_engines_to_compare(checkout, capsys):
+    words = ["--op", "qk-norm", "--compare", f"stock,peer={FAKE}:{checkout}", "--extra=--tokens 1 4"]
+    assert main(["bench", *words, "--json", "out.json"]) == 0
+    written = record.read(checkout / "out.json")
+    stock = written["results"][1].split(os.pathsep)
+    assert written["results"] == [
+        "--stock",
+        os.pathsep.join(stock),
+        "--peer",
+        f"{FAKE}:{checkout}",
+        "--tokens",
+        "1",
+        "4",
+    ]
+    assert written["host"]["identity"] and written["versions"]["sglang"] == "0.5.10.post1"
+    assert "tokens ours" in capsys.readouterr().out
+    assert main(["bench", "--show", "out.json"]) == 0
+    assert "tokens ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["router", "--compare", "stock"], "its script has the engine's way in it"),
+        (["qk-norm", "--compare", f"other={FAKE}"], "only with stock and peer"),
+    ],
+)
+def test_an_engine_that_an_operators_script_does_not_know(checkout, words, says, capsys):
+    assert main(["bench", "--op", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_operators_script_that_fails(checkout, capsys):
+    (checkout / "benchmark/router.py").write_text("raise RuntimeError('no such kernel')\n")
+    assert main(["bench", "--op", "router"]) == 2
+    assert "RuntimeError: no such kernel" in capsys.readouterr().err
+
+
+def test_an_operator_without_a_checkout(checkout, monkeypatch, capsys):
+    monkeypatch.chdir("/")
+    (checkout / "benchmark").rename(checkout / "elsewhere")
+    assert main(["bench", "--op", "router"]) == 2
+    assert "benchmark/router.py of a checkout, which is not in the wheel" in capsys.readouterr().err
+
+
+def test_every_operators_script_is_there():
+    for name in operators.SCRIPTS:
+        assert operators.find_script(name).parent.name == "benchmark"
+
+
+def test_plots_without_matplotlib_say_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--show", str(write(tmp_path / "a.json")), "--plots", str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_plots_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are optional: pip install matplotlib")
+    assert main(["bench", "--show", str(write(tmp_path / "a.json")), "--plots", str(tmp_path)]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_in_the_docs_is_of_the_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots are optional: pip install matplotlib")
+    repository = Path(__file__).parents[2]
+    results = json.loads((repository / "benchmark/results/qk_norm_rope_2_h200.json").read_text())
+    plots.draw(results, tmp_path / "drawn.png")
+    size = slice(16, 24)  # width and height in a PNG's header; pixels depend on the fonts and on matplotlib's version
+    assert (tmp_path / "drawn.png").read_bytes()[size] == (repository / "docs/qk_norm_rope_2_h200.png").read_bytes()[
+        size
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- for real
+
+
+def test_whole_steps_on_this_machine(model, tmp_path, capsys, monkeypatch):
+    """The engine's own tool, on the CPU, with the overlay: the benchmark keeps working."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = tmp_path / "out.json"
+    code = bench(
+        model, "--device", "cpu", "--layout", "--tp 1", "--num-layers", "1", "--input-len", "8", "--json", str(out),
+        "--timeout", "120",
+    )  # fmt: skip
+    written = record.read(out)
+    ours = written["contestants"]["ours"]
+    assert code == 0, ours["runs"][0]["error"]
+    assert ours["overlay"] and ours["versions"]["sglang"] == "0.5.10.post1"
+    for size in ("1", "16"):
+        batch = ours["runs"][0]["batches"][size]
+        assert len(batch["decode_ms"]) == 7 and batch["prefill_ms"] > 0 and min(batch["decode_ms"]) > 0
+    said = capsys.readouterr().out
+    assert "1 of 3 layers" in said and "sglang 0.5.10.post1" in said
+    assert [line.split()[:2] for line in said.splitlines() if line[:1].isdigit()] == [["1", "ours"], ["16", "ours"]]
