@@ -38,7 +38,7 @@ class VirtualRanks:
         assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "32", "streams that share a queue wait for each other"
         self.num_ranks = num_ranks
         self.devices = [torch.device("cuda", rank % num_gpus) for rank in range(num_ranks)]
-        on_one_gpu = -(-num_ranks // num_gpus)
+        self.ranks_per_gpu = on_one_gpu = -(-num_ranks // num_gpus)
         real = min(torch.cuda.get_device_properties(gpu).multi_processor_count for gpu in range(num_gpus))
         self.num_multiprocessors = real // (2 * on_one_gpu)
         assert self.num_multiprocessors, f"{real} multiprocessors are too few for {on_one_gpu} ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -203,6 +204,23 @@ def test_the_published_model_has_the_bytes_that_its_shapes_say():
 def test_a_token_takes_k_and_v_of_the_heads_that_a_rank_holds(tp, heads):
     layout = settle(Flags(tp=tp, nnodes=max(tp // 8, 1), ep=None if tp < 48 else 16), M25, H200)
     assert memory.kv_bytes_per_token(M25, layout) == heads * 2 * 128 * 62 * 2
+
+
+GIB = 2**30
+# What `bench_one_batch --tp 2 --mem-fraction-static 0.85 --load-format dummy` logged on two H200 for the published config
+# with 16 layers: "Load weight begin. avail mem=128.51 GB" (other processes were there), "Load weight end. ... mem
+# usage=28.61 GB", "KV Cache is allocated. #tokens: 2642015, K size: 40.31 GB, V size: 40.31 GB".
+LOGGED_FREE_GIB, LOGGED_WEIGHTS_GIB, LOGGED_TOKENS, LOGGED_KV_GIB = 128.51, 28.61, 2_642_015, 80.62
+
+
+def test_weights_and_kv_cache_are_those_that_a_load_on_gpus_logged():
+    sixteen = dataclasses.replace(M25, num_hidden_layers=16)
+    free_mib = round(LOGGED_FREE_GIB * 1024) + memory.BEFORE_LOADING_MIB
+    gpu = dataclasses.replace(H200, memory_mib=free_mib)
+    planned = memory.plan_memory(sixteen, settle(Flags(tp=2, mem_fraction_static=0.85), sixteen, gpu), gpu)
+    assert sum(planned.weights.values()) / GIB == pytest.approx(LOGGED_WEIGHTS_GIB, rel=0.005)
+    assert planned.tokens == pytest.approx(LOGGED_TOKENS, rel=0.005)
+    assert LOGGED_TOKENS * planned.kv_bytes_per_token / GIB == pytest.approx(LOGGED_KV_GIB, rel=0.001)
 
 
 # ------------------------------------------------------------------ the engine's own settings

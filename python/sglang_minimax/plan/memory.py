@@ -16,8 +16,8 @@ from sglang_minimax.plan.shape import NVFP4_GROUP, ModelShape
 
 MIB = 1024**2
 
-# An estimate, not measured: the CUDA context, NCCL's and the custom all-reduce's buffers, which are there before the
-# engine first asks how much memory is free.
+# The CUDA context, NCCL's and the custom all-reduce's buffers, which are there before the engine first asks how much
+# memory is free. A server at TP2 on H200 logged 1.01 GiB for what it does between, and 138.3 of 140.4 GiB free after.
 BEFORE_LOADING_MIB = 1024
 
 _SCALE = 4  # bytes of a float32 scale

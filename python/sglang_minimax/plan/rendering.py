@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sglang_minimax.plan.memory import MIB, Memory
-from sglang_minimax.plan.report import UNCHECKED, RankHolds, Report
+from sglang_minimax.plan.report import BASIS, RankHolds, Report
 from sglang_minimax.plan.step import ASSUMPTIONS, Candidate, errors, fixed_us_per_layer
 
 _GIB = 1024 * MIB
@@ -133,7 +133,7 @@ def _show_memory(memory: Memory, report: Report, console: Console) -> None:
     )
     if memory.requests == 0:
         console.print("[yellow]Not one request of the full context length fits: lower --context-length.[/]")
-    console.print(f"[dim]{escape(UNCHECKED)}[/]\n")
+    console.print(f"[dim]{escape(BASIS)}[/]\n")
 
 
 def _basis_of_reserve(memory: Memory) -> str:

@@ -15,10 +15,10 @@ from sglang_minimax.plan.shape import ModelShape
 
 NUM_NEAREST = 4
 
-UNCHECKED = (
+BASIS = (
     "Weights are the exact bytes of the parameters that the model makes. KV cache follows from the engine's formulas, "
-    f"with an estimate of {BEFORE_LOADING_MIB / 1024:.0f} GiB for what CUDA and NCCL take before. None of it was "
-    "checked against a load on a GPU."
+    f"and from {BEFORE_LOADING_MIB / 1024:.0f} GiB for what CUDA and NCCL take before. A load at TP2 on H200 logged 0.3% "
+    "more weights, and 0.1% fewer tokens of KV cache for the memory that was free."
 )
 
 
@@ -65,7 +65,7 @@ class Report:
         if self.layout is not None and self.memory is not None:
             data["layout"]["gpus"] = self.layout.gpus
             data["memory"]["weights_total"] = sum(self.memory.weights.values())
-            data["basis"] = UNCHECKED
+            data["basis"] = BASIS
         return data
 
 
