@@ -318,9 +318,7 @@ def print_table(results: dict, layouts: list[Layout], tokens: list[int]) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", type=Layout.parse, nargs="+", help="default: 48:8 on 1, 2, 4, 8 GPUs")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--stock", metavar="PATH", help="PYTHONPATH of sglang 0.5.10.post1")

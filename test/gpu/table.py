@@ -1,7 +1,7 @@
 """Prints the outcomes of test_reference.py as a table for docs/proof.md.
 
-    SGLANG_MINIMAX_TEST_LOGS=FOLDER python -m pytest test/gpu/test_reference.py
-    python test/gpu/table.py FOLDER
+SGLANG_MINIMAX_TEST_LOGS=FOLDER python -m pytest test/gpu/test_reference.py
+python test/gpu/table.py FOLDER
 """
 
 from __future__ import annotations

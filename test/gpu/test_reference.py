@@ -37,8 +37,7 @@ MAX_NEW_TOKENS = 16
 SERVERS_AT_ONCE = int(os.environ.get("SGLANG_MINIMAX_TEST_SERVERS", "4"))
 START_SECONDS = 420
 PROMPTS = [
-    [300 + (7 * step + 13 * length) % 700 for step in range(length)]
-    for length in (40, 1, 9, 64, 3, 17, 33, 128)
+    [300 + (7 * step + 13 * length) % 700 for step in range(length)] for length in (40, 1, 9, 64, 3, 17, 33, 128)
 ]
 
 # head_dim 128 and bfloat16 as published.

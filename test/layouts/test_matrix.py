@@ -122,9 +122,7 @@ def test_bfloat16_stays_near_float32(tmp_path):
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8]]
     expected = Reference(path).greedy(prompts, steps)
     tokens = [completion.tokens for completion in expected]
-    result = run_layout(
-        path, tp=4, dtype="bfloat16", prompts_by_dp_rank=[prompts], forced_tokens=[tokens], steps=steps
-    )
+    result = run_layout(path, tp=4, dtype="bfloat16", prompts_by_dp_rank=[prompts], forced_tokens=[tokens], steps=steps)
     for completion, rows in zip(expected, result.logprobs[0], strict=True):
         got = rows[np.arange(steps), completion.tokens]
         assert np.abs(got - completion.logprobs).mean() < 0.1

@@ -21,7 +21,8 @@ def loaded_bytes(runner):
 
 
 @pytest.mark.parametrize(
-    "flags", [Flags(tp=16, nnodes=2), Flags(tp=4, dp=2, ep=2, enable_dp_attention=True), Flags(tp=2, pp=2)],
+    "flags",
+    [Flags(tp=16, nnodes=2), Flags(tp=4, dp=2, ep=2, enable_dp_attention=True), Flags(tp=2, pp=2)],
     ids=lambda flags: " ".join(flags.words()),
 )
 def test_a_loaded_rank_holds_the_planned_bytes(tmp_path, flags):

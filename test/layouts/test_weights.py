@@ -116,9 +116,7 @@ def test_other_numbers_of_experts_load_and_serve(tmp_path, num_experts):
 
 def test_dummy_weights_load(checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    result = run_layout(
-        checkpoint, prompts_by_dp_rank=[PROMPTS], steps=1, server_arguments={"load_format": "dummy"}
-    )
+    result = run_layout(checkpoint, prompts_by_dp_rank=[PROMPTS], steps=1, server_arguments={"load_format": "dummy"})
     assert len(result.tokens[0]) == len(PROMPTS)
 
 

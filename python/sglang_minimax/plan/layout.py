@@ -135,9 +135,7 @@ def _weights_rule(layout: Layout, model: ModelShape) -> str | None:
         return f"the expert width a rank, {width}, is not a multiple of the {NVFP4_GROUP} values of an NVFP4 scale"
     if quantisation.kind != "fp8" or not quantisation.attention:
         return None
-    shards = sharding.shard_attention(
-        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
-    )
+    shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
     rows, columns = quantisation.block
     for what, heads in (("q", shards.q.heads_per_rank), ("k and v", shards.kv.heads_per_rank)):
         values = heads * model.head_dim

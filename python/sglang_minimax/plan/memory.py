@@ -60,9 +60,7 @@ def _experts(model: ModelShape, layout: Layout) -> int:
 
 def _attention(model: ModelShape, layout: Layout) -> int:
     """The fused projection of q, k and v, and the output projection."""
-    shards = sharding.shard_attention(
-        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
-    )
+    shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
     q, kv = shards.q.heads_per_rank * model.head_dim, shards.kv.heads_per_rank * model.head_dim
     projections = _projection(model, q + 2 * kv, model.hidden_size, 3) + _projection(model, model.hidden_size, q, 1)
     kv_scales = 2 * _SCALE if model.quantisation.kind != "none" else 0  # one of K and one of V, used or not
@@ -83,9 +81,7 @@ def _projection(model: ModelShape, rows: int, columns: int, parts: int) -> int:
 def _norms(model: ModelShape, layout: Layout) -> int:
     values = 2 * model.hidden_size
     if model.use_qk_norm:
-        shards = sharding.shard_attention(
-            model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
-        )
+        shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
         values += (shards.q.heads_per_rank + shards.kv.heads_per_rank) * model.head_dim
     return values * model.dtype_bytes
 

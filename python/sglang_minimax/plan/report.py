@@ -17,8 +17,8 @@ NUM_NEAREST = 4
 
 BASIS = (
     "Weights are the exact bytes of the parameters that the model makes. KV cache follows from the engine's formulas, "
-    f"and from {BEFORE_LOADING_MIB / 1024:.0f} GiB for what CUDA and NCCL take before. A load at TP2 on H200 logged 0.3% "
-    "more weights, and 0.1% fewer tokens of KV cache for the memory that was free."
+    f"and from {BEFORE_LOADING_MIB / 1024:.0f} GiB for what CUDA and NCCL take before. A load at TP2 on H200 logged "
+    "0.3% more weights, and 0.1% fewer tokens of KV cache for the memory that was free."
 )
 
 

@@ -139,9 +139,7 @@ def _busiest_rank(model: ModelShape, layout: Layout, touched: float) -> float:
 
 def _operations(model: ModelShape, layout: Layout, tokens: int, requests: int, context: int) -> float:
     """Multiplications and additions of one rank in all its stages."""
-    shards = sharding.shard_attention(
-        model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks
-    )
+    shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
     q, kv = shards.q.heads_per_rank * model.head_dim, shards.kv.heads_per_rank * model.head_dim
     attention = requests * (2 * model.hidden_size * (2 * q + 2 * kv) + 4 * q * context)
     experts = tokens * model.num_experts_per_tok * 6 * model.hidden_size * model.intermediate_size / layout.tp
@@ -274,8 +272,6 @@ def _layouts(model: ModelShape, gpu: Gpu, gpus: int, flags: Flags) -> Iterator[L
 
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
 
 
 def as_data(candidates: list[Candidate]) -> dict[str, object]:
