@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 _GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
+_KILL_SECONDS = 10.0  # from SIGKILL to the end of a process, which a busy host takes a while to clear away
 _POLL_SECONDS = 0.2
 
 
@@ -128,7 +129,7 @@ class SessionProcess:
         for process in self.members():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        if not _wait_until(lambda: self.has_ended() and not self.members(), _GRACE_SECONDS):
+        if not _wait_until(lambda: self.has_ended() and not self.members(), _KILL_SECONDS):
             left = ", ".join(f"{process.pid} ({process.name()})" for process in self.members())
             raise RuntimeError(f"these processes outlived SIGKILL: {left}")
         self._process.wait()
