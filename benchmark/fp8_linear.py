@@ -20,6 +20,8 @@ import statistics
 import subprocess
 import sys
 
+import graph_timing
+
 HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 3072, 48, 8, 128, 128
 TOKENS, LAYERS, WARM_UP, REPLAYS = [1, 4, 16, 32, 64, 128, 256, 1024], 24, 10, 60
 ROW = "row: "
@@ -55,13 +57,7 @@ def graph_time(function, arguments: list) -> float:
         for one in arguments:
             function(*one)
         graph.capture_end()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(WARM_UP + REPLAYS)]
-    for before, after in events:
-        before.record()
-        graph.replay()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(b.elapsed_time(a) * 1000 / len(arguments) for b, a in events[WARM_UP:])
+    return statistics.median(graph_timing.replay_times(graph, len(arguments), WARM_UP, REPLAYS))
 
 
 def measure(backend: str, ranks: list[int]) -> None:

@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import graph_timing
+
 HEAD_DIM, ROTARY_DIM, EPS, THETA = 128, 64, 1e-6, 5_000_000
 LAYERS, WARM_UP, REPLAYS, MAX_POSITION = 8, 20, 200, 32768
 TOKENS = [1, 4, 16, 64, 128, 256, 512, 1024, 4096, 16384]
@@ -185,13 +187,7 @@ def replay_times(parallel_state, layers: list[Layer]) -> list[float]:
         for layer in layers:
             layer.run()
     torch.distributed.barrier()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(WARM_UP + REPLAYS)]
-    for before, after in events:
-        before.record()
-        graph.replay()
-        after.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) * 1000 / len(layers) for before, after in events[WARM_UP:]]
+    return graph_timing.replay_times(graph, len(layers), WARM_UP, REPLAYS)
 
 
 def summary(times: list[float]) -> dict[str, float]:

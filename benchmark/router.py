@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import statistics
 
+import graph_timing
 import torch
 
 TOKENS, EXPERTS, HIDDEN_SIZE = [1, 2, 4, 8, 16, 32, 48, 64, 128, 256], 256, 3072
@@ -81,13 +82,7 @@ def replay_time(layers: list) -> float:
         for layer in layers:
             layer()
         graph.capture_end()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(WARM_UP + REPLAYS)]
-    for before, after in events:
-        before.record()
-        graph.replay()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(b.elapsed_time(a) * 1000 / len(layers) for b, a in events[WARM_UP:])
+    return statistics.median(graph_timing.replay_times(graph, len(layers), WARM_UP, REPLAYS))
 
 
 def of_layers(function, inputs: list, weights: list) -> list:
