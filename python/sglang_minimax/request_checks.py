@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sglang_minimax.adjustments import EngineModule, EngineObject
-from sglang_minimax.server_arguments import ARCHITECTURE
+from sglang_minimax.server_arguments import is_minimax
 
 _INT32 = range(-(2**31), 2**31)
 _INT64 = range(-(2**63), 2**63)
@@ -46,14 +46,14 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
 
     @functools.wraps(generate)
     def generate_request(self: EngineObject, obj: EngineObject, request: EngineObject = None) -> Any:
-        if isinstance(obj, tokenizer_manager.GenerateReqInput) and _is_ours(self):
+        if isinstance(obj, tokenizer_manager.GenerateReqInput) and is_minimax(self.model_config):
             check_request(obj, self.model_config.vocab_size, has_tokenizer=self.tokenizer is not None)
         return generate(self, obj, request)
 
     @functools.wraps(validate)
     def validate_one_request(self: EngineObject, obj: EngineObject, input_ids: list[int] | None) -> None:
         try:
-            if input_ids is not None and len(input_ids) == 0 and _is_ours(self):
+            if input_ids is not None and len(input_ids) == 0 and is_minimax(self.model_config):
                 raise ValueError("the prompt has no token: there is nothing to continue. Give at least one.")
             validate(self, obj, input_ids)
         except ValueError:
@@ -66,10 +66,6 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
 
 
 ADJUSTMENTS = [("sglang.srt.managers.tokenizer_manager", check_requests_first)]
-
-
-def _is_ours(manager: EngineObject) -> bool:
-    return ARCHITECTURE in (manager.model_config.hf_config.architectures or [])
 
 
 def check_request(request: EngineObject, vocab_size: int, *, has_tokenizer: bool) -> None:

@@ -73,8 +73,9 @@ ADJUSTMENTS = [
 ]
 
 
-def _is_minimax(args: EngineObject) -> bool:
-    return ARCHITECTURE in (args.get_model_config().hf_config.architectures or [])
+def is_minimax(model_config: EngineObject) -> bool:
+    """Whether the engine's ``ModelConfig`` is that of a model that this package serves."""
+    return ARCHITECTURE in (model_config.hf_config.architectures or [])
 
 
 def _settle_layout(args: EngineObject) -> None:
@@ -85,7 +86,7 @@ def _settle_layout(args: EngineObject) -> None:
     """
     left_alone = isinstance(args.ep_size, LeftAlone)
     args.ep_size = int(args.ep_size)
-    if not _is_minimax(args):
+    if not is_minimax(args.get_model_config()):
         return
     from sglang.srt.layers.minimax_sharding import attention_tp_size, expert_shape_of, shard_attention
 
@@ -139,7 +140,7 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
     if (
         not args.enable_flashinfer_allreduce_fusion
         and not args.enforce_disable_flashinfer_allreduce_fusion
-        and _is_minimax(args)
+        and is_minimax(args.get_model_config())
         and reason_against_fused_all_reduce(
             device_name=module.get_device_name() or "",
             hopper_or_blackwell=module.is_sm90_supported() or module.is_sm100_supported(),
@@ -156,7 +157,7 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
 
 
 def _sum_experts_in_kernel(args: EngineObject) -> None:
-    if _is_minimax(args):
+    if is_minimax(args.get_model_config()):
         expert_sum.mark(args)
 
 

@@ -22,6 +22,7 @@ from sglang_minimax.plan.report import RankHolds, divided
 from sglang_minimax.server_arguments import (
     ARCHITECTURE,
     EP_SIZE_REASON,
+    is_minimax,
     logger,
     reason_against_fused_all_reduce,
 )
@@ -290,14 +291,14 @@ def speak_for_scheduler(module: EngineModule) -> None:
 
     @functools.wraps(get_init_info)
     def init_info(self: EngineObject) -> Any:
-        if _is_ours(self) and not (self.tp_rank or self.pp_rank or self.dp_rank):
+        if is_minimax(self.model_config) and not (self.tp_rank or self.pp_rank or self.dp_rank):
             logger.info("%s", log_block(self.tp_worker.model_runner))
         return get_init_info(self)
 
     @functools.wraps(get_internal_state)
     def internal_state(self: EngineObject, request: EngineObject) -> Any:
         answer = get_internal_state(self, request)
-        if _is_ours(self):
+        if is_minimax(self.model_config):
             # A new dict: the engine answers with the attributes of its server arguments themselves.
             answer.internal_state = {**answer.internal_state, KEY: server_info(self.tp_worker.model_runner)}
         return answer
@@ -345,7 +346,3 @@ ADJUSTMENTS = [
     ("sglang.srt.entrypoints.http_server", speak_over_http),
     ("sglang.srt.entrypoints.engine", speak_for_engine),
 ]
-
-
-def _is_ours(scheduler: EngineObject) -> bool:
-    return ARCHITECTURE in (scheduler.model_config.hf_config.architectures or [])

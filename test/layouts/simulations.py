@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from sglang.srt.batch_overlap import two_batch_overlap
-from sglang.srt.batch_overlap.operations_strategy import OperationsStrategy
 from sglang.srt.distributed import attention_tensor_model_parallel_all_reduce, get_tp_group
 from sglang.srt.eplb.expert_location_dispatch import topk_ids_logical_to_physical
 from sglang.srt.layers import communicator, flashinfer_comm_fusion, minimax_attention_inputs
@@ -21,7 +20,7 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 from sglang.srt.layers.quantization import fp8
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.models import minimax_m2, minimax_m2_moe
+from sglang.srt.models import minimax_m2, minimax_m2_moe, minimax_m2_overlap
 
 
 def fused_all_reduce(monkeypatch) -> None:
@@ -69,16 +68,8 @@ def stages_in_order(monkeypatch) -> None:
         forward_batch.tbo_padded_len = len(positions)  # which the engine sets for real halves only
         layers = self.layers[self.start_layer : self.end_layer]
         return two_batch_overlap._model_forward_non_tbo(
-            inputs={
-                "positions": positions,
-                "hidden_states": hidden_states,
-                "forward_batch": forward_batch,
-                "residual": residual,
-                "zero_allocator": None,
-            },
-            operations_strategy=OperationsStrategy.concat(
-                [layer.overlap_strategy(forward_batch.forward_mode) for layer in layers]
-            ),
+            inputs=minimax_m2_overlap.first_inputs(positions, hidden_states, forward_batch, residual),
+            operations_strategy=minimax_m2_overlap.stages_of(layers, forward_batch.forward_mode),
         )
 
     monkeypatch.setattr(minimax_m2.MiniMaxM2Model, "_forward_layers", forward_layers)

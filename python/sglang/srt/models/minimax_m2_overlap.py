@@ -117,16 +117,24 @@ def forward_overlapped(layers, positions, hidden_states, forward_batch, residual
     The engine finds the stages of a layer by its class name and does not know this one, so they are given here.
     """
     return two_batch_overlap._model_forward_tbo(
-        inputs={
-            "positions": positions,
-            "hidden_states": hidden_states,
-            "forward_batch": forward_batch,
-            "residual": residual,
-            "zero_allocator": None,
-        },
-        operations_strategy=OperationsStrategy.concat(
-            [layer.overlap_strategy(forward_batch.global_forward_mode) for layer in layers]
-        ),
+        inputs=first_inputs(positions, hidden_states, forward_batch, residual),
+        operations_strategy=stages_of(layers, forward_batch.global_forward_mode),
         input_data_scatter_mode=ScatterMode.model_input_output(),
         layer_input_scatter_mode=layers[0].layer_scatter_modes.layer_input_mode,
     )
+
+
+def first_inputs(positions, hidden_states, forward_batch, residual) -> dict:
+    """What enters the first stage, under the names that the stages know."""
+    return {
+        "positions": positions,
+        "hidden_states": hidden_states,
+        "forward_batch": forward_batch,
+        "residual": residual,
+        "zero_allocator": None,
+    }
+
+
+def stages_of(layers, forward_mode: ForwardMode) -> OperationsStrategy:
+    """The stages of all ``layers``, one after the other."""
+    return OperationsStrategy.concat([layer.overlap_strategy(forward_mode) for layer in layers])
