@@ -122,6 +122,17 @@ def test_the_copy_of_a_model_has_fewer_layers_and_a_tokenizer(model, tmp_path):
     assert json.loads((model / "config.json").read_text())["num_hidden_layers"] == 3, "the original is left alone"
 
 
+def test_the_copy_of_a_model_has_the_shards_of_a_wider_tp(model, tmp_path):
+    whole = json.loads((model / "config.json").read_text())
+    told = model_steps.prepare_model(model, tmp_path / "copy", num_layers=None, part_of=2)
+    half = json.loads((tmp_path / "copy/config.json").read_text())
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        assert half[name] * 2 == whole[name]
+    for name in ("hidden_size", "head_dim", "num_local_experts", "num_experts_per_tok"):
+        assert half[name] == whole[name]
+    assert told["changes"][0] == "heads, experts' width and vocabulary divided by 2"
+
+
 def test_a_models_own_tokenizer_is_taken(model, tmp_path):
     (model / "tokenizer.json").write_text("its own")
     model_steps.prepare_model(model, tmp_path / "copy", num_layers=None)
@@ -141,6 +152,8 @@ def test_a_models_own_tokenizer_is_taken(model, tmp_path):
         (["--env", "A"], "must be VARIABLE=VALUE"),
         (["--extra", "triton"], 'must be "--flag value ..."'),
         (["--num-layers", "9"], "--num-layers 9 must be from 1 to the model's 3"),
+        (["--part-of", "3"], "--part-of 3 must divide num_attention_heads"),
+        (["--part-of", "0"], "--part-of 0 must divide num_attention_heads"),
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--output-len", "1"], "--output-len 1 must be at least 2"),
         (["--batch-sizes", "4", "4"], "--batch-sizes 4 4 must differ"),

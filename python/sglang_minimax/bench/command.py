@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--layout", default="--tp 1", metavar='"--tp N ..."', help="engine flags (default: --tp 1)")
     steps.add_argument("--device", help="the engine's --device: cpu on a host without a GPU (default: left to it)")
     steps.add_argument("--num-layers", type=int, help="fewer layers than the model has")
+    steps.add_argument(
+        "--part-of", type=int, default=1, metavar="N",
+        help="heads, experts' width and vocabulary divided by N: at --tp 2, with N 2, a rank's shards are TP4's",
+    )  # fmt: skip
     steps.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     steps.add_argument("--input-len", type=int, default=128, help="tokens (default: 128)")
     steps.add_argument("--output-len", type=int, default=34, help="tokens (default: 34)")
@@ -133,7 +137,7 @@ def _measure_model(arguments: argparse.Namespace) -> int:
         flags = (*device, *shlex.split(arguments.layout))
         sizes = tuple(arguments.batch_sizes)
         work = model_steps.Work(folder / "model", flags, sizes, arguments.input_len, arguments.output_len)
-        model = model_steps.prepare_model(arguments.model, work.model, arguments.num_layers)
+        model = model_steps.prepare_model(arguments.model, work.model, arguments.num_layers, arguments.part_of)
         found = record.new(
             "model", model=model, layout=arguments.layout, device=arguments.device, batch_sizes=list(sizes),
             input_len=arguments.input_len, output_len=arguments.output_len, repeats=arguments.repeats, contestants={},

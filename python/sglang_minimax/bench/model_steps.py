@@ -33,19 +33,25 @@ _POLL_SECONDS = 0.2
 # ------------------------------------------------------------------------------------------------ model
 
 
-def prepare_model(model: Path, folder: Path, num_layers: int | None) -> dict[str, Any]:
+_SHARDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+"""What TP divides, by its name in the config."""
+
+
+def prepare_model(model: Path, folder: Path, num_layers: int | None, part_of: int = 1) -> dict[str, Any]:
     """Copies the config and, if there is one, the tokenizer of ``model`` into ``folder``, without weights.
 
     Where there is no tokenizer a small one is written: the tool loads it and encodes nothing.
 
     Args:
         num_layers: hidden layers of the copy; None leaves them.
+        part_of: divides what TP divides, so that fewer GPUs hold the shards of a wider TP and do the work of its ranks,
+            all but the exchange with the ranks that are not there.
 
     Returns:
         ``name``, and ``changes``: in words, what of the config is not the model's.
 
     Raises:
-        CannotBench: no ``config.json``, or a number of layers that the model does not have.
+        CannotBench: no ``config.json``, a number of layers that the model does not have, or a part that is not whole.
     """
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
@@ -65,6 +71,12 @@ def prepare_model(model: Path, folder: Path, num_layers: int | None) -> dict[str
             raise CannotBench(f"--num-layers {num_layers} must be from 1 to the model's {layers}")
         config["num_hidden_layers"] = num_layers
         changes.append(f"{num_layers} of {layers} layers")
+    if part_of != 1:
+        uneven = [f"{name} {config.get(name)}" for name in _SHARDED if part_of < 1 or (config.get(name) or 0) % part_of]
+        if uneven:
+            raise CannotBench(f"--part-of {part_of} must divide {', '.join(uneven)}")
+        config.update({name: config[name] // part_of for name in _SHARDED})
+        changes.append(f"heads, experts' width and vocabulary divided by {part_of}")
     vocabulary = config.get("vocab_size") or 0
     if vocabulary < SMALLEST_VOCABULARY:
         config["vocab_size"] = SMALLEST_VOCABULARY
