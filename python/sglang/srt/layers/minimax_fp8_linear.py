@@ -301,9 +301,16 @@ def _prefetch(pointers):
 
 
 @triton.jit
+def _keep_here(weight):
+    """Itself. Without it the compiler puts the way to the tensor cores, through shared memory, right behind each load,
+    and so waits for one load before it issues the next."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], dtype=weight.dtype, is_pure=False, pack=4)
+
+
+@triton.jit
 def _scaled_product(x, weight, weight_scale, METHOD: tl.constexpr, SWAP: tl.constexpr):
     """x and weight [(groups,) rows, 128], weight_scale a number for each group: [(groups,) tokens, outputs] float32,
-    or, swapped, [outputs, tokens]."""
+    or, swapped, [(groups,) outputs, tokens]."""
     q, x_scale = _quantise(x)
     rank: tl.constexpr = len(x.shape)
     if METHOD == "reduce":
@@ -311,18 +318,42 @@ def _scaled_product(x, weight, weight_scale, METHOD: tl.constexpr, SWAP: tl.cons
     else:
         if METHOD == "half":
             q, weight = q.to(tl.float16), weight.to(tl.float16)
-        if rank == 3:
-            product = tl.dot(q, tl.permute(weight, (0, 2, 1)))
-        elif SWAP:
-            product = tl.dot(weight, tl.trans(q))
+        if SWAP:
+            product = tl.dot(weight, _transposed(q))
         else:
-            product = tl.dot(q, tl.trans(weight))
+            product = tl.dot(q, _transposed(weight))
+    if SWAP:
+        x_scale = _transposed(x_scale)
     if rank == 3:
-        return product * (x_scale * weight_scale[:, None, None])
-    elif SWAP:
-        return product * (tl.trans(x_scale) * weight_scale)
+        weight_scale = weight_scale[:, None, None]
+    return product * (x_scale * weight_scale)
+
+
+@triton.jit
+def _transposed(x):
+    """With its last two axes exchanged."""
+    if len(x.shape) == 3:
+        return tl.permute(x, (0, 2, 1))
     else:
-        return product * (x_scale * weight_scale)
+        return tl.trans(x)
+
+
+@triton.jit
+def _load(pointers, mask, WHOLE: tl.constexpr):
+    """Zeros where ``mask`` does not hold; WHOLE: it holds everywhere."""
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _is_group(group, GROUPS: tl.constexpr, FLAT: tl.constexpr):
+    """Whether there is such a group, in the shape of a tile."""
+    if FLAT:
+        return group < GROUPS
+    else:
+        return (group < GROUPS)[:, None, None]
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -354,47 +385,51 @@ def _fp8_linear_kernel(
         is_token, is_n = token[None, :, None] < tokens, n[None, :, None] < OUTPUTS
     scale_pointers = scale_ptr + (tile * BLOCK_N // 128) * GROUPS + first + lane
 
-    if FLAT & SWAP:
-        sums = tl.zeros((BLOCK_N, BLOCK_TOKENS), tl.float32)
-    elif FLAT:
-        sums = tl.zeros((BLOCK_TOKENS, BLOCK_N), tl.float32)
+    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_TOKENS
+    COLUMNS: tl.constexpr = BLOCK_TOKENS if SWAP else BLOCK_N
+    if FLAT:
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     else:
-        sums = tl.zeros((WIDTH, BLOCK_TOKENS, BLOCK_N), tl.float32)
+        sums = tl.zeros((WIDTH, ROWS, COLUMNS), tl.float32)
 
+    # Masks that always hold cost instructions and layouts.
+    WHOLE: tl.constexpr = (SPLITS * STEPS * WIDTH == GROUPS) & (OUTPUTS % BLOCK_N == 0)
     if AHEAD:
-        weights, scales, xs = (), (), ()
+        weights, scales = (), ()
         for step in tl.static_range(STEPS):
-            inside = first + step * WIDTH + lane < GROUPS
-            inside_tile = inside if FLAT else inside[:, None, None]
-            weights = weights + (tl.load(weight_pointers + step * WIDTH * 128, mask=is_n & inside_tile, other=0.0),)
-            scales = scales + (tl.load(scale_pointers + step * WIDTH, mask=inside, other=0.0),)
+            is_group = _is_group(first + step * WIDTH + lane, GROUPS, FLAT)
+            weights = weights + (_load(weight_pointers + step * WIDTH * 128, is_n & is_group, WHOLE),)
+        # After all of the weights: what becomes of a number may wait for it.
+        for step in tl.static_range(STEPS):
+            is_group = first + step * WIDTH + lane < GROUPS
+            scales = scales + (_load(scale_pointers + step * WIDTH, is_group, WHOLE),)
         if PDL:
             gdc_wait()  # before the first read of x, and the first write of what the launch before may still read
             gdc_launch_dependents()
+        next_x = tl.load(x_pointers, mask=is_token & _is_group(first + lane, GROUPS, FLAT), other=0.0)
         for step in tl.static_range(STEPS):
-            inside = first + step * WIDTH + lane < GROUPS
-            inside_tile = inside if FLAT else inside[:, None, None]
-            xs = xs + (tl.load(x_pointers + step * WIDTH * 128, mask=is_token & inside_tile, other=0.0),)
-        for step in tl.static_range(STEPS):
-            sums += _scaled_product(xs[step], weights[step], scales[step], METHOD, SWAP)
+            x = next_x
+            if step + 1 < STEPS:
+                is_group = _is_group(first + (step + 1) * WIDTH + lane, GROUPS, FLAT)
+                next_x = tl.load(x_pointers + (step + 1) * WIDTH * 128, mask=is_token & is_group, other=0.0)
+            weight = _keep_here(weights[step]) if PDL else weights[step]
+            sums += _scaled_product(x, weight, scales[step], METHOD, SWAP)
     else:
         if PDL:
-            row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            row = tl.minimum(n, OUTPUTS - 1)
             for step in range(STEPS * WIDTH):
-                group = tl.minimum(first + step, GROUPS - 1)
-                _prefetch(weight_ptr + tl.minimum(row, OUTPUTS - 1) * INPUTS + group * 128)
+                _prefetch(weight_ptr + row * INPUTS + tl.minimum(first + step, GROUPS - 1) * 128)
             gdc_wait()
             gdc_launch_dependents()
         for step in range(STEPS):
-            inside = first + step * WIDTH + lane < GROUPS
-            inside_tile = inside if FLAT else inside[:, None, None]
-            x = tl.load(x_pointers + step * WIDTH * 128, mask=is_token & inside_tile, other=0.0)
-            weight = tl.load(weight_pointers + step * WIDTH * 128, mask=is_n & inside_tile, other=0.0)
-            scale = tl.load(scale_pointers + step * WIDTH, mask=inside, other=0.0)
+            is_group = _is_group(first + step * WIDTH + lane, GROUPS, FLAT)
+            x = tl.load(x_pointers + step * WIDTH * 128, mask=is_token & is_group, other=0.0)
+            weight = _load(weight_pointers + step * WIDTH * 128, is_n & is_group, WHOLE)
+            scale = _load(scale_pointers + step * WIDTH, first + step * WIDTH + lane < GROUPS, WHOLE)
             sums += _scaled_product(x, weight, scale, METHOD, SWAP)
     if not FLAT:
         sums = tl.sum(sums, axis=0)
-    elif SWAP:
+    if SWAP:
         sums = tl.trans(sums)
 
     place = token[:, None] * OUTPUTS + n[None, :]
