@@ -1,4 +1,4 @@
-"""FP8 linear layers of MiniMax-M2's attention for few tokens: bfloat16 activations, e4m3 weights in blocks of 128 x 128.
+"""FP8 linear layers of MiniMax-M2's attention for few tokens: bfloat16 in and out, e4m3 weights in blocks of 128 x 128.
 
     q, scale = quantise(x)                              # e4m3, a scale for each token and 128 inputs
     out = (q * scale) @ (weight * weight_scale).T       # float32 sums, cast to bfloat16 once
@@ -148,7 +148,7 @@ def reason_against_server() -> str | None:
 def reason_against_layer(linear: torch.nn.Module) -> str | None:
     """Why a layer's weights, as they are now, are none for these kernels, as a clause, or None."""
     method, weight = getattr(linear, "quant_method", None), getattr(linear, "weight", None)
-    if type(method) is not Fp8LinearMethod or weight is None or weight.dtype != torch.float8_e4m3fn:
+    if not isinstance(method, Fp8LinearMethod) or weight is None or weight.dtype != torch.float8_e4m3fn:
         return "weights are not in the checkpoint's FP8"
     if method.use_mxfp8 or method.use_marlin or list(method.quant_config.weight_block_size or []) != [GROUP, GROUP]:
         return f"weights are not scaled in blocks of {GROUP} x {GROUP} alone"
@@ -219,8 +219,8 @@ def minimax_fp8_linear(layer: int, x: torch.Tensor) -> torch.Tensor:
 
 
 def new_counters(outputs: int, device: torch.device | str) -> torch.Tensor:
-    """Zeros for the CTAs of every plan's tiles, which leave zeros. One launch at a time may use them."""
-    return torch.zeros(triton.cdiv(outputs, 8) * triton.cdiv(MAX_TOKENS, 16), dtype=torch.int32, device=device)
+    """Zeros for the tiles of any plan, 8 of the tokens at most; a launch leaves zeros. One at a time may use them."""
+    return torch.zeros(triton.cdiv(outputs, 8) * 8, dtype=torch.int32, device=device)
 
 
 def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,10 +318,7 @@ def _scaled_product(x, weight, weight_scale, METHOD: tl.constexpr, SWAP: tl.cons
     else:
         if METHOD == "half":
             q, weight = q.to(tl.float16), weight.to(tl.float16)
-        if SWAP:
-            product = tl.dot(weight, _transposed(q))
-        else:
-            product = tl.dot(q, _transposed(weight))
+        product = tl.dot(weight, _transposed(q)) if SWAP else tl.dot(q, _transposed(weight))
     if SWAP:
         x_scale = _transposed(x_scale)
     if rank == 3:
@@ -387,11 +384,7 @@ def _fp8_linear_kernel(
 
     ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_TOKENS
     COLUMNS: tl.constexpr = BLOCK_TOKENS if SWAP else BLOCK_N
-    if FLAT:
-        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    else:
-        sums = tl.zeros((WIDTH, ROWS, COLUMNS), tl.float32)
-
+    sums = tl.zeros((ROWS, COLUMNS) if FLAT else (WIDTH, ROWS, COLUMNS), tl.float32)
     # Masks that always hold cost instructions and layouts.
     WHOLE: tl.constexpr = (SPLITS * STEPS * WIDTH == GROUPS) & (OUTPUTS % BLOCK_N == 0)
     if AHEAD:
