@@ -45,7 +45,7 @@ def nearest_e4m3(monkeypatch):
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_every_kind_of_plan_is_the_product_of_float64(plan, outputs, inputs):
     counters = torch.zeros(256, dtype=torch.int32)
-    for tokens in (1, 5, 17):
+    for tokens in (1, 17):
         x, weight, scale = problem(tokens, outputs, inputs)
         check(fp8.fp8_linear(x, weight, scale, plan, counters), x, weight, scale)
         assert not counters.any(), "the next launch counts from zero"
@@ -68,7 +68,7 @@ def test_a_layer_takes_any_number_of_tokens(tokens):
     out = fp8.Fp8Linear(layer)(x)
     check(out, x, weight, scale) if tokens else None
     assert out.shape == (tokens, 160) and out.dtype == torch.bfloat16
-    assert layer.calls == (tokens > fp8.MAX_TOKENS)
+    assert layer.calls == (tokens > max(fp8.plans_for(384, 160)))
 
 
 def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):

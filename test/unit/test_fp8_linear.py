@@ -48,7 +48,9 @@ def test_activations_become_the_nearest_of_all_e4m3_values():
 @pytest.mark.parametrize("shape", [*fp8.PLANS, (256, 100), (3072, 2176), (12288, 16384)])
 def test_every_shape_and_count_has_a_plan_that_covers_it(shape):
     inputs, outputs = shape
-    for tokens in range(1, fp8.MAX_TOKENS + 1):
+    limits = list(fp8.plans_for(inputs, outputs))
+    assert limits == sorted(limits) and fp8.plan_for(limits[-1] + 1, inputs, outputs) is None
+    for tokens in range(1, limits[-1] + 1):
         plan = fp8.plan_for(tokens, inputs, outputs)
         tiles = plan.tiles(tokens, outputs)
         assert tiles[0] * plan.block_n >= outputs and tiles[1] * plan.block_tokens >= tokens
@@ -58,12 +60,9 @@ def test_every_shape_and_count_has_a_plan_that_covers_it(shape):
 
 
 def test_a_shape_without_a_row_takes_the_nearest():
-    assert fp8.plan_for(3, 3072, 2176) == fp8.plan_for(3, 3072, 2048)
-    assert fp8.plan_for(3, 256, 3000) == fp8.plan_for(3, 384, 3072)
-
-
-def test_the_plans_reach_the_limit_for_every_shape():
-    assert all(max(plans) == fp8.MAX_TOKENS and list(plans) == sorted(plans) for plans in fp8.PLANS.values())
+    assert fp8.plans_for(3072, 2176) is fp8.PLANS[3072, 2048]
+    assert fp8.plans_for(256, 3000) is fp8.PLANS[384, 3072]
+    assert all(fp8.plans_for(*shape) is plans for shape, plans in fp8.PLANS.items())
 
 
 def layer(**changed):
@@ -99,7 +98,8 @@ def chosen(monkeypatch):
 def test_the_published_layer_on_hopper_takes_the_kernel(chosen):
     projection, said = chosen(layer())
     assert isinstance(projection, fp8.Fp8Linear)
-    assert said == [f"The qkv and output projections are one kernel up to {fp8.MAX_TOKENS} tokens."]
+    limit = max(fp8.plans_for(384, 160))
+    assert said == [f"The qkv and output projections are one kernel up to {limit} tokens."]
 
 
 @pytest.mark.parametrize(

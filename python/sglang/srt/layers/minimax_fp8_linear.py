@@ -78,39 +78,41 @@ class Plan(NamedTuple):
 
 # Guesses, not measured yet. (inputs, outputs): up to so many tokens. Few tokens are read again by every CTA cheaply, so
 # narrow tiles of outputs and no split; more tokens are quantised once for many outputs, so wide tiles and splits.
-def _guess(block_n: int, width: int, wide_splits: int) -> dict[int, Plan]:
+def _guess(block_n: int, width: int, splits: int, wide_splits: int, stages: int = 0) -> dict[int, Plan]:
     return {
-        2: Plan("half", 16, block_n, 1, width, width, 0),
-        16: Plan("half", 16, block_n, 1, width, width, 0),
-        32: Plan("fp8", 32, 64, wide_splits, 1, 4, 0, True),
-        64: Plan("fp8", 64, 64, wide_splits, 1, 4, 0, True),
+        8: Plan("half", 8, block_n, splits, width, width, stages, swap=True),
+        16: Plan("half", 16, block_n, splits, width, width, stages, swap=True),
+        32: Plan("fp8", 32, 64, wide_splits, 1, 4, 4, swap=True),
+        64: Plan("fp8", 64, 64, wide_splits, 1, 4, 4, swap=True),
     }
 
 
 PLANS: dict[tuple[int, int], dict[int, Plan]] = {
-    (3072, 2048): _guess(16, 8, 4),  # qkv and o of TP4
-    (1536, 3072): _guess(16, 4, 3),
-    (3072, 4096): _guess(32, 8, 2),  # TP2
-    (3072, 3072): _guess(32, 8, 2),
-    (3072, 8192): _guess(64, 8, 1),  # TP1
-    (6144, 3072): _guess(32, 8, 3),
-    (3072, 1024): _guess(16, 8, 8),  # TP8
-    (768, 3072): _guess(16, 2, 3),
-    (3072, 640): _guess(16, 8, 12),  # TP16
-    (384, 3072): _guess(16, 1, 3),
+    (3072, 2048): _guess(16, 8, 1, 4),  # qkv and o of TP4
+    (1536, 3072): _guess(16, 4, 1, 3),
+    (3072, 4096): _guess(32, 8, 1, 2, 4),  # TP2
+    (3072, 3072): _guess(32, 8, 1, 3, 4),
+    (3072, 8192): _guess(32, 8, 1, 1, 4),  # TP1
+    (6144, 3072): _guess(32, 8, 1, 3, 4),
+    (3072, 1024): _guess(16, 8, 3, 8),  # TP8
+    (768, 3072): _guess(32, 2, 1, 3),
+    (3072, 640): _guess(16, 8, 3, 12),  # TP16
+    (384, 3072): _guess(32, 1, 1, 3),
 }
-MAX_TOKENS = 64
-"""No plan is for more; above it the engine's linear layer runs."""
 
 
-def plan_for(tokens: int, inputs: int, outputs: int) -> Plan:
-    """The plan for ``tokens`` in 1 to ``MAX_TOKENS``: that of the shape, or of the one nearest to it by both sides."""
+def plans_for(inputs: int, outputs: int) -> dict[int, Plan]:
+    """The plans of a shape by the most tokens that they are for; those of the shape nearest to it by both sides."""
 
     def distance(shape: tuple[int, int]) -> float:
         return max(shape[0] / inputs, inputs / shape[0]) * max(shape[1] / outputs, outputs / shape[1])
 
-    plans = PLANS.get((inputs, outputs)) or PLANS[min(PLANS, key=distance)]
-    return next(plan for limit, plan in plans.items() if tokens <= limit)
+    return PLANS[min(PLANS, key=distance)]
+
+
+def plan_for(tokens: int, inputs: int, outputs: int) -> Plan | None:
+    """The plan for ``tokens`` of at least 1, or None where there are more than were measured."""
+    return next((plan for limit, plan in plans_for(inputs, outputs).items() if tokens <= limit), None)
 
 
 def choose_projection(linear: torch.nn.Module) -> Projection:
@@ -119,9 +121,10 @@ def choose_projection(linear: torch.nn.Module) -> Projection:
     Called once, while the layer is built, under the model's default dtype, which is that of its activations.
     """
     reason = reason_against_layer(linear) or reason_against_server()
-    _log_once(reason)
     if reason is not None:
+        _log_once(reason)
         return lambda x: linear(x)[0]
+    _log_once(None, max(plans_for(*reversed(linear.weight.shape))))
     return Fp8Linear(linear)
 
 
@@ -164,8 +167,8 @@ def reason_against_layer(linear: torch.nn.Module) -> str | None:
 
 
 @functools.lru_cache
-def _log_once(reason: str | None) -> None:
-    what = f"one kernel up to {MAX_TOKENS} tokens" if reason is None else f"the engine's linear layers, since {reason}"
+def _log_once(reason: str | None, limit: int = 0) -> None:
+    what = f"one kernel up to {limit} tokens" if reason is None else f"the engine's linear layers, since {reason}"
     log_info_on_rank0(logger, f"The qkv and output projections are {what}.")
 
 
@@ -198,10 +201,10 @@ class Fp8Linear:
         tokens, inputs = x.shape
         if tokens == 0:
             return x.new_empty(0, self.outputs)
-        if not self.weights_fit or tokens > MAX_TOKENS:
+        plan = plan_for(tokens, inputs, self.outputs)
+        if not self.weights_fit or plan is None:
             return self.linear(x)[0]
-        weight, scale = self.linear.weight, self.linear.weight_scale_inv
-        return fp8_linear(x, weight, scale, plan_for(tokens, inputs, self.outputs), self.counters)
+        return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan, self.counters)
 
 
 _layers: list[Fp8Linear] = []  # a compiled graph names a layer by its place here
