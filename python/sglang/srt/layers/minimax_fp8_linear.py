@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 def _guess(block_n: int, width: int, splits: int, wide_splits: int, stages: int = 0) -> dict[int, Plan]:
     return {
         8: Plan("half", 8, block_n, splits, width, width, stages, swap=True),
-        16: Plan("half", 16, block_n, splits, width, width, stages, swap=True),
+        16: Plan("half", 16, block_n, splits, width, width, min(stages, 3), swap=True),
         32: Plan("fp8", 32, 64, wide_splits, 1, 4, 4, swap=True),
         64: Plan("fp8", 64, 64, wide_splits, 1, 4, 4, swap=True),
     }
@@ -95,9 +95,9 @@ PLANS: dict[tuple[int, int], dict[int, Plan]] = {
     (3072, 8192): _guess(32, 8, 1, 1, 4),  # TP1
     (6144, 3072): _guess(32, 8, 1, 3, 4),
     (3072, 1024): _guess(16, 8, 3, 8),  # TP8
-    (768, 3072): _guess(32, 2, 1, 3),
+    (768, 3072): _guess(16, 2, 1, 3),
     (3072, 640): _guess(16, 8, 3, 12),  # TP16
-    (384, 3072): _guess(32, 1, 1, 3),
+    (384, 3072): _guess(16, 1, 1, 3),
 }
 
 
