@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Times the engine's FP8 linear layers (blocks of 128 x 128) at the sizes of MiniMax-M2's attention, by backend.
+"""Times FP8 linear layers (blocks of 128 x 128) at the sizes of MiniMax-M2's attention: the engine's, and ours by plan.
 
     python benchmark/fp8_linear.py --json out.json [--backends cutlass triton] [--ranks 4]
+    python benchmark/fp8_linear.py --plans --json out.json [--time-limit 120] [--ranks 4 2] [--tokens 1 16 64]
 
 A backend is a value of the engine's --fp8-gemm-backend, and what is timed is the engine's function behind it: the
 activations' quantisation and the GEMM. ``quantise`` is the quantisation alone, as that backend does it. Each backend
@@ -9,21 +10,35 @@ runs in a process of its own, since some compile, or are not there. Protocol: a 
 own weights; 10 replays to warm up, then 60, each between two events. Reported: the median, in microseconds a layer; and
 the relative error of the norm against the same FP8 values in float32. A backend that runs out of its time keeps what it
 had by then.
+
+``--plans`` times the backends of ``--stock`` and all plans of ``minimax_fp8_linear.py`` worth it in one process, and
+other processes compile ahead of it. The graph has a copy of the activations before each layer: no kernel before ours
+lets it start early, as none does in a model, and its weights are not read while another layer computes. The copy's own
+time, of a graph of copies, is subtracted. 24 layers or 160 MB of weights, whichever is more, since the L2 cache holds
+50; 10 replays to warm up, then 20, and 100 for stock and for the 8 best plans. A plan is timed if its output has the
+bits of a second run and is as near to float64 of the same FP8 values as bfloat16 allows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 
 import graph_timing
 
 HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 3072, 48, 8, 128, 128
 TOKENS, LAYERS, WARM_UP, REPLAYS = [1, 4, 16, 32, 64, 128, 256, 1024], 24, 10, 60
+PLAN_RANKS, PLAN_TOKENS, L2_BYTES = [4, 2, 8, 1, 16], [1, 16, 64, 8, 32, 4, 2, 128], 160_000_000
+QUICK, LONG, LONG_PLANS = 20, 100, 8  # replays for every plan, and once more for the best of them
+ALLOWED_ERROR = 2.5e-3  # relative, of the norm: rounding to bfloat16 makes 1.7e-3
 ROW = "row: "
 # The engine's name of the function behind a backend, and how that one lays the activations' scales out.
 BACKENDS = {
@@ -44,7 +59,7 @@ def shapes(ranks: int) -> dict[str, tuple[int, int]]:
     return {"qkv": (query + 2 * kv_heads * HEAD_DIM, HIDDEN_SIZE), "o": (HIDDEN_SIZE, query)}
 
 
-def graph_time(function, arguments: list) -> float:
+def graph_time(function, arguments: list, replays: int = REPLAYS) -> float:
     import torch
 
     function(*arguments[0])
@@ -57,7 +72,7 @@ def graph_time(function, arguments: list) -> float:
         for one in arguments:
             function(*one)
         graph.capture_end()
-    return statistics.median(graph_timing.replay_times(graph, len(arguments), WARM_UP, REPLAYS))
+    return statistics.median(graph_timing.replay_times(graph, len(arguments), WARM_UP, replays))
 
 
 def measure(backend: str, ranks: list[int]) -> None:
@@ -94,6 +109,214 @@ def measure(backend: str, ranks: list[int]) -> None:
                     print(ROW + json.dumps({f"TP{rank_count} {projection} {tokens}": row}), flush=True)
 
 
+def candidates(tokens: int, inputs: int, outputs: int) -> list:
+    """Plans worth timing, with about as many CTAs as the GPU has multiprocessors, or up to three times as many."""
+    from sglang.srt.layers.minimax_fp8_linear import Plan, plan_for
+
+    groups, splits_tried = inputs // BLOCK, (1, 2, 3, 4, 6, 8, 12)
+    found = [plan for plan in [plan_for(tokens, inputs, outputs)] if plan is not None]
+
+    def add(method: str, rows: int, block_n: int, splits: int, width: int, warps: int, stages: int, swap: bool) -> None:
+        ctas = -(-outputs // block_n) * splits * -(-tokens // rows)
+        fewest = min(90, -(-outputs // block_n) * max(1, groups // 2))
+        for finish in ("kernel", "last")[: 1 + (splits > 1)]:
+            plan = Plan(method, rows, block_n, splits, width, warps, stages, swap, finish)
+            if plan not in found and fewest <= ctas <= max(400, -(-outputs // block_n)) and splits * width <= groups:
+                found.append(plan)
+
+    rows = next(rows for rows in (8, 16, 32, 64, 128) if tokens <= rows)
+    if rows <= 16:  # each warp its own groups
+        for block_n, width, warps in ((16, 8, 8), (16, 4, 4), (32, 4, 4), (32, 8, 8)):
+            for splits in (1, 2, 3, 4, 6):
+                steps = -(-groups // splits // width)
+                add("half", rows, block_n, splits, width, warps, 0 if steps <= 3 else 4, True)
+                if splits == 1 and 1 < steps <= 3:
+                    add("half", rows, block_n, splits, width, warps, 4, True)
+    if tokens <= 2:
+        for block_n, width, warps in ((16, 8, 8), (8, 8, 4), (16, 4, 4)):
+            for splits in (1, 2):
+                add("reduce", tokens, block_n, splits, width, warps, 0, False)
+    rows = max(rows, 16)
+    for block_n, warps in ((64, 4), (128, 8)):  # all warps one group; the weights are the 64 rows of wgmma
+        for splits in splits_tried:
+            steps = -(-groups // splits)
+            if steps <= 6 and rows * steps <= 192:
+                add("fp8", rows, block_n, splits, 1, warps, 0, True)
+            if steps > 2 and rows <= 64:
+                add("fp8", rows, block_n, splits, 1, warps, min(steps, 6 if rows <= 32 else 4), True)
+    if rows >= 64:  # tokens are the 64 rows
+        for block_n, warps in ((32, 4), (64, 4), (128, 8)):
+            for splits in splits_tried[1:]:
+                add("fp8", 64, block_n, splits, 1, warps, 3, False)
+    return found
+
+
+def compile_plan(plan, inputs: int, outputs: int) -> None:
+    """Into Triton's cache on disk; a plan that fails here fails again, and is reported, when it is timed."""
+    import torch
+
+    from sglang_minimax import overlay
+
+    overlay.install()
+    from sglang.srt.layers import minimax_fp8_linear as fp8
+
+    def meta(*size: int, dtype=torch.float32):
+        return torch.empty(size, device="meta", dtype=dtype)
+
+    x, weight = meta(16, inputs, dtype=torch.bfloat16), meta(outputs, inputs, dtype=torch.float8_e4m3fn)
+    out, last = meta(16, outputs, dtype=torch.bfloat16), plan.splits > 1 and plan.finish == "last"
+    groups = inputs // BLOCK
+    with contextlib.suppress(Exception):
+        fp8._fp8_linear_kernel.warmup(
+            x, weight, meta(-(-outputs // BLOCK), groups), out, meta(1) if plan.splits > 1 else out,
+            meta(1, dtype=torch.int32) if last else None, 16, inputs, outputs, groups, plan.method, plan.swap,
+            plan.block_tokens, plan.block_n, plan.splits, plan.width, plan.steps(groups), plan.stages == 0, last, True,
+            num_warps=plan.warps, num_stages=max(plan.stages, 1), launch_pdl=True, grid=(1,),
+        )  # fmt: skip
+
+
+def cases(ranks: list[int], tokens: list[int]) -> list[tuple[int, str, int]]:
+    """(attention TP, projection, tokens), the most important first: TP4 at 1, 16 and 64 tokens, then other layouts at
+    these, then other counts."""
+    every = [(rank, name, count) for rank in ranks for count in tokens for name in shapes(rank)]
+    return sorted(every, key=lambda case: (case[2] not in (1, 16, 64), case[0] != 4))
+
+
+def measure_plans(options: argparse.Namespace) -> None:
+    """Times stock and plans case by case, until the time is up, and writes what there is after each."""
+    import torch
+    import tune_experts as tuner
+
+    from sglang_minimax import overlay
+
+    deadline = time.monotonic() + options.time_limit
+    overlay.install()
+    tuner.engine()
+    todo = cases(options.ranks or PLAN_RANKS, options.tokens or PLAN_TOKENS)
+    workers = ProcessPoolExecutor(max(1, min(16, (os.cpu_count() or 2) - 1)), multiprocessing.get_context("spawn"))
+    compiling: dict = {}
+    for rank, name, tokens in todo:
+        outputs, inputs = shapes(rank)[name]
+        for plan in candidates(tokens, inputs, outputs):
+            if (plan, inputs, outputs) not in compiling:
+                compiling[plan, inputs, outputs] = workers.submit(compile_plan, plan, inputs, outputs)
+    print(f"{len(todo)} cases, {len(compiling)} plans of a shape to compile", flush=True)
+    results: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "stock": options.stock}
+    results["us_a_layer"] = rows = {}
+    weights: dict = {}
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for rank, name, tokens in todo:
+            shape = outputs, inputs = shapes(rank)[name]
+            if time.monotonic() > deadline:
+                print(f"no time left for TP{rank} {name} at {tokens} tokens and what comes after", flush=True)
+                break
+            if shape not in weights:
+                weights.clear()
+                weights |= {size: random_weights(*size) for size in shapes(rank).values()}
+            plans = candidates(tokens, inputs, outputs)
+            row = measure_case(tokens, weights[shape], plans, compiling, options.stock, deadline)
+            rows[f"TP{rank} {name} {tokens}"] = row
+            print_case(f"TP{rank} {name} {tokens}", row, best=3)
+            if options.json:
+                with open(options.json, "w", encoding="utf-8") as stream:
+                    json.dump(results, stream, indent=1)
+    workers.shutdown(wait=False, cancel_futures=True)
+    print("\nthe best of each case")
+    for key, row in rows.items():
+        print_case(key, row, best=1)
+    sys.stdout.flush()
+    os._exit(0)  # a worker that still compiles is not waited for
+
+
+def random_weights(outputs: int, inputs: int) -> list:
+    import torch
+
+    made = []
+    for _ in range(max(LAYERS, -(-L2_BYTES // (outputs * inputs)))):
+        weight = torch.randn(outputs, inputs, device="cuda").to(torch.float8_e4m3fn)
+        scale = (0.5 + torch.rand(-(-outputs // BLOCK), inputs // BLOCK, device="cuda")) * inputs**-0.5
+        made.append((weight, scale))
+    return made
+
+
+def measure_case(tokens: int, weights: list, plans: list, compiling: dict, stock: list[str], deadline: float) -> dict:
+    import torch
+    from sglang.srt.layers import minimax_fp8_linear as fp8
+    from sglang.srt.layers.quantization import fp8_utils
+
+    outputs, inputs = weights[0][0].shape
+    source = torch.randn(tokens, inputs, device="cuda").bfloat16()
+    x = torch.empty_like(source)
+    x.copy_(source)
+    q, x_scale = fp8.quantise_reference(x)
+    weight, scale = weights[0]
+    wide = scale.double().repeat_interleave(BLOCK, 0)[:outputs].repeat_interleave(BLOCK, 1)
+    exact = (q.double() * x_scale.double().repeat_interleave(BLOCK, 1)) @ (weight.double() * wide).T
+    copies = graph_time(lambda *_: x.copy_(source), weights, LONG)
+    counters = fp8.new_counters(outputs, "cuda")
+    row: dict = {"copy": copies, "served": fp8.plan_for(tokens, inputs, outputs), "plans": []}
+
+    def error_of(out: torch.Tensor) -> float:
+        return float((out.double() - exact).norm() / exact.norm())
+
+    def time_of(function, replays: int) -> float:
+        def copy_and_multiply(weight, scale):
+            x.copy_(source)
+            function(weight, scale)
+
+        return graph_time(copy_and_multiply, weights, replays) - copies
+
+    for backend in stock:
+        linear = getattr(fp8_utils, BACKENDS[backend][0])
+        try:
+            row[backend] = {
+                "error": error_of(linear(x, weight, [BLOCK, BLOCK], scale)),
+                "us": time_of(lambda w, s, linear=linear: linear(x, w, [BLOCK, BLOCK], s), LONG),
+            }
+        except Exception as reason:  # a backend that this host does not have
+            row[backend] = {"failed": f"{type(reason).__name__}: {reason}"[:200]}
+    for plan in plans:
+        if time.monotonic() > deadline:
+            row["cut off"] = True
+            break
+        try:
+            compiling[plan, inputs, outputs].result(timeout=max(1.0, deadline - time.monotonic()))
+            torch.cuda.synchronize()
+            out = fp8.fp8_linear(x, weight, scale, plan, counters)
+            again = fp8.fp8_linear(x, weight, scale, plan, counters)
+            error, same = error_of(out), torch.equal(out, again) and not counters.any().item()
+            one = {"plan": plan, "error": error}
+            if not (error < ALLOWED_ERROR and same):
+                counters.zero_()
+                one["failed"] = f"wrong: error {error:.1e}, same bits and counters at zero: {same}"
+            else:
+                one["quick us"] = time_of(lambda w, s, plan=plan: fp8.fp8_linear(x, w, s, plan, counters), QUICK)
+        except Exception as reason:  # too much shared memory, a shape that the compiler does not take
+            one = {"plan": plan, "failed": f"{type(reason).__name__}: {reason}"[:200]}
+        row["plans"].append(one)
+    timed = sorted((one for one in row["plans"] if "quick us" in one), key=lambda one: one["quick us"])
+    for one in timed[:LONG_PLANS] + [one for one in timed[LONG_PLANS:] if one["plan"] == row["served"]]:
+        one["us"] = time_of(lambda w, s, plan=one["plan"]: fp8.fp8_linear(x, w, s, plan, counters), LONG)
+    return row
+
+
+def print_case(name: str, row: dict, best: int) -> None:
+    timed = sorted((one for one in row["plans"] if "us" in one), key=lambda one: one["us"])
+    stock = {key: one for key, one in row.items() if key in BACKENDS}
+    said = [
+        f"{key} {one['us']:.2f} {one['error']:.1e}" if "us" in one else f"{key} failed" for key, one in stock.items()
+    ]
+    failed = [one for one in row["plans"] if "failed" in one]
+    print(f"{name:<14} {', '.join(said)}; {len(row['plans'])} plans, {len(failed)} failed", flush=True)
+    for one in timed[:best] + [one for one in timed[best:] if one["plan"] == row["served"]]:
+        served = "  (served)" if one["plan"] == row["served"] else ""
+        print(f"    {'/'.join(map(str, one['plan'])):<36} {one['us']:6.2f} {one['error']:.1e}{served}", flush=True)
+    if best > 1:
+        for reason in sorted({one["failed"] for one in failed})[:3]:
+            print(f"    failed: {reason[:110]}", flush=True)
+
+
 def rows_of(output: bytes | str | None) -> dict[str, dict]:
     """What :func:`measure` had printed, up to its end or to that of its time."""
     text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
@@ -108,10 +331,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="where to write all numbers")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", help="attention TP: 4 2, or with --plans 4 2 8 1 16")
     parser.add_argument("--seconds", type=float, default=120, help="how long one backend may take")
     parser.add_argument("--backend", choices=BACKENDS, help=argparse.SUPPRESS)
+    parser.add_argument("--plans", action="store_true", help="time the plans of minimax_fp8_linear.py beside --stock")
+    parser.add_argument("--stock", nargs="+", choices=BACKENDS, default=["cutlass"])
+    parser.add_argument("--tokens", type=int, nargs="+", help="with --plans")
+    parser.add_argument("--time-limit", type=float, default=180, help="with --plans: seconds, compilation included")
     options = parser.parse_args()
+    if options.plans:
+        measure_plans(options)
+        return
+    options.ranks = options.ranks or [4, 2]
     if options.backend:
         measure(options.backend, options.ranks)
         return

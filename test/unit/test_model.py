@@ -51,7 +51,7 @@ class Attention:
     def __init__(self, reduce_results: bool) -> None:
         self.o_proj = SimpleNamespace(reduce_results=reduce_results)
 
-    def qkv_proj(self, hidden_states):
+    def project_qkv(self, hidden_states):
         raise AssertionError("projected")
 
 

@@ -11,6 +11,7 @@ decoder layer, model, causal LM. The rest lies beside it:
     layers/minimax_attention_inputs.py  whether QK norm, RoPE and KV store are one kernel instead; it is in
                                         layers/minimax_qk_norm_rope.py, its exchange between GPUs in
                                         layers/minimax_sum_exchange.py, the rules in layers/minimax_qk_norm_paths.py
+    layers/minimax_fp8_linear.py        attention's projections in FP8 for few tokens, quantised in the same launch
 
 Three groups of ranks carry it, and every place names the one that it means:
     attention TP    embedding, attention and norms: all of TP, or TP / DP ranks under DP attention
@@ -43,6 +44,7 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_attention_inputs import fuse
+from sglang.srt.layers.minimax_fp8_linear import choose_projection
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import shard_attention, shard_heads
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -151,6 +153,7 @@ class MiniMaxM2Attention(AttentionStages):
             bias=False, quant_config=quant_config, prefix=add_prefix("qkv_proj", prefix),
             tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
+        self.project_qkv = choose_projection(self.qkv_proj)
         self.q_norm, self.k_norm = _qk_norms(config, head_dim)
         rope_theta, rope_scaling = get_rope_config(config)
         self.rotary_emb = get_rope(
@@ -175,6 +178,7 @@ class MiniMaxM2Attention(AttentionStages):
             bias=False, reduce_results=False, quant_config=quant_config, prefix=add_prefix("o_proj", prefix),
             tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
+        self.project_output = choose_projection(self.o_proj)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
@@ -195,7 +199,7 @@ class MiniMaxM2Attention(AttentionStages):
                 "communicator reduces."
             )
             return hidden_states, forward_batch, None
-        qkv, _ = self.qkv_proj(hidden_states)
+        qkv = self.project_qkv(hidden_states)
         if self.fused_inputs is not None:
             return hidden_states, forward_batch, self.fused_inputs(qkv, positions, forward_batch)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
@@ -211,8 +215,7 @@ class MiniMaxM2Attention(AttentionStages):
         if inputs is None:
             return hidden_states
         q, k, v, stored = inputs
-        output, _ = self.o_proj(self.attn(q, k, v, forward_batch, save_kv_cache=not stored))
-        return output
+        return self.project_output(self.attn(q, k, v, forward_batch, save_kv_cache=not stored))
 
 
 def _qk_norms(config: PretrainedConfig, head_dim: int):

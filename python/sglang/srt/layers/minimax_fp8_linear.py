@@ -1,0 +1,462 @@
+"""FP8 linear layers of MiniMax-M2's attention for few tokens: bfloat16 in and out, e4m3 weights in blocks of 128 x 128.
+
+    q, scale = quantise(x)                              # e4m3, a scale for each token and 128 inputs
+    out = (q * scale) @ (weight * weight_scale).T       # float32 sums, cast to bfloat16 once
+
+For few tokens the engine launches one kernel that quantises and one that multiplies, made for many rows. Here one
+kernel reads the activations as they are: a tile of 128 inputs of a token is one group, so whoever multiplies can
+quantise. Each group's product is summed over its 128 inputs, as in the engine's kernels, and only then scaled and added
+in float32. Where the inputs are divided over several CTAs, float32 parts are added in a fixed order: no atomics on
+values, the same inputs give the same bits.
+
+Weights do not depend on the kernel before: they are read, or fetched into the L2 cache, before the wait for it
+(programmatic dependent launch). So whatever writes weights must be done two launches earlier, as it is in a model.
+"""
+
+# ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from sglang.srt.layers.minimax_qk_norm_rope import _has_programmatic_launch
+from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
+from sglang.srt.server_args import get_global_server_args
+from sglang.srt.utils import get_device_capability, is_cuda, log_info_on_rank0
+from sglang.srt.utils.custom_op import register_custom_op
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+logger = logging.getLogger(__name__)
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
+
+GROUP = 128
+"""Inputs under one scale, and outputs under one scale of the weights: the published checkpoint's blocks."""
+E4M3_MAX = 448.0
+EPS = 1e-10  # the engine's: what a group of zeros is scaled by, times 448
+
+
+class Plan(NamedTuple):
+    """How the kernel divides its work.
+
+    ``method`` is how a tile is multiplied, exact but for the sums in each case:
+        fp8     e4m3 on tensor cores, in the accumulators that the engine's kernels use for a group
+        half    the same values in float16, in float32 accumulators
+        reduce  float32 products and a sum over lanes
+    ``splits``: CTAs that share the inputs of one tile of outputs.
+    ``width``: groups that a CTA takes at once, divided over its warps; 1: all warps multiply one group.
+    ``stages``: of the pipeline of loads; 0: all weights of a CTA are in registers before the wait for the activations.
+    ``swap``: weights are the rows of the tensor cores' product, and not tokens.
+    ``finish``: who adds the parts of several splits: ``last``, the CTA that is the last of its tile; or a second
+    ``kernel``.
+    """
+
+    method: str
+    block_tokens: int
+    block_n: int
+    splits: int
+    width: int
+    warps: int
+    stages: int
+    swap: bool = False
+    finish: str = "kernel"
+
+    def steps(self, groups: int) -> int:
+        """How often a CTA takes ``width`` of its part of ``groups``."""
+        return triton.cdiv(triton.cdiv(groups, self.splits), self.width)
+
+    def tiles(self, tokens: int, outputs: int) -> tuple[int, int]:
+        return triton.cdiv(outputs, self.block_n), triton.cdiv(tokens, self.block_tokens)
+
+
+# Guesses, not measured yet. (inputs, outputs): up to so many tokens. Few tokens are read again by every CTA cheaply, so
+# narrow tiles of outputs and no split; more tokens are quantised once for many outputs, so wide tiles and splits.
+def _guess(block_n: int, width: int, splits: int, wide_splits: int, stages: int = 0) -> dict[int, Plan]:
+    return {
+        8: Plan("half", 8, block_n, splits, width, width, stages, swap=True),
+        16: Plan("half", 16, block_n, splits, width, width, min(stages, 3), swap=True),
+        32: Plan("fp8", 32, 64, wide_splits, 1, 4, 4, swap=True),
+        64: Plan("fp8", 64, 64, wide_splits, 1, 4, 4, swap=True),
+    }
+
+
+PLANS: dict[tuple[int, int], dict[int, Plan]] = {
+    (3072, 2048): _guess(16, 8, 1, 4),  # qkv and o of TP4
+    (1536, 3072): _guess(16, 4, 1, 3),
+    (3072, 4096): _guess(32, 8, 1, 2, 4),  # TP2
+    (3072, 3072): _guess(32, 8, 1, 3, 4),
+    (3072, 8192): _guess(32, 8, 1, 1, 4),  # TP1
+    (6144, 3072): _guess(32, 8, 1, 3, 4),
+    (3072, 1024): _guess(16, 8, 3, 8),  # TP8
+    (768, 3072): _guess(16, 2, 1, 3),
+    (3072, 640): _guess(16, 8, 3, 12),  # TP16
+    (384, 3072): _guess(16, 1, 1, 3),
+}
+
+
+def plans_for(inputs: int, outputs: int) -> dict[int, Plan]:
+    """The plans of a shape by the most tokens that they are for; those of the shape nearest to it by both sides."""
+
+    def distance(shape: tuple[int, int]) -> float:
+        return max(shape[0] / inputs, inputs / shape[0]) * max(shape[1] / outputs, outputs / shape[1])
+
+    return PLANS[min(PLANS, key=distance)]
+
+
+def plan_for(tokens: int, inputs: int, outputs: int) -> Plan | None:
+    """The plan for ``tokens`` of at least 1, or None where there are more than were measured."""
+    return next((plan for limit, plan in plans_for(inputs, outputs).items() if tokens <= limit), None)
+
+
+def choose_projection(linear: torch.nn.Module) -> Projection:
+    """What computes a linear layer without a bias, from [tokens, inputs] to [tokens, outputs].
+
+    Called once, while the layer is built, under the model's default dtype, which is that of its activations.
+    """
+    reason = reason_against_layer(linear) or reason_against_server()
+    if reason is not None:
+        _log_once(reason)
+        return lambda x: linear(x)[0]
+    _log_once(None, max(plans_for(*reversed(linear.weight.shape))))
+    return Fp8Linear(linear)
+
+
+def reason_against_server() -> str | None:
+    """The first of the server's choices that these kernels do not go with, as a clause, or None."""
+    arguments = get_global_server_args()
+    if not is_cuda() or get_device_capability()[0] != 9:
+        return "its plans are for NVIDIA GPUs of compute capability 9 (Hopper)"
+    if torch.get_default_dtype() != torch.bfloat16:
+        return f"activations are {torch.get_default_dtype()}, and it quantises bfloat16"
+    if not get_fp8_gemm_runner_backend().is_auto():
+        return f"--fp8-gemm-backend {get_fp8_gemm_runner_backend().value} was asked for"
+    if arguments.enable_deterministic_inference:
+        return "deterministic inference wants sums in an order that no batch size changes"
+    if arguments.enable_lora or arguments.lora_paths:
+        return "LoRA wraps the layer"
+    if arguments.enable_two_batch_overlap or arguments.enable_pdmux:
+        return "a layer may run on two streams at once, and its counters are for one"
+    if arguments.enable_symm_mem:
+        return "--enable-symm-mem wants outputs in its own memory"
+    return None
+
+
+def reason_against_layer(linear: torch.nn.Module) -> str | None:
+    """Why a layer's weights, as they are now, are none for these kernels, as a clause, or None."""
+    method, weight = getattr(linear, "quant_method", None), getattr(linear, "weight", None)
+    if not isinstance(method, Fp8LinearMethod) or weight is None or weight.dtype != torch.float8_e4m3fn:
+        return "weights are not in the checkpoint's FP8"
+    if method.use_mxfp8 or method.use_marlin or list(method.quant_config.weight_block_size or []) != [GROUP, GROUP]:
+        return f"weights are not scaled in blocks of {GROUP} x {GROUP} alone"
+    if linear.bias is not None:
+        return "it has a bias"
+    scale = linear.weight_scale_inv
+    outputs, inputs = weight.shape
+    if inputs % GROUP or not weight.is_contiguous():
+        return f"weights of shape {tuple(weight.shape)} and strides {weight.stride()} are not whole, contiguous groups"
+    if scale.dtype != torch.float32 or scale.shape != (triton.cdiv(outputs, GROUP), inputs // GROUP):
+        return f"scales of the weights are {scale.dtype} of shape {tuple(scale.shape)}"
+    return None if scale.is_contiguous() else "scales of the weights are not contiguous"
+
+
+@functools.lru_cache
+def _log_once(reason: str | None, limit: int = 0) -> None:
+    what = f"one kernel up to {limit} tokens" if reason is None else f"the engine's linear layers, since {reason}"
+    log_info_on_rank0(logger, f"The qkv and output projections are {what}.")
+
+
+class Fp8Linear:
+    """A linear layer of the engine through the plan for each number of tokens; above them through the layer itself.
+
+    Args:
+        linear: with weights for which :func:`reason_against_layer` has no reason.
+    """
+
+    def __init__(self, linear: torch.nn.Module) -> None:
+        self.linear = linear
+        self.outputs = linear.weight.shape[0]
+        self.counters = new_counters(self.outputs, linear.weight.device)
+        self.weights_fit: bool | None = None
+        self._handle = len(_layers)
+        _layers.append(self)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """From [tokens, inputs] bfloat16, rows at any stride, to [tokens, outputs] bfloat16, contiguous."""
+        return minimax_fp8_linear(self._handle, x) if torch.compiler.is_compiling() else self.run(x)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The operator itself, which a compiled graph calls."""
+        if self.weights_fit is None:  # the first forward: whatever was loaded is there, and laid out as it stays
+            reason = reason_against_layer(self.linear)
+            self.weights_fit = reason is None
+            if reason is not None:
+                _log_once(reason)
+        tokens, inputs = x.shape
+        if tokens == 0:
+            return x.new_empty(0, self.outputs)
+        plan = plan_for(tokens, inputs, self.outputs)
+        if not self.weights_fit or plan is None:
+            return self.linear(x)[0]
+        return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan, self.counters)
+
+
+_layers: list[Fp8Linear] = []  # a compiled graph names a layer by its place here
+
+
+def _no_outputs(layer: int, x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], _layers[layer].outputs)
+
+
+# An op of its own, so that torch.compile, to which the number of tokens is a symbol, does not look at the branch.
+@register_custom_op(fake_impl=_no_outputs)
+def minimax_fp8_linear(layer: int, x: torch.Tensor) -> torch.Tensor:
+    """:meth:`Fp8Linear.run` as a torch operator. The layer's counters are zeros before it and after it."""
+    return _layers[layer].run(x)
+
+
+def new_counters(outputs: int, device: torch.device | str) -> torch.Tensor:
+    """Zeros for the tiles of any plan, 8 of the tokens at most; a launch leaves zeros. One at a time may use them."""
+    return torch.zeros(triton.cdiv(outputs, 8) * 8, dtype=torch.int32, device=device)
+
+
+def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel makes of activations, in plain torch.
+
+    Args:
+        x: [tokens, inputs], inputs a multiple of ``GROUP``.
+
+    Returns:
+        [tokens, inputs] e4m3 and [tokens, inputs / GROUP] float32, whose product is about ``x``.
+    """
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=EPS) / E4M3_MAX
+    return (groups * scale.reciprocal()).to(torch.float8_e4m3fn).flatten(1), scale.squeeze(-1)
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    plan: Plan,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The product by one plan.
+
+    Args:
+        x: [tokens, inputs] bfloat16, rows at any stride; at least one token.
+        weight: [outputs, inputs] e4m3, contiguous, inputs a multiple of ``GROUP``.
+        weight_scale: [ceil(outputs / GROUP), inputs / GROUP] float32, contiguous.
+        counters: of :func:`new_counters`; needed where the last CTA of several adds their parts.
+
+    Returns:
+        [tokens, outputs] bfloat16.
+    """
+    tokens, inputs = x.shape
+    outputs, groups = weight.shape[0], inputs // GROUP
+    assert x.dtype == torch.bfloat16 and x.stride(1) == 1, f"x must be rows of bfloat16: {x.dtype}, {x.stride()}"
+    assert weight.is_contiguous() and weight_scale.is_contiguous(), "weights and their scales must be contiguous"
+    assert GROUP % plan.block_n == 0, f"a tile of {plan.block_n} outputs would have more than one scale"
+    out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    tiles, steps = plan.tiles(tokens, outputs), plan.steps(groups)
+    parts = out
+    if plan.splits > 1:
+        parts = torch.empty(plan.splits, tokens, outputs, dtype=torch.float32, device=x.device)
+    last = plan.splits > 1 and plan.finish == "last"
+    if last:
+        assert counters is not None and counters.numel() >= tiles[0] * tiles[1], "one counter a tile: new_counters"
+    pdl = _has_programmatic_launch(x.device)
+    options = {"launch_pdl": True} if pdl else {}
+    _fp8_linear_kernel[(tiles[0], plan.splits, tiles[1])](
+        x, weight, weight_scale, out, parts, counters if last else None, tokens, x.stride(0), outputs, groups,
+        plan.method, plan.swap, plan.block_tokens, plan.block_n, plan.splits, plan.width, steps, plan.stages == 0,
+        last, pdl, num_warps=plan.warps, num_stages=max(plan.stages, 1), **options,
+    )  # fmt: skip
+    if plan.splits > 1 and not last:
+        block = 512
+        _add_parts_kernel[(triton.cdiv(tokens * outputs, block),)](
+            parts, out, tokens * outputs, plan.splits, block, pdl, num_warps=4, **options
+        )
+    return out
+
+
+@triton.jit
+def _quantise(x):
+    """[..., tokens, 128] of any float to e4m3 and its scales [..., tokens, 1]: those of :func:`quantise_reference`."""
+    x = x.to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=len(x.shape) - 1, keep_dims=True), 1e-10), 448.0)
+    # Largest is 448 but for the last bit, so nothing is clamped.
+    return (x * tl.div_rn(1.0, scale)).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def _prefetch(pointers):
+    """The line of each address into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _keep_here(weight):
+    """Itself. Without it the compiler puts the way to the tensor cores, through shared memory, right behind each load,
+    and so waits for one load before it issues the next."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], dtype=weight.dtype, is_pure=False, pack=4)
+
+
+@triton.jit
+def _scaled_product(x, weight, weight_scale, METHOD: tl.constexpr, SWAP: tl.constexpr):
+    """x and weight [(groups,) rows, 128], weight_scale a number for each group: [(groups,) tokens, outputs] float32,
+    or, swapped, [(groups,) outputs, tokens]."""
+    q, x_scale = _quantise(x)
+    rank: tl.constexpr = len(x.shape)
+    if METHOD == "reduce":
+        product = tl.sum(q.to(tl.float32)[:, :, None, :] * weight.to(tl.float32)[:, None, :, :], axis=3)
+    else:
+        if METHOD == "half":
+            q, weight = q.to(tl.float16), weight.to(tl.float16)
+        product = tl.dot(weight, _transposed(q)) if SWAP else tl.dot(q, _transposed(weight))
+    if SWAP:
+        x_scale = _transposed(x_scale)
+    if rank == 3:
+        weight_scale = weight_scale[:, None, None]
+    return product * (x_scale * weight_scale)
+
+
+@triton.jit
+def _transposed(x):
+    """With its last two axes exchanged."""
+    if len(x.shape) == 3:
+        return tl.permute(x, (0, 2, 1))
+    else:
+        return tl.trans(x)
+
+
+@triton.jit
+def _load(pointers, mask, WHOLE: tl.constexpr):
+    """Zeros where ``mask`` does not hold; WHOLE: it holds everywhere."""
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _is_group(group, GROUPS: tl.constexpr, FLAT: tl.constexpr):
+    """Whether there is such a group, in the shape of a tile."""
+    if FLAT:
+        return group < GROUPS
+    else:
+        return (group < GROUPS)[:, None, None]
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _fp8_linear_kernel(
+    x_ptr, weight_ptr, scale_ptr, out_ptr, parts_ptr, counters_ptr, tokens, x_stride,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, METHOD: tl.constexpr, SWAP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
+    LAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """CTA (i, j, t): tile i of the outputs, part j of the inputs, tile t of the tokens."""
+    INPUTS: tl.constexpr = GROUPS * 128
+    FLAT: tl.constexpr = (WIDTH == 1) & (METHOD != "reduce")
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    k = tl.arange(0, 128)
+    first = split * (STEPS * WIDTH)
+    # Pointers to the first of this part's groups. A flat tile is one group; else the first axis is WIDTH groups.
+    if FLAT:
+        lane = 0
+        x_pointers = x_ptr + token[:, None].to(tl.int64) * x_stride + first * 128 + k[None, :]
+        weight_pointers = weight_ptr + n[:, None] * INPUTS + first * 128 + k[None, :]
+        is_token, is_n = token[:, None] < tokens, n[:, None] < OUTPUTS
+    else:
+        lane = tl.arange(0, WIDTH)
+        column = (first + lane)[:, None, None] * 128 + k[None, None, :]
+        x_pointers = x_ptr + token[None, :, None].to(tl.int64) * x_stride + column
+        weight_pointers = weight_ptr + n[None, :, None] * INPUTS + column
+        is_token, is_n = token[None, :, None] < tokens, n[None, :, None] < OUTPUTS
+    scale_pointers = scale_ptr + (tile * BLOCK_N // 128) * GROUPS + first + lane
+
+    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_TOKENS
+    COLUMNS: tl.constexpr = BLOCK_TOKENS if SWAP else BLOCK_N
+    sums = tl.zeros((ROWS, COLUMNS) if FLAT else (WIDTH, ROWS, COLUMNS), tl.float32)
+    # Masks that always hold cost instructions and layouts.
+    WHOLE: tl.constexpr = (SPLITS * STEPS * WIDTH == GROUPS) & (OUTPUTS % BLOCK_N == 0)
+    if AHEAD:
+        weights, scales = (), ()
+        for step in tl.static_range(STEPS):
+            is_group = _is_group(first + step * WIDTH + lane, GROUPS, FLAT)
+            weights = weights + (_load(weight_pointers + step * WIDTH * 128, is_n & is_group, WHOLE),)
+        # After all of the weights: what becomes of a number may wait for it.
+        for step in tl.static_range(STEPS):
+            is_group = first + step * WIDTH + lane < GROUPS
+            scales = scales + (_load(scale_pointers + step * WIDTH, is_group, WHOLE),)
+        if PDL:
+            gdc_wait()  # before the first read of x, and the first write of what the launch before may still read
+            gdc_launch_dependents()
+        next_x = tl.load(x_pointers, mask=is_token & _is_group(first + lane, GROUPS, FLAT), other=0.0)
+        for step in tl.static_range(STEPS):
+            x = next_x
+            if step + 1 < STEPS:
+                is_group = _is_group(first + (step + 1) * WIDTH + lane, GROUPS, FLAT)
+                next_x = tl.load(x_pointers + (step + 1) * WIDTH * 128, mask=is_token & is_group, other=0.0)
+            weight = _keep_here(weights[step]) if PDL else weights[step]
+            sums += _scaled_product(x, weight, scales[step], METHOD, SWAP)
+    else:
+        if PDL:
+            row = tl.minimum(n, OUTPUTS - 1)
+            for step in range(STEPS * WIDTH):
+                _prefetch(weight_ptr + row * INPUTS + tl.minimum(first + step, GROUPS - 1) * 128)
+            gdc_wait()
+            gdc_launch_dependents()
+        for step in range(STEPS):
+            is_group = _is_group(first + step * WIDTH + lane, GROUPS, FLAT)
+            x = tl.load(x_pointers + step * WIDTH * 128, mask=is_token & is_group, other=0.0)
+            weight = _load(weight_pointers + step * WIDTH * 128, is_n & is_group, WHOLE)
+            scale = _load(scale_pointers + step * WIDTH, first + step * WIDTH + lane < GROUPS, WHOLE)
+            sums += _scaled_product(x, weight, scale, METHOD, SWAP)
+    if not FLAT:
+        sums = tl.sum(sums, axis=0)
+    if SWAP:
+        sums = tl.trans(sums)
+
+    place = token[:, None] * OUTPUTS + n[None, :]
+    wanted = (token[:, None] < tokens) & (n[None, :] < OUTPUTS)
+    if SPLITS == 1:
+        tl.store(out_ptr + place, sums.to(tl.bfloat16), mask=wanted)
+    else:
+        tl.store(parts_ptr + split * tokens * OUTPUTS + place, sums, mask=wanted)
+        if LAST:
+            counter = counters_ptr + tl.program_id(2) * tl.num_programs(0) + tile
+            tl.debug_barrier()  # one thread counts for all, after the stores of all
+            if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
+                # From the L2 cache, where the other CTAs' parts are; always in the same order.
+                total = tl.load(parts_ptr + place, mask=wanted, other=0.0, cache_modifier=".cg")
+                for part in tl.static_range(1, SPLITS):
+                    part_ptr = parts_ptr + part * tokens * OUTPUTS
+                    total += tl.load(part_ptr + place, mask=wanted, other=0.0, cache_modifier=".cg")
+                tl.store(out_ptr + place, total.to(tl.bfloat16), mask=wanted)
+                tl.store(counter, 0)  # for the next launch
+
+
+@triton.jit(do_not_specialize=["count"])
+def _add_parts_kernel(
+    parts_ptr, out_ptr, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wanted = place < count
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.load(parts_ptr + place, mask=wanted, other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(parts_ptr + part * count + place, mask=wanted, other=0.0)
+    tl.store(out_ptr + place, total.to(tl.bfloat16), mask=wanted)

@@ -1,0 +1,91 @@
+"""The FP8 linear kernels in Triton's interpreter, on a CPU, against float64.
+
+``test_fp8_linear.py`` runs this file in a process of its own, since Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from sglang.srt.layers import minimax_fp8_linear as fp8
+from sglang.srt.layers.minimax_fp8_linear import Plan
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from unit.fp8_layers import Layer, check, problem
+
+PLANS = [
+    Plan("half", 8, 16, 1, 2, 4, 0, swap=True),
+    Plan("half", 16, 32, 2, 2, 4, 3),
+    Plan("half", 16, 128, 1, 1, 4, 0),
+    Plan("half", 16, 64, 3, 1, 4, 2, swap=True, finish="last"),
+    Plan("fp8", 32, 64, 2, 1, 4, 0, swap=True),
+    Plan("fp8", 16, 32, 2, 1, 4, 2, finish="last"),
+    Plan("reduce", 1, 16, 1, 2, 4, 0),
+    Plan("reduce", 2, 8, 2, 2, 4, 0, finish="last"),
+]
+SHAPES = [(160, 384), (64, 128), (100, 640)]  # outputs, inputs; blocks cut off, groups that no split divides
+
+
+@pytest.fixture(autouse=True)
+def nearest_e4m3(monkeypatch):
+    """The interpreter cuts off where a GPU rounds to the nearest."""
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def rounded(self, source, dtype, mode):
+        if dtype.scalar != tl.float8e4nv or source.data.dtype != np.float32:
+            return convert(self, source, dtype, mode)
+        values = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(values.view(torch.uint8).numpy(), dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", rounded)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "/".join(map(str, plan)))
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_every_kind_of_plan_is_the_product_of_float64(plan, outputs, inputs):
+    counters = torch.zeros(256, dtype=torch.int32)
+    for tokens in (1, 17):
+        x, weight, scale = problem(tokens, outputs, inputs)
+        check(fp8.fp8_linear(x, weight, scale, plan, counters), x, weight, scale)
+        assert not counters.any(), "the next launch counts from zero"
+
+
+def test_strided_rows_are_read_where_they_are():
+    x, weight, scale = problem(6, 160, 384)
+    wide = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :384]
+    assert wide.stride(0) == 768
+    for plan in PLANS:
+        counters = fp8.new_counters(160, "cpu")
+        out = fp8.fp8_linear(wide, weight, scale, plan, counters)
+        assert torch.equal(out, fp8.fp8_linear(x, weight, scale, plan, counters))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 9, 16, 33, 64, 65])
+def test_a_layer_takes_any_number_of_tokens(tokens):
+    x, weight, scale = problem(tokens, 160, 384)
+    layer = Layer(weight, scale)
+    out = fp8.Fp8Linear(layer)(x)
+    check(out, x, weight, scale) if tokens else None
+    assert out.shape == (tokens, 160) and out.dtype == torch.bfloat16
+    assert layer.calls == (tokens > max(fp8.plans_for(384, 160)))
+
+
+def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):
+    """As the engine compiles the forward: no graph break, and one graph for both sides of the limit."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a host without a GPU is set up
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    _, weight, scale = problem(1, 160, 384)
+    project = fp8.Fp8Linear(Layer(weight, scale))
+    compiled = torch.compile(lambda x: project(x) * 1, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for tokens in (5, 17, 65, 70):
+            x, _, _ = problem(tokens, 160, 384)
+            check(compiled(x), x, weight, scale)
+    assert len(graphs) == 1
