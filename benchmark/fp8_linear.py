@@ -24,15 +24,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 
 import graph_timing
+from compilers import compilers
 
 HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 3072, 48, 8, 128, 128
 TOKENS, LAYERS, WARM_UP, REPLAYS = [1, 4, 16, 32, 64, 128, 256, 1024], 24, 10, 60
@@ -154,10 +153,6 @@ def candidates(tokens: int, inputs: int, outputs: int) -> list:
 def compile_plan(plan, inputs: int, outputs: int) -> None:
     """Into Triton's cache on disk; a plan that fails here fails again, and is reported, when it is timed."""
     import torch
-
-    from sglang_minimax import overlay
-
-    overlay.install()
     from sglang.srt.layers import minimax_fp8_linear as fp8
 
     def meta(*size: int, dtype=torch.float32):
@@ -193,7 +188,7 @@ def measure_plans(options: argparse.Namespace) -> None:
     overlay.install()
     tuner.engine()
     todo = cases(options.ranks or PLAN_RANKS, options.tokens or PLAN_TOKENS)
-    workers = ProcessPoolExecutor(max(1, min(16, (os.cpu_count() or 2) - 1)), multiprocessing.get_context("spawn"))
+    workers = compilers()
     compiling: dict = {}
     for rank, name, tokens in todo:
         outputs, inputs = shapes(rank)[name]
