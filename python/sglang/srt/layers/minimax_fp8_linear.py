@@ -236,7 +236,8 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         [tokens, inputs] e4m3 and [tokens, inputs / GROUP] float32, whose product is about ``x``.
     """
     groups = x.float().unflatten(-1, (-1, GROUP))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=EPS) / E4M3_MAX
+    largest = groups.abs().amax(-1, keepdim=True).clamp(min=EPS)
+    scale = largest / torch.full_like(largest, E4M3_MAX)  # by a number, CUDA would multiply with its rounded inverse
     return (groups * scale.reciprocal()).to(torch.float8_e4m3fn).flatten(1), scale.squeeze(-1)
 
 
