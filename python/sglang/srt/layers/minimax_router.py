@@ -15,6 +15,8 @@ Where the engine does more than choose (:func:`reason_against_choice`), the seco
 ``TopK``.
 """
 
+# ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
+
 from __future__ import annotations
 
 import functools
@@ -386,7 +388,7 @@ def _ordered(bits):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _choose_experts_kernel(
     partials_ptr, bias_ptr, logits_ptr, weights_ptr, ids_ptr, tokens, experts, SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr, CHUNKS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_TOP_K: tl.constexpr, PDL: tl.constexpr,
