@@ -6,7 +6,7 @@ The model, per layer, for a rank:
 
 Its assumptions, each of which :data:`ASSUMPTIONS` says in words: it ranks layouts, it does not promise times. One
 constant is fitted to one measured step (:func:`fixed_us_per_layer`); the other measured steps are predictions, and
-:func:`errors` says how far off they are. ``launches.py`` beside this file has the launches of a layer that were measured.
+:func:`errors` says how far off they are. ``launches.py`` beside it has the launches of a layer that were measured.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def choose_route(gate: torch.nn.Module, topk: TopK) -> Route | None:
 def _reason_against_plans_for(gate: torch.nn.Module) -> str | None:
     return reason_against_plans(
         on_cuda=is_cuda(),
-        launches_early=has_programmatic_launch(gate.weight.device),
+        launches_early=is_cuda() and has_programmatic_launch(torch.device("cuda")),
         activations=torch.get_default_dtype(),
         weights=gate.weight.dtype,
         deterministic=bool(get_global_server_args().enable_deterministic_inference),
