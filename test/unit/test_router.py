@@ -88,7 +88,7 @@ def server(monkeypatch, case: dict, **arguments) -> list[str]:
         ({"correction_bias": None}, {}, {}, None),
         ({}, {}, {"deterministic": True}, "batch size"),
         ({"scoring_func": "softmax"}, {}, {}, "scores are softmax"),
-        ({"renormalize": False}, {}, {}, "renormalized: False"),
+        ({"renormalize": False}, {}, {}, "renormalised: False"),
         ({"routed_scaling_factor": 2.5}, {}, {}, "times 2.5"),
         ({"use_grouped_topk": True, "topk_group": 1, "num_expert_group": 1}, {}, {}, "groups of experts"),
         ({"num_fused_shared_experts": 1}, {}, {}, "shared experts"),

@@ -163,7 +163,7 @@ def reason_against_choice(
     """What the engine's ``TopK`` would do beyond choosing as this kernel does, as a clause, or None."""
     if config.scoring_func != "sigmoid" or not config.renormalize or config.routed_scaling_factor not in (None, 1.0):
         return (
-            f"scores are {config.scoring_func}, renormalized: {config.renormalize}, times "
+            f"scores are {config.scoring_func}, renormalised: {config.renormalize}, times "
             f"{config.routed_scaling_factor}, and the kernel has sigmoid scores whose sum is 1"
         )
     if config.use_grouped_topk or config.num_fused_shared_experts or config.custom_routing_function is not None:
