@@ -22,7 +22,7 @@ tune() {
 others() {
   export CUDA_VISIBLE_DEVICES=$last
   step 100 experts_profile "$here/experts_profile.py" --orders server ascending --json "$out/experts_profile.json"
-  step 95 router "$here/router.py" --json "$out/router.json"
+  step 95 router "$here/router.py" --time-limit 85 --json "$out/router.json"
   step 100 fp8_linear "$here/fp8_linear.py" --json "$out/fp8_linear.json" --ranks 4 --seconds 24
 }
 if ((last > 0)); then

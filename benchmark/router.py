@@ -1,15 +1,21 @@
 #!/usr/bin/env python3
-"""Times the router's logits of MiniMax-M2, from bfloat16 activations to float32: the engine's way and ours, by plan.
+"""Times the router of MiniMax-M2, from bfloat16 activations to logits and to chosen experts: the engine's way and ours.
 
-    python benchmark/router.py --json out.json
+    python benchmark/router.py --tokens 16 1 64 --time-limit 120 --json out.json
 
 Protocol: a CUDA graph of 32 layers, each with its own weights (3 MB; together more than the L2 cache, as in a model,
-where the experts' weights pass between two routers); 10 replays to warm up, then 100, each between two events; the time
-of a layer is a replay's time / 32. Reported: medians, in microseconds. What is timed:
-    stock           cast to float32 and F.linear
+where the experts' weights pass between two routers). Before each router a kernel multiplies the activations by 1, as
+in a model a norm would write them: ours start while it still runs. 10 replays to warm up, then 100, each between two
+events. Reported: medians, in microseconds a layer, less the median of a graph with these multiplications alone. Timed:
+    stock logits    cast to float32 and F.linear
+    stock           these, then the engine's topk_sigmoid
     partials        our first kernel, partial sums
-    logits          both of ours, for the three plans of each method whose first kernel is fastest
-The error is the largest difference of a logit from float64, in units of the root mean square of the logits.
+    logits          both of ours, for the plans of each method whose first kernel is fastest
+    two steps       the logits that a server has, then the engine's topk_sigmoid
+    choice          the choice in our second kernel, for the same plans as logits, by its warps
+    late            choice by the plan that a server has, each kernel launched after the one before it has ended
+The error is the largest difference of a logit from float64, in units of the root mean square of the logits. A plan
+whose experts or weights are not those of float64, as near as rounding lets them be, is reported and not timed.
 """
 
 from __future__ import annotations
@@ -18,32 +24,32 @@ import argparse
 import concurrent.futures
 import contextlib
 import json
-import multiprocessing
-import os
 import statistics
+import time
 
 import graph_timing
 import torch
+import triton
+from compilers import compilers
 
-TOKENS, EXPERTS, HIDDEN_SIZE = [1, 2, 4, 8, 16, 32, 48, 64, 128, 256], 256, 3072
+TOKENS, EXPERTS, HIDDEN_SIZE, TOP_K = [16, 1, 64, 4, 32, 2, 8, 48, 128, 256], 256, 3072, 8
 LAYERS, WARM_UP, REPLAYS = 32, 10, 100
+WARPS = (4, 1, 2, 8)
+FASTEST = 3  # so many plans of each method go on to the second kernel
 
 
 def plans(tokens: int):
-    """Plans worth timing at this many tokens."""
+    """Plans of the first kernel worth timing at this many tokens."""
     from sglang.srt.layers.minimax_router import Plan
 
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    parts = [(16, 128, 2, 4), (16, 256, 1, 4), (16, 256, 1, 8), (32, 128, 1, 4), (32, 128, 2, 4), (32, 128, 2, 8)]
-    parts += [(64, 64, 2, 4), (64, 128, 1, 4), (64, 128, 1, 8), (64, 128, 2, 8)]
-    yield from (Plan("parts", rows, *rest) for rest in parts)
-    fma = [(16, 64, 4, 4), (16, 128, 2, 4), (16, 128, 1, 4), (32, 64, 2, 4), (32, 128, 1, 4), (32, 128, 1, 8)]
-    fma += [(32, 32, 4, 4), (64, 32, 4, 8), (64, 64, 2, 8)]
-    yield from (Plan("fma", rows, *rest) for rest in fma)
+    parts = [(32, 128, 1, 4), (64, 128, 1, 8), (16, 256, 1, 4), (16, 256, 1, 8), (64, 128, 1, 4), (16, 128, 2, 4)]
+    parts += [(16, 128, 1, 4), (32, 256, 1, 8), (32, 128, 2, 4), (32, 128, 2, 8), (64, 64, 2, 4), (64, 128, 2, 8)]
     block = {1: 1, 2: 2}.get(tokens, 4)
-    reduce = [(8, 256, 1, 4), (8, 512, 1, 8), (16, 128, 2, 4), (16, 256, 1, 4), (16, 256, 1, 8)]
-    if tokens <= 16:
-        yield from (Plan("reduce", block, *rest) for rest in reduce)
+    reduce = [(8, 256, 1, 4), (8, 512, 1, 8), (16, 256, 1, 4), (16, 128, 2, 4), (16, 256, 1, 8)]
+    of_reduce = [Plan("reduce", block, *rest) for rest in reduce] if tokens <= 4 else []
+    of_parts = [Plan("parts", rows, *rest) for rest in parts]
+    yield from of_reduce + of_parts if tokens <= 2 else of_parts + of_reduce
 
 
 def compile_plan(plan, tokens: int) -> None:
@@ -57,19 +63,43 @@ def compile_plan(plan, tokens: int) -> None:
         return torch.empty(size, device="meta", dtype=dtype)
 
     x, partials = meta(tokens, HIDDEN_SIZE, dtype=torch.bfloat16), meta(plan.splits(HIDDEN_SIZE), tokens, EXPERTS)
+    options = router._launch_options(torch.device("cuda"))
     with contextlib.suppress(Exception):
         router._partial_logits_kernel.warmup(
             x, meta(EXPERTS, HIDDEN_SIZE), partials, tokens, EXPERTS, HIDDEN_SIZE, HIDDEN_SIZE, *plan[:5],
-            num_warps=plan.warps, grid=(1,),
+            **options, num_warps=plan.warps, grid=(1,),
         )  # fmt: skip
 
 
-def compile_plans(tokens: list[int]) -> None:
+def compile_choice(splits: int, warps: int) -> None:
+    """The second kernel, which has one form for any number of tokens."""
+    from sglang_minimax import overlay
+
+    overlay.install()
+    from sglang.srt.layers import minimax_router as router
+
+    def meta(*size, dtype=torch.float32):
+        return torch.empty(size, device="meta", dtype=dtype)
+
+    with contextlib.suppress(Exception):
+        router._choose_experts_kernel.warmup(
+            meta(splits, 1, EXPERTS), meta(EXPERTS), meta(1, EXPERTS), meta(1, TOP_K),
+            meta(1, TOP_K, dtype=torch.int32), 1, EXPERTS, splits, triton.next_power_of_2(splits),
+            triton.cdiv(EXPERTS, router.CHUNK.value), TOP_K, triton.next_power_of_2(TOP_K),
+            **router._launch_options(torch.device("cuda")), num_warps=warps, grid=(1,),
+        )  # fmt: skip
+
+
+def compile_all(tokens: list[int]) -> None:
     """In parallel processes: one after the other takes minutes."""
-    jobs = {(plan, count if count in (1, 2) else count % 16) for count in tokens for plan in plans(count)}
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), context) as pool:
-        list(pool.map(compile_plan, *zip(*((plan, count or 16) for plan, count in jobs), strict=True)))
+    of_plans = dict.fromkeys(
+        (plan, count if count == 1 else count % 16 or 16) for count in tokens for plan in plans(count)
+    )
+    splits = dict.fromkeys(plan.splits(HIDDEN_SIZE) for plan, _ in of_plans)
+    with compilers() as pool:
+        jobs = [pool.submit(compile_choice, count, warps) for count in splits for warps in WARPS]
+        jobs += [pool.submit(compile_plan, plan, count) for plan, count in of_plans]
+        concurrent.futures.wait(jobs)
 
 
 def replay_time(layers: list) -> float:
@@ -85,78 +115,170 @@ def replay_time(layers: list) -> float:
     return statistics.median(graph_timing.replay_times(graph, len(layers), WARM_UP, REPLAYS))
 
 
-def of_layers(function, inputs: list, weights: list) -> list:
-    return [lambda x=x, w=w: function(x, w) for x, w in zip(inputs, weights, strict=True)]
+class Problem:
+    """Inputs of all layers at one number of tokens, and how anything that takes them is timed and checked."""
+
+    def __init__(self, tokens: int, weights: list, bias: torch.Tensor) -> None:
+        self.weights, self.bias = weights, bias
+        self.inputs = [torch.randn(tokens, HIDDEN_SIZE, device="cuda").bfloat16() for _ in weights]
+        self.x, self.weight = self.inputs[0], weights[0]
+        self.exact = self.x.double() @ self.weight.double().T
+        self.before = replay_time([lambda x=x: x * 1 for x in self.inputs])
+
+    def time_of(self, function) -> float:
+        """Microseconds of ``function(x, weight)``."""
+        pairs = zip(self.inputs, self.weights, strict=True)
+        return replay_time([lambda x=x, w=w: function(x * 1, w) for x, w in pairs]) - self.before
+
+    def error_of(self, logits: torch.Tensor) -> float:
+        return float((logits.double() - self.exact).abs().max() / self.exact.square().mean().sqrt())
+
+    def check(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> None:
+        """Against float64: the choice at each place, whichever of two near equals is there, and the weights."""
+        torch.testing.assert_close(logits.double(), self.exact, rtol=0, atol=1e-4)
+        scores = self.exact.sigmoid()
+        choice = scores + self.bias.double()
+        belongs = choice.sort(dim=-1, descending=True).values[:, :TOP_K]
+        torch.testing.assert_close(choice.gather(1, ids.long()), belongs, rtol=0, atol=1e-4)
+        chosen = scores.gather(1, ids.long())
+        torch.testing.assert_close(weights.double(), chosen / chosen.sum(-1, keepdim=True), rtol=0, atol=1e-4)
 
 
-def error_of(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((logits.double() - exact).abs().max() / exact.square().mean().sqrt())
+def why(reason: Exception) -> str:
+    return f"{type(reason).__name__}: {reason}"[:200]
 
 
-def stock(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x.to(torch.float32), weight)
-
-
-def measure(tokens: int, weights: list) -> dict:
+def time_plans(problem: Problem, row: dict, deadline: float) -> None:
+    """Each plan's first kernel; of the fastest by method, both kernels, with and without the choice."""
     from sglang.srt.layers import minimax_router as router
 
-    inputs = [torch.randn(tokens, HIDDEN_SIZE, device="cuda").bfloat16() for _ in weights]
-    exact = inputs[0].double() @ weights[0].double().T
-    row = {
-        "stock": replay_time(of_layers(stock, inputs, weights)),
-        "stock error": error_of(stock(inputs[0], weights[0]), exact),
-        "served": router.plan_for(tokens),
-        "plans": [],
-    }
-    for plan in plans(tokens):
-        try:
-            partials = router.partial_logits(inputs[0], weights[0], plan)
-        except Exception as reason:  # too much shared memory, or a shape that this method does not take
-            row["plans"].append({"plan": plan, "failed": f"{type(reason).__name__}: {reason}"[:200]})
+    for plan in plans(len(problem.x)):
+        one = {"plan": plan}
+        row["plans"].append(one)
+        if time.monotonic() > deadline:
+            one["failed"] = "no time left"
             continue
-        first = replay_time(of_layers(lambda x, w, p=plan: router.partial_logits(x, w, p), inputs, weights))
-        error = error_of(router.add_partials(partials), exact)
-        row["plans"].append({"plan": plan, "partials": first, "error": error})
-    for method in ("fma", "reduce", "parts"):
+        try:
+            logits = router.add_partials(router.partial_logits(problem.x, problem.weight, plan))
+            one["error"] = problem.error_of(logits)
+            assert one["error"] < 1e-5, f"logits are wrong by {one['error']:.1e}"
+            one["partials"] = problem.time_of(lambda x, w, p=plan: router.partial_logits(x, w, p))
+        except Exception as reason:  # too much shared memory, or a shape that this method does not take
+            one["failed"] = why(reason)
+    for method in ("parts", "reduce"):
         timed = [one for one in row["plans"] if one["plan"].method == method and "partials" in one]
-        for one in sorted(timed, key=lambda one: one["partials"])[:3]:
-            one["logits"] = replay_time(
-                of_layers(
-                    lambda x, w, p=one["plan"]: router.add_partials(router.partial_logits(x, w, p)), inputs, weights
-                )
-            )
+        for one in sorted(timed, key=lambda one: one["partials"])[:FASTEST]:
+            if time.monotonic() > deadline:
+                return
+            plan, one["choice"] = one["plan"], {}
+            one["logits"] = problem.time_of(lambda x, w, p=plan: router.add_partials(router.partial_logits(x, w, p)))
+            for warps in WARPS:
+
+                def choose(x, w, p=plan, n=warps):
+                    return router.choose_experts(router.partial_logits(x, w, p), problem.bias, TOP_K, n)
+
+                try:
+                    problem.check(*choose(problem.x, problem.weight))
+                    one["choice"][warps] = problem.time_of(choose)
+                except Exception as reason:
+                    one.setdefault("choice failed", {})[warps] = why(reason)
+
+
+def measure(tokens: int, weights: list, bias: torch.Tensor, deadline: float) -> dict:
+    from sglang.srt.layers import minimax_router as router
+    from sglang.srt.layers.moe.topk import fused_topk
+
+    problem = Problem(tokens, weights, bias)
+
+    def stock_logits(x, weight):
+        return torch.nn.functional.linear(x.to(torch.float32), weight)
+
+    def and_engines_choice(logits_of):
+        def both(x, weight):
+            logits = logits_of(x, weight)
+            return logits, *fused_topk(x, logits, TOP_K, True, bias, "sigmoid")
+
+        return both
+
+    def served(x, weight):
+        return router.minimax_route(x, weight, bias, TOP_K)
+
+    whole = {
+        "stock": and_engines_choice(stock_logits),
+        "two steps": and_engines_choice(router.minimax_router_logits),
+        "served": served,
+    }
+    row: dict = {"served plan": router.choice_plan_for(tokens), "plans": []}
+    row["stock error"] = problem.error_of(stock_logits(problem.x, problem.weight))
+    row["stock logits"] = problem.time_of(stock_logits)
+    for name, function in whole.items():
+        try:
+            problem.check(*function(problem.x, problem.weight))
+            row[name] = problem.time_of(function)
+        except Exception as reason:
+            row[f"{name} failed"] = why(reason)
+    early = router.has_programmatic_launch
+    router.has_programmatic_launch = lambda device: False
+    try:
+        row["late"] = problem.time_of(served)
+    except Exception as reason:
+        row["late failed"] = why(reason)
+    finally:
+        router.has_programmatic_launch = early
+    time_plans(problem, row, deadline)
     return row
+
+
+def tell(tokens: int, row: dict) -> None:
+    """A few lines for a person; all numbers are in the JSON."""
+
+    def microseconds(name: str) -> str:
+        return f"{name} {row[name]:.2f}" if name in row else f"{name}: {row.get(name + ' failed')}"
+
+    names = ("stock logits", "stock", "two steps", "served", "late")
+    print(f"{tokens:4} tokens: {', '.join(map(microseconds, names))}; stock's error {row['stock error']:.1e}")
+    for one in row["plans"]:
+        if "logits" in one:
+            choice = " ".join(f"{warps}:{time_us:.2f}" for warps, time_us in one["choice"].items())
+            print(
+                f"     {'/'.join(map(str, one['plan'])):<24} partials {one['partials']:5.2f} logits "
+                f"{one['logits']:5.2f} choice by warps {choice} error {one['error']:.1e}"
+                + ("  (served)" if one["plan"] == row["served plan"].logits else "")
+                + "".join(f"  {warps} warps: {said}" for warps, said in one.get("choice failed", {}).items())
+            )
+    failed = [one["failed"] for one in row["plans"] if "failed" in one]
+    print(f"     {len(row['plans'])} plans, {len(failed)} not timed" + (f": {failed[0][:90]}" if failed else ""))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="where to write all numbers")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="in this order")
+    parser.add_argument("--time-limit", type=float, default=600, help="seconds after which nothing new is begun")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.time_limit
     from sglang_minimax import overlay
 
     overlay.install()
-    compile_plans(options.tokens)
+    compile_all(options.tokens)
+    print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     torch.manual_seed(0)
     weights = [torch.randn(EXPERTS, HIDDEN_SIZE, device="cuda") * HIDDEN_SIZE**-0.5 for _ in range(LAYERS)]
-    results: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "us_a_layer": {}}
+    bias = torch.rand(EXPERTS, device="cuda")
+    rows: dict = {}
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    results = {"gpu": torch.cuda.get_device_name(), **versions, "us_a_layer": rows}
     with torch.inference_mode():
         for tokens in options.tokens:
-            results["us_a_layer"][tokens] = row = measure(tokens, weights)
-            print(f"{tokens:4} tokens: stock {row['stock']:.2f}, error {row['stock error']:.1e}")
-            for one in row["plans"]:
-                if "logits" in one:
-                    print(
-                        f"     {'/'.join(map(str, one['plan'])):<24} partials {one['partials']:5.2f} "
-                        f"logits {one['logits']:5.2f} error {one['error']:.1e}"
-                        + ("  (served)" if one["plan"] == row["served"] else ""),
-                        flush=True,
-                    )
-            failed = sum("failed" in one for one in row["plans"])
-            print(f"     {len(row['plans'])} plans, {failed} not possible", flush=True)
+            if time.monotonic() > deadline:
+                print(f"no time left for {tokens} tokens")
+                continue
+            rows[tokens] = measure(tokens, weights, bias, deadline)
             if options.json:
                 with open(options.json, "w", encoding="utf-8") as stream:
                     json.dump(results, stream, indent=1)
+    for tokens, row in rows.items():
+        tell(tokens, row)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from sglang.srt.layers import minimax_router as router  # noqa: E402  (only after the overlay)
+from sglang.srt.layers.moe.topk import fused_topk  # noqa: E402
 
 TOKENS = [1, 2, 3, 8, 16, 17, 31, 32, 33, 64, 100, 256, 257, 4096]
 SHAPES = [(experts, hidden_size) for experts in (8, 11, 256) for hidden_size in (512, 3072)]
@@ -93,6 +94,114 @@ def test_a_weight_is_whole(plan):
     torch.testing.assert_close(logits, weight.T.contiguous(), rtol=2**-22, atol=0)
 
 
+@functools.lru_cache
+def bias_of(experts: int, shift: float = 0.0) -> torch.Tensor:
+    """[experts] float32, in no order."""
+    generator = torch.Generator("cuda").manual_seed(experts)
+    return torch.rand(experts, device="cuda", generator=generator) * 0.2 + shift
+
+
+def check_route(routed, exact, bound, bias, top_k):
+    """Against float64: each place has an expert whose choice is the one that belongs there, as near as rounding lets
+    it be, no expert has two places, and the weights are those of the experts that were chosen."""
+    logits, weights, ids = routed
+    check(logits, exact, bound)
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    assert weights.shape == ids.shape == (exact.shape[0], top_k)
+    scores = exact.sigmoid()
+    choice = scores if bias is None else scores + bias.double()
+    # Of a score 2^-21 for exponential and quotient; of a sum half of its last bit; of a sigmoid a quarter of its input.
+    wrong = bound.max(dim=-1, keepdim=True).values / 4 + 2**-21 + choice.abs().max() * 2**-24
+    belongs = choice.sort(dim=-1, descending=True).values[:, :top_k]
+    assert ((choice.gather(1, ids.long()) - belongs).abs() <= 2 * wrong).all()
+    assert (ids.sort(dim=-1).values.diff(dim=-1) > 0).all()
+    chosen = scores.gather(1, ids.long())
+    expected = chosen / chosen.sum(dim=-1, keepdim=True)
+    assert ((weights - expected).abs() <= 4 * wrong).all(), f"{(weights - expected).abs().max():.2e}"
+
+
+@pytest.mark.parametrize("shift", [0.0, 8.0, None])
+@pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
+@pytest.mark.parametrize("tokens", [0, *TOKENS])
+def test_the_op_routes_any_number_of_tokens_and_repeats_its_bits(tokens, experts, hidden_size, shift):
+    x, weight, exact, bound = problem(tokens, experts, hidden_size)
+    top_k = min(TOP_K, experts - 1)
+    bias = None if shift is None else bias_of(experts, shift)
+    if tokens == 0:
+        assert [tuple(part.shape) for part in router.minimax_route(x, weight, bias, top_k)] == [
+            (0, experts),
+            (0, top_k),
+            (0, top_k),
+        ]
+        return
+    routed = router.minimax_route(x, weight, bias, top_k)
+    check_route(routed, exact, bound, bias, top_k)
+    again = router.minimax_route(x, weight, bias, top_k)
+    assert all(torch.equal(one, other) for one, other in zip(routed, again, strict=True))
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("plan", router.CHOICE_PLANS.values(), ids=lambda plan: "/".join(map(str, plan.logits)))
+def test_every_choice_plan(plan, warps):
+    x, weight, exact, bound = problem(33, 256, 3072)
+    partials = router.partial_logits(x, weight, plan.logits)
+    check_route(router.choose_experts(partials, bias_of(256), TOP_K, warps), exact, bound, bias_of(256), TOP_K)
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("shift", [0.0, 8.0, -3.0])
+def test_the_choice_is_the_engines(warps, shift):
+    """On the same logits, by the engine's own kernel: the experts, and the weights to the last bits."""
+    generator = torch.Generator("cuda").manual_seed(warps)
+    logits = torch.randn(4096, 256, device="cuda", generator=generator) * 2
+    bias = bias_of(256, shift)
+    weights, ids = fused_topk(logits, logits, TOP_K, True, bias, "sigmoid")
+    _, our_weights, our_ids = router.choose_experts(logits[None], bias, TOP_K, warps)
+    same = (our_ids == ids).all(dim=-1)
+    # Where the last bit of a sigmoid differs, two experts a bit apart may change places.
+    assert same.double().mean() > 0.99
+    choice = logits.sigmoid() + bias
+    apart = (choice.gather(1, our_ids.long()) - choice.gather(1, ids.long())).abs()
+    assert (apart <= 4 * torch.finfo(torch.float32).eps * choice.abs().max()).all()
+    torch.testing.assert_close(our_weights[same], weights[same], rtol=1e-5, atol=2**-22 * (1 + abs(shift)))
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+def test_of_equal_choices_the_lower_expert_is_first_as_in_the_engine(warps):
+    generator = torch.Generator("cuda").manual_seed(7)
+    logits = torch.randint(-1, 2, (512, 256), device="cuda", generator=generator).float()
+    logits[0] = 0.0
+    bias = torch.randint(0, 2, (256,), device="cuda", generator=generator) * 0.125
+    _, ids = fused_topk(logits, logits, TOP_K, True, bias, "sigmoid")
+    _, weights, our_ids = router.choose_experts(logits[None], bias, TOP_K, warps)
+    assert torch.equal(our_ids, ids)
+    ranked = (logits.double().sigmoid() + bias.double()).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(our_ids.long(), ranked[:, :TOP_K])
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(512, device="cuda"), rtol=0, atol=1e-6)
+
+
+def test_graphs_of_several_sizes_replay_in_any_order():
+    weight, bias, graphs = problem(16, 256, 3072)[1], bias_of(256), {}
+    torch.cuda.synchronize()
+    for tokens in (64, 16, 1, 256):
+        x = torch.zeros(tokens, 3072, device="cuda", dtype=torch.bfloat16)
+        router.minimax_route(x, weight, bias, TOP_K)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            routed = router.minimax_route(x, weight, bias, TOP_K)
+        graphs[tokens] = x, graph, routed
+    for turn, tokens in enumerate([16, 1, 256, 16, 64, 1, 64, 256, 16]):
+        x, graph, routed = graphs[tokens]
+        generator = torch.Generator("cuda").manual_seed(turn)
+        x.copy_(torch.randn(x.shape, device="cuda", generator=generator))
+        for part in routed:
+            part.zero_()
+        graph.replay()
+        expected = router.minimax_route(x, weight, bias, TOP_K)
+        assert all(torch.equal(one, other) for one, other in zip(routed, expected, strict=True))
+
+
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_experts_are_those_of_float64(tokens, experts, hidden_size):
@@ -131,10 +240,17 @@ def test_a_captured_graph_replays_on_new_inputs(tokens):
 def test_compiled_whole_with_a_symbol_for_the_tokens():
     """As the engine compiles the forward: no graph break, and no other graph on the other side of the limit."""
     gate = torch.nn.Linear(3072, 256, bias=False, device="cuda")
-    compiled = torch.compile(lambda x: router.fused_router_logits(x * 2, gate) + 1, fullgraph=True, dynamic=True)
+    bias = bias_of(256)
+
+    def both(x):
+        return router.fused_router_logits(x * 2, gate) + 1, router.minimax_route(x * 2, gate.weight, bias, TOP_K)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True)
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (5, 17, 64, 256, 257, 4096):
             x, weight, exact, bound = problem(tokens, 256, 3072)
             gate.weight.copy_(weight)
-            check(compiled(x), exact * 2 + 1, bound * 2 + 2**-20)
+            logits, routed = compiled(x)
+            check(logits, exact * 2 + 1, bound * 2 + 2**-20)
+            check_route(routed, exact * 2, bound * 2, bias, TOP_K)

@@ -80,7 +80,7 @@ class Row:
         other passes REDUCE_SCATTER.
     meets: what at least one rank must meet. "EXTEND" and the like are forward modes; "IDLE/SUM_LEN" is a mode and a
         padding; "EXTEND+DECODE+IDLE" are modes of different ranks in the same pass; "stages" are overlapped ones;
-        "prefix" is a prompt found in the cache.
+        "prefix" is a prompt found in the cache; "copies" is one expert that two of its places computed in one pass.
     captures: layers whose outputs an EAGLE3 draft model asks for, compared with transformers' hidden states.
     """
 
@@ -196,12 +196,19 @@ ROWS = {
     "tp4_ep4_redundant": Row("4 experts twice", "2 KV heads", tp=4, ep=4, arguments=REDUNDANT),
     "tp4_dp4_ep4_redundant": Row("4 experts twice, under DP attention", "2 KV heads", tp=4, dp=4, ep=4, placed=ON_FOUR,
                                  arguments=REDUNDANT),
+    "tp2_ep2_redundant": Row("4 experts twice", tp=2, ep=2, arguments=REDUNDANT),
+    "tp2_ep2_eplb": Row("experts in any order, 4 twice, each rank asks the nearest", tp=2, ep=2,
+                        arguments={**A2A, **REDUNDANT, **SHUFFLED}, reduced_by=DISPATCHED,
+                        simulation=simulations.token_exchange, meets=("copies",)),
+    "tp2_ep2_eplb_dynamic": Row("experts in any order, 4 twice, asked at random", tp=2, ep=2,
+                                arguments={**A2A, **REDUNDANT, **SHUFFLED, **AT_RANDOM}, reduced_by=DISPATCHED,
+                                simulation=simulations.token_exchange, meets=("copies",)),
     "tp4_dp2_eplb": Row("experts in any order, 4 twice, each rank asks the nearest", "2 KV heads", tp=4, dp=2, ep=4,
                         placed=ON_TWO, arguments={**A2A, **REDUNDANT, **SHUFFLED}, reduced_by=DISPATCHED,
-                        simulation=simulations.token_exchange),
+                        simulation=simulations.token_exchange, meets=("copies",)),
     "tp4_dp4_eplb_dynamic": Row("experts in any order, 4 twice, asked at random", "2 KV heads", tp=4, dp=4, ep=4,
                                 placed=ON_FOUR, arguments={**A2A, **REDUNDANT, **SHUFFLED, **AT_RANDOM},
-                                reduced_by=DISPATCHED, simulation=simulations.token_exchange),
+                                reduced_by=DISPATCHED, simulation=simulations.token_exchange, meets=("copies",)),
     # Pipeline, below the scheduler.
     "tp2_pp2": Row("two stages", tp=2, pp=2),
     "tp4_pp2_kv2": Row("two stages, replicas", "2 KV heads", tp=4, pp=2, arrivals={1: 2, 2: 4}),
@@ -428,9 +435,20 @@ def _met(row: Row, result: LayoutResult) -> set[str]:
         for seen in together:
             met |= {seen["mode"], f"{seen['mode']}/{seen['padding']}"}
             met |= {"stages"} if seen["stages"] else set()
+        if "init_expert_location" in row.arguments:
+            met |= {"copies"} if _copies_computed(together) else set()
         modes = {seen["mode"] for seen in together}
         met.add("+".join(mode for mode in ("EXTEND", "DECODE", "IDLE") if mode in modes))
     return met
+
+
+def _copies_computed(together: tuple[dict, ...]) -> bool:
+    """Whether in one pass of all ranks an expert was computed at two of its ``PLACES``."""
+    for layer, experts in enumerate(PLACES):
+        places = set().union(*(seen["places"].get(layer, set()) for seen in together))
+        if len({experts[place] for place in places}) < len(places):
+            return True
+    return False
 
 
 def _capture_faults(row: Row, result: LayoutResult, oracles: Oracles) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.distributed import attention_tensor_model_parallel_all_reduce, get_tp_group
 from sglang.srt.eplb.expert_location_dispatch import topk_ids_logical_to_physical
-from sglang.srt.layers import communicator, flashinfer_comm_fusion, minimax_attention_inputs
+from sglang.srt.layers import communicator, flashinfer_comm_fusion, minimax_attention_inputs, minimax_router
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.moe import fused_moe_native
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
@@ -93,6 +93,17 @@ def one_kernel(monkeypatch) -> None:
     monkeypatch.setattr(minimax_attention_inputs, "reason_against_one_kernel", lambda **_: None)
     monkeypatch.setattr(minimax_m2.MiniMaxM2RMSNormTP, "forward_qk", unexpected)
     monkeypatch.setattr(MHATokenToKVPool, "set_kv_buffer", unexpected)
+
+
+def route_at_once(monkeypatch) -> None:
+    """Logits and chosen experts as where the router's kernels give both, by that operator's plain torch."""
+
+    def unexpected(*args, **kwargs):
+        raise AssertionError("experts were chosen by TopK where the router's kernels do it")
+
+    monkeypatch.setattr(minimax_m2_moe, "choose_route", lambda gate, topk: minimax_router.fused_route)
+    monkeypatch.setattr(minimax_router, "minimax_route", minimax_router.route_reference)
+    monkeypatch.setattr(TopK, "forward_native", unexpected)
 
 
 def fp8_in_plain_torch(monkeypatch) -> None:

@@ -15,6 +15,7 @@ def watch_passes(runner):
     "reduced": for each layer of this stage, (times that experts ran, sums over ranks of what they gave).
     "who": for each layer whose experts ran in one piece, whom the model expected to do that sum.
     "stages": layers that ran as stages of two-batch overlap, counted once for each half of the batch.
+    "places": for each layer, the places of experts on this rank that had tokens, numbered through all ranks.
     """
     watch = _Watch()
     watch.install()
@@ -61,17 +62,21 @@ class _Watch:
             "reduced": collections.defaultdict(lambda: [0, 0]),
             "who": {},
             "stages": 0,
+            "places": collections.defaultdict(set),
         }
         output = model_forward(model, input_ids, positions, forward_batch, *rest)
         reduced = {layer: tuple(counts) for layer, counts in self.current["reduced"].items()}
-        self.passes.append({**self.current, "reduced": reduced})
+        self.passes.append({**self.current, "reduced": reduced, "places": dict(self.current["places"])})
         self.current = self.layer = None
         return output
 
-    def _on_experts(self, run_moe_core, experts, *args, **kwargs):
+    def _on_experts(self, run_moe_core, experts, dispatch_output):
         self.layer = experts.layer_id
         self.current["reduced"][self.layer][0] += 1
-        return run_moe_core(experts, *args, **kwargs)
+        first = experts.moe_ep_rank * experts.num_local_experts
+        own = dispatch_output.topk_output.topk_ids.unique().tolist()
+        self.current["places"][self.layer] |= {first + place for place in own if place >= 0}
+        return run_moe_core(experts, dispatch_output)
 
     def _on_sum(self, collective, *args, **kwargs):
         if self.layer is not None:

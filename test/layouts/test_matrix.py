@@ -47,6 +47,14 @@ def test_row_through_the_one_kernel_operator(name, oracles):
     assert outcome.compared > 0
 
 
+@pytest.mark.parametrize("name", ["tp1", "tp2_ep2_redundant", "tp4_dp2_one_idle"])
+def test_row_whose_router_also_chooses(name, oracles):
+    """As where its second kernel does, by that operator's plain torch; the engine's choice would fail."""
+    outcome = run_row(dataclasses.replace(ROWS[name], simulation=simulations.route_at_once), oracles)
+    assert not outcome.faults, "\n".join(outcome.faults)
+    assert outcome.compared > 0
+
+
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_the_ranks_of_an_attention_group_exchange_the_same_rows_in_the_same_order(oracles, monkeypatch, overlapped):
     """Else one of them would wait for sums that nobody sends. In two-batch overlap, and else with a DP rank that idles

@@ -53,6 +53,90 @@ def test_the_op_takes_any_number_of_tokens(tokens):
     torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=0, atol=3e-6)
 
 
+def chosen(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int):
+    """Weights and ids in float64 by brute force: every expert beside every other; of equals the lower one is first."""
+    scores = logits.double().sigmoid()
+    choice = scores if bias is None else scores + bias.double()
+    better = (choice[:, :, None] > choice[:, None, :]).sum(dim=1)
+    equal_before = (choice[:, :, None] == choice[:, None, :]).triu(diagonal=1).sum(dim=1)
+    ids = (better + equal_before).argsort(dim=-1)[:, :top_k]
+    weights = scores.gather(1, ids)
+    return weights / weights.sum(dim=-1, keepdim=True), ids
+
+
+def check_choice(routed, partials: torch.Tensor, bias: torch.Tensor | None, top_k: int):
+    logits, weights, ids = routed
+    assert (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    expected_weights, expected_ids = chosen(partials.double().sum(dim=0), bias, top_k)
+    torch.testing.assert_close(logits.double(), partials.double().sum(dim=0), rtol=0, atol=1e-5)
+    assert torch.equal(ids.long(), expected_ids)
+    torch.testing.assert_close(weights.double(), expected_weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("splits", "experts", "top_k"), [(24, 256, 8), (3, 11, 3), (1, 300, 6), (2, 8, 8), (5, 128, 1)]
+)
+def test_the_experts_are_those_of_float64(splits, experts, top_k, biased):
+    generator = torch.Generator().manual_seed(splits)
+    partials = torch.randn(splits, 6, experts, generator=generator) * splits**-0.5
+    bias = torch.randn(experts, generator=generator) if biased else None
+    check_choice(router.choose_experts(partials, bias, top_k, 4), partials, bias, top_k)
+
+
+@pytest.mark.parametrize("shift", [0.0, 8.0, -3.0])
+def test_of_equal_choices_the_lower_expert_is_first(shift):
+    """Logits of three values and biases of three, far apart: dozens of experts are equal, in any place of a row."""
+    generator = torch.Generator().manual_seed(1)
+    partials = torch.randint(-1, 2, (1, 8, 256), generator=generator).float()
+    partials[0, 0] = 0.0
+    bias = torch.randint(0, 2, (256,), generator=generator) * 0.125 + shift
+    _, expected = chosen(partials[0], bias, 9)
+    choice = partials[0].double().sigmoid() + bias.double()
+    assert (choice.gather(1, expected[:, 7:8]) == choice.gather(1, expected[:, 8:9])).any(), "no tie at the edge"
+    check_choice(router.choose_experts(partials, bias, 8, 4), partials, bias, 8)
+
+
+def test_logits_that_are_no_numbers_still_name_experts_that_exist():
+    partials = torch.randn(2, 4, 256, generator=torch.Generator().manual_seed(2))
+    partials[0, 0] = float("nan")
+    partials[0, 1, 5] = float("nan")
+    partials[0, 2] = -float("inf")
+    partials[0, 3, 250:] = float("inf")
+    ids = router.choose_experts(partials, torch.zeros(256), 8, 4)[2]
+    assert ((ids >= 0) & (ids < 256)).all()
+    assert all(len(set(row)) == 8 for row in ids.tolist())
+    assert set(ids[3, :6].tolist()) == set(range(250, 256))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 17, 257, 0])
+def test_the_op_routes_any_number_of_tokens(monkeypatch, tokens):
+    x, weight = problem(tokens, 11, 512)
+    bias = torch.linspace(-0.5, 0.5, 11)
+    asked = []
+
+    def engines_kernel(x, logits, top_k, renormalize, bias, scoring_func):
+        assert renormalize and scoring_func == "sigmoid"
+        asked.append(x.shape[0])
+        weights, ids = chosen(logits, bias, top_k)
+        return weights.float(), ids.int()
+
+    monkeypatch.setattr(router, "fused_topk", engines_kernel)
+    logits, weights, ids = router.minimax_route(x, weight, bias, 3)
+    assert asked == ([tokens] if tokens > router.MAX_TOKENS else [])
+    assert (logits.shape, weights.shape, ids.shape) == ((tokens, 11), (tokens, 3), (tokens, 3))
+    check_choice((logits, weights, ids), (x.double() @ weight.double().T)[None], bias, 3)
+
+
+def test_the_reference_is_the_brute_force():
+    x, weight = problem(9, 64, 128)
+    bias = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    _, weights, ids = router.route_reference(x, weight.double(), bias.double(), 8)
+    expected_weights, expected_ids = chosen(x.double() @ weight.double().T, bias, 8)
+    assert torch.equal(ids.long(), expected_ids)
+    torch.testing.assert_close(weights, expected_weights)
+
+
 def test_a_weight_in_three_parts_is_the_whole_weight():
     """One activation of 1 and all others 0: a logit is the weight, in all of its 24 bits."""
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
@@ -71,6 +155,7 @@ def test_strided_rows_are_read_where_they_are():
 
 def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):
     """As the engine compiles the forward: no graph break, and one graph for both sides of the limit."""
+    monkeypatch.setattr(router, "fused_topk", lambda x, logits, top_k, *_: chosen(logits, None, top_k))
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a host without a GPU is set up
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
     graphs = []
@@ -80,13 +165,17 @@ def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):
         return graph
 
     gate = torch.nn.Linear(512, 11, bias=False)
-    compiled = torch.compile(
-        lambda x: router.fused_router_logits(x * 2, gate) + 1, fullgraph=True, dynamic=True, backend=backend
-    )
+
+    def both(x):
+        return router.fused_router_logits(x * 2, gate) + 1, *router.minimax_route(x * 2, gate.weight, None, 3)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
         for tokens in (5, 17, 257, 300):
             x, weight = problem(tokens, 11, 512)
             gate.weight.copy_(weight)
-            exact = (x * 2).double() @ weight.double().T + 1
-            torch.testing.assert_close(compiled(x).double(), exact, rtol=0, atol=6e-6)
+            exact = (x * 2).double() @ weight.double().T
+            logits, *routed = compiled(x)
+            torch.testing.assert_close(logits.double(), exact + 1, rtol=0, atol=6e-6)
+            assert torch.equal(routed[2].long(), chosen(exact, None, 3)[1])
     assert len(graphs) == 1

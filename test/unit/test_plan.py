@@ -26,8 +26,8 @@ from transformers import PretrainedConfig
 
 from sglang_minimax import cli, sharding
 from sglang_minimax.checkpoints import SmallModel, published_config, write_checkpoint
+from sglang_minimax.plan import launches, memory, paths, report, step
 from sglang_minimax.plan import layout as layouts
-from sglang_minimax.plan import memory, paths, report, step
 from sglang_minimax.plan.hardware import GPUS, Gpu
 from sglang_minimax.plan.layout import Flags, settle
 from sglang_minimax.plan.shape import PUBLISHED_CONFIG, CannotPlan, read_model, shape_of_config
@@ -441,6 +441,32 @@ def test_the_model_of_the_step_says_how_far_off_it_is():
     assert errors[0].even_ms == pytest.approx(errors[0].measured.ms)
     for error in errors[1:]:
         assert error.alike_ms < error.measured.ms < error.even_ms
+
+
+def test_the_launches_of_a_layer_explain_most_of_a_measured_step_and_no_more(capsys):
+    """A purpose counted twice, or a time of a whole step in it, would come to more than the step."""
+    (measured,) = (one for one in step.MEASURED if one.batch == launches.BATCH)
+    layer_us = measured.ms * 1e3 / M25.num_hidden_layers
+    assert 0.8 * layer_us < launches.explained_us(ours=False) < layer_us
+    assert launches.explained_us(ours=True) < launches.explained_us(ours=False)
+    assert len({purpose.what for purpose in launches.LAYER}) == len(launches.LAYER)
+    assert cli.main(["plan", "m2.5", "--search", "--goal", "latency", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["launches"]
+    sums = {"stock": 0.0, "ours": 0.0}
+    for purpose in told["layer"]:
+        for side in sums:
+            gaps = 0 if purpose[side]["with_gaps"] else len(purpose[side]["launches_us"])
+            sums[side] += sum(purpose[side]["launches_us"]) + gaps * told["gap_us"]
+    assert sums == pytest.approx({"stock": told["stock_us"], "ours": told["ours_us"]})
+    assert told["unmeasured_ours"] == []
+
+
+def test_what_was_not_measured_is_in_no_sum(monkeypatch):
+    first, *rest = launches.LAYER
+    without = launches.explained_us(ours=True) - first.ours.layer_us
+    monkeypatch.setattr(launches, "LAYER", (dataclasses.replace(first, ours=None), *rest))
+    assert launches.explained_us(ours=True) == pytest.approx(without)
+    assert launches.unmeasured(ours=True) == [first.what] and launches.unmeasured(ours=False) == []
 
 
 def test_more_gpus_are_not_slower_than_their_memory_says():

@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sglang_minimax.plan import launches
 from sglang_minimax.plan.memory import MIB, Memory
 from sglang_minimax.plan.report import BASIS, RankHolds, Report
+from sglang_minimax.plan.shape import read_model
 from sglang_minimax.plan.step import ASSUMPTIONS, Candidate, errors, fixed_us_per_layer
 
 _GIB = 1024 * MIB
@@ -176,6 +178,8 @@ def show_search(candidates: Sequence[Candidate], title: str, limit: int, console
         f"\nThe constant is {fixed_us_per_layer():.0f} us a layer. The model's error on measured steps of stock TP4 on "
         f"H200 (512 tokens in, 34 out;\ndummy weights, which do not route evenly: a step lies between two predictions):"
     )
+    at_table = next(error.measured for error in errors() if error.measured.batch == launches.BATCH)
+    layer_us = at_table.ms * 1e3 / read_model("m2.5").num_hidden_layers
     for error in errors():
         measured = error.measured
 
@@ -184,3 +188,8 @@ def show_search(candidates: Sequence[Candidate], title: str, limit: int, console
 
         model = f"model {against(error.even_ms)} if routed evenly, {against(error.alike_ms)} if all tokens go alike"
         console.print(f"- batch {measured.batch}: measured {measured.ms} ms, {model}", markup=False)
+    console.print(
+        f"\nOf {layer_us:.0f} us a layer at batch {launches.BATCH}, launches that were measured by themselves make "
+        f"{launches.explained_us(ours=False):.0f}; with this package's\nkernels they make "
+        f"{launches.explained_us(ours=True):.0f}. --json names them."
+    )

@@ -6,7 +6,7 @@ The model, per layer, for a rank:
 
 Its assumptions, each of which :data:`ASSUMPTIONS` says in words: it ranks layouts, it does not promise times. One
 constant is fitted to one measured step (:func:`fixed_us_per_layer`); the other measured steps are predictions, and
-:func:`errors` says how far off they are.
+:func:`errors` says how far off they are. ``launches.py`` beside it has the launches of a layer that were measured.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sglang_minimax import sharding
+from sglang_minimax.plan import launches
 from sglang_minimax.plan.hardware import GPUS, GPUS_PER_NODE, Gpu
 from sglang_minimax.plan.layout import Flags, Layout, padded_vocabulary, settle
 from sglang_minimax.plan.memory import kv_bytes_per_token, plan_memory, weight_bytes
@@ -290,6 +291,15 @@ def as_data(candidates: list[Candidate]) -> dict[str, object]:
         ],
         "assumptions": ASSUMPTIONS,
         "fitted_to_batch": MEASURED[0].batch,
+        "launches": {
+            "tp": launches.TP,
+            "batch": launches.BATCH,
+            "gap_us": launches.GAP_US,
+            "layer": [dataclasses.asdict(one) for one in launches.LAYER],
+            "stock_us": launches.explained_us(ours=False),
+            "ours_us": launches.explained_us(ours=True),
+            "unmeasured_ours": launches.unmeasured(ours=True),
+        },
         "errors": [
             {
                 "batch": error.measured.batch,

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from sglang.srt.layers.minimax_qk_norm_rope import _has_programmatic_launch
+from sglang.srt.layers.minimax_qk_norm_rope import has_programmatic_launch
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
 from sglang.srt.server_args import get_global_server_args
@@ -272,7 +272,7 @@ def fp8_linear(
     last = plan.splits > 1 and plan.finish == "last"
     if last:
         assert counters is not None and counters.numel() >= tiles[0] * tiles[1], "one counter a tile: new_counters"
-    pdl = _has_programmatic_launch(x.device)
+    pdl = has_programmatic_launch(x.device)
     options = {"launch_pdl": True} if pdl else {}
     _fp8_linear_kernel[(tiles[0], plan.splits, tiles[1])](
         x, weight, weight_scale, out, parts, counters if last else None, tokens, x.stride(0), outputs, groups,

@@ -313,7 +313,7 @@ class QKNormRope:
         options = {"num_warps": plan.num_warps}
         if exchange is not None:
             options["maxnreg"] = plan.registers_per_thread
-        if pdl := _has_programmatic_launch(qkv.device):
+        if pdl := has_programmatic_launch(qkv.device):
             options["launch_pdl"] = True
         ranks = exchange.num_ranks if exchange else 1
         _qk_norm_rope_kernel[(ctas,)](
@@ -578,7 +578,7 @@ def _qk_norm_rope_kernel(
 
 
 @functools.cache
-def _has_programmatic_launch(device: torch.device) -> bool:
+def has_programmatic_launch(device: torch.device) -> bool:
     """Whether a kernel may start while its predecessor in the stream still runs: Hopper and later."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -1,11 +1,21 @@
-"""The router's logits of MiniMax-M2 for few tokens: bfloat16 activations, float32 weights, products and sums.
+"""The router of MiniMax-M2 for few tokens: bfloat16 activations, float32 weights, products and sums.
 
     logits = x.float() @ weight.T                       # [tokens, experts]
+    choice = sigmoid(logits) + bias
+    ids = the top k of choice, of equal ones the lowest
+    weights = choice[ids] - bias[ids], divided by their sum
 
-For few tokens that is a cast, an SGEMM and a split-K pass, though all that must be done is to read 3 MB of weights.
-Here a first kernel reads x and weights once and leaves sums over parts of the hidden size, and a second adds these in a
-fixed order. No atomics: the same inputs give the same bits. The choice of experts stays with the engine's ``TopK``.
+For few tokens the engine runs a cast, an SGEMM, a split-K pass and a kernel that chooses, though all that must be done
+is to read 3 MB of weights. Here a first kernel reads x and weights once and leaves sums over parts of the hidden size,
+and a second adds these in a fixed order and chooses. No atomics: the same inputs give the same bits. Each kernel loads
+its weights before it waits for the launch before it (programmatic dependent launch), so that launch must not be the one
+that writes them.
+
+Where the engine does more than choose (:func:`reason_against_choice`), the second kernel leaves the logits to its
+``TopK``.
 """
+
+# ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
 
 from __future__ import annotations
 
@@ -17,13 +27,20 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+from sglang.srt.layers.minimax_qk_norm_rope import has_programmatic_launch
+from sglang.srt.layers.moe import get_moe_a2a_backend
+from sglang.srt.layers.moe.routed_experts_capturer import get_global_experts_capturer
+from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK, TopKConfig, TopKOutputFormat, fused_topk
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import is_cuda, log_info_on_rank0
 from sglang.srt.utils.custom_op import register_custom_op
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 logger = logging.getLogger(__name__)
 
 RouterLogits = Callable[[torch.Tensor, torch.nn.Module], torch.Tensor]
+Route = Callable[[torch.Tensor, torch.nn.Module, TopK], StandardTopKOutput]
 
 
 class Plan(NamedTuple):
@@ -63,9 +80,27 @@ MAX_TOKENS = max(PLANS)
 """No more were measured; above it the float32 linear layer runs."""
 
 
+class ChoicePlan(NamedTuple):
+    """The first kernel's plan where the second one chooses too, and the warps that the second has for a token."""
+
+    logits: Plan
+    warps: int
+
+
+# Not measured yet: the logits' own plans, and four warps, which load in parallel and choose each for itself.
+CHOICE_PLANS = {limit: ChoicePlan(plan, 4) for limit, plan in PLANS.items()}
+CHUNK = tl.constexpr(128)
+"""So many experts lie in one tensor: 32 lanes of four values, which a warp compares without shared memory."""
+
+
 def plan_for(tokens: int) -> Plan:
     """The plan for ``tokens`` in 1 to ``MAX_TOKENS``."""
     return next(plan for limit, plan in PLANS.items() if tokens <= limit)
+
+
+def choice_plan_for(tokens: int) -> ChoicePlan:
+    """The plan for ``tokens`` in 1 to ``MAX_TOKENS`` where the experts are chosen too."""
+    return next(plan for limit, plan in CHOICE_PLANS.items() if tokens <= limit)
 
 
 def choose_router_logits(gate: torch.nn.Module) -> RouterLogits:
@@ -73,22 +108,46 @@ def choose_router_logits(gate: torch.nn.Module) -> RouterLogits:
 
     Called once, while the layer is built, under the model's default dtype, which is that of its activations.
     """
-    reason = reason_against_plans(
-        on_cuda=is_cuda(),
-        activations=torch.get_default_dtype(),
-        weights=gate.weight.dtype,
-        deterministic=bool(get_global_server_args().enable_deterministic_inference),
-    )
+    reason = _reason_against_plans_for(gate)
     _log_once(reason)
     return fused_router_logits if reason is None else linear_router_logits
 
 
+def choose_route(gate: torch.nn.Module, topk: TopK) -> Route | None:
+    """What takes a layer from activations to chosen experts, a function of (x [tokens, hidden_size], gate, topk) for at
+    least one token; None where logits and ``topk`` are two steps.
+
+    Called once, as :func:`choose_router_logits` is, whose conditions hold here too.
+    """
+    server_args = get_global_server_args()
+    reason = _reason_against_plans_for(gate) or reason_against_choice(
+        topk.topk_config,
+        dispatch_algorithm=server_args.ep_dispatch_algorithm,
+        exchanges_tokens=not get_moe_a2a_backend().is_none(),
+        symmetric_memory=bool(server_args.enable_symm_mem),
+    )
+    _log_choice_once(reason)
+    return fused_route if reason is None else None
+
+
+def _reason_against_plans_for(gate: torch.nn.Module) -> str | None:
+    return reason_against_plans(
+        on_cuda=is_cuda(),
+        launches_early=is_cuda() and has_programmatic_launch(torch.device("cuda")),
+        activations=torch.get_default_dtype(),
+        weights=gate.weight.dtype,
+        deterministic=bool(get_global_server_args().enable_deterministic_inference),
+    )
+
+
 def reason_against_plans(
-    *, on_cuda: bool, activations: torch.dtype, weights: torch.dtype, deterministic: bool
+    *, on_cuda: bool, launches_early: bool, activations: torch.dtype, weights: torch.dtype, deterministic: bool
 ) -> str | None:
     """The first condition of the kernels here that does not hold, as a clause, or None."""
     if not on_cuda:
         return "its kernels are for NVIDIA GPUs"
+    if not launches_early:
+        return "its plans were measured on compute capability 9.0, and this GPU has less"
     if activations != torch.bfloat16:
         return f"activations are {activations}, and its plans were measured with bfloat16"
     if weights != torch.float32:
@@ -98,10 +157,40 @@ def reason_against_plans(
     return None
 
 
+def reason_against_choice(
+    config: TopKConfig, *, dispatch_algorithm: str | None, exchanges_tokens: bool, symmetric_memory: bool
+) -> str | None:
+    """What the engine's ``TopK`` would do beyond choosing as this kernel does, as a clause, or None."""
+    if config.scoring_func != "sigmoid" or not config.renormalize or config.routed_scaling_factor not in (None, 1.0):
+        return (
+            f"scores are {config.scoring_func}, renormalised: {config.renormalize}, times "
+            f"{config.routed_scaling_factor}, and the kernel has sigmoid scores whose sum is 1"
+        )
+    if config.use_grouped_topk or config.num_fused_shared_experts or config.custom_routing_function is not None:
+        return "it has groups of experts, shared experts or a function of its own"
+    if config.correction_bias is not None and config.correction_bias.dtype != torch.float32:
+        return f"the selection bias is {config.correction_bias.dtype}, and the kernel adds float32"
+    if config.output_format not in (None, TopKOutputFormat.STANDARD):
+        return f"the experts want {config.output_format.name}, and the kernel writes weights and ids"
+    if dispatch_algorithm is not None:
+        return f"--ep-dispatch-algorithm {dispatch_algorithm} names places of experts, not experts"
+    if exchanges_tokens:
+        return "with an a2a backend it also marks padding, which is not sent"
+    if symmetric_memory:
+        return "--enable-symm-mem wants its result in memory of the engine's own"
+    return None
+
+
 @functools.lru_cache
 def _log_once(reason: str | None) -> None:
     what = f"two kernels up to {MAX_TOKENS} tokens" if reason is None else f"a float32 linear layer, since {reason}"
     log_info_on_rank0(logger, f"The router's logits come from {what}.")
+
+
+@functools.lru_cache
+def _log_choice_once(reason: str | None) -> None:
+    what = f"the router's second kernel up to {MAX_TOKENS} tokens" if reason is None else f"TopK, since {reason}"
+    log_info_on_rank0(logger, f"The experts of a token are chosen by {what}.")
 
 
 def linear_router_logits(x: torch.Tensor, gate: torch.nn.Module) -> torch.Tensor:
@@ -112,6 +201,27 @@ def linear_router_logits(x: torch.Tensor, gate: torch.nn.Module) -> torch.Tensor
 def fused_router_logits(x: torch.Tensor, gate: torch.nn.Module) -> torch.Tensor:
     """:func:`linear_router_logits` through the plan for this many tokens."""
     return minimax_router_logits(x, gate.weight)
+
+
+def fused_route(x: torch.Tensor, gate: torch.nn.Module, topk: TopK) -> StandardTopKOutput:
+    """What ``topk`` answers to the logits, told to all who listen there: the capturer and the recorder of experts."""
+    config = topk.topk_config
+    logits, weights, ids = minimax_route(x, gate.weight, config.correction_bias, config.top_k)
+    get_global_experts_capturer().capture(layer_id=topk.layer_id, topk_ids=ids)
+    get_global_expert_distribution_recorder().on_select_experts(topk_ids=ids)
+    return StandardTopKOutput(weights, ids, logits)
+
+
+def route_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`minimax_route` in plain torch, in the dtype of ``weight``."""
+    logits = torch.nn.functional.linear(x.to(weight.dtype), weight)
+    scores = logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = scores.gather(1, ids)
+    return logits, chosen / chosen.sum(dim=-1, keepdim=True), ids.int()
 
 
 def _no_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -136,6 +246,40 @@ def minimax_router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     return add_partials(partial_logits(x, weight, plan_for(tokens)))
 
 
+def _no_route(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, top_k: int):
+    weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
+    return _no_logits(x, weight), weights, torch.empty_like(weights, dtype=torch.int32)
+
+
+@register_custom_op(fake_impl=_no_route)
+def minimax_route(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The experts of any number of tokens.
+
+    A score is read back as choice - bias, as the engine's kernel does: beside a large bias it has been rounded.
+
+    Args:
+        x: [tokens, hidden_size] bfloat16, rows at any stride.
+        weight: [experts, hidden_size] float32, contiguous and finite.
+        bias: [experts] float32, added for the choice only; None: nothing is.
+        top_k: how many experts a token has, at most ``experts``.
+
+    Returns:
+        logits: [tokens, experts] float32.
+        weights: [tokens, top_k] float32, each row's sum is 1; the best choice first.
+        ids: [tokens, top_k] int32.
+    """
+    tokens = x.shape[0]
+    if tokens == 0:
+        return _no_route(x, weight, bias, top_k)
+    if tokens > MAX_TOKENS:
+        logits = torch.nn.functional.linear(x.to(torch.float32), weight)
+        return logits, *fused_topk(x, logits, top_k, True, bias, "sigmoid")
+    plan = choice_plan_for(tokens)
+    return choose_experts(partial_logits(x, weight, plan.logits), bias, top_k, plan.warps)
+
+
 def partial_logits(x: torch.Tensor, weight: torch.Tensor, plan: Plan) -> torch.Tensor:
     """[splits, tokens, experts] float32: each part's sum."""
     assert x.stride(1) == 1 and weight.is_contiguous(), "a row of x, and all of the weight, must be contiguous"
@@ -146,9 +290,14 @@ def partial_logits(x: torch.Tensor, weight: torch.Tensor, plan: Plan) -> torch.T
     grid = (triton.cdiv(experts, plan.block_experts), splits, triton.cdiv(tokens, plan.block_tokens))
     _partial_logits_kernel[grid](
         x, weight, partials, tokens, experts, hidden_size, x.stride(0), plan.method, plan.block_tokens,
-        plan.block_experts, plan.block_k, plan.steps, num_warps=plan.warps,
+        plan.block_experts, plan.block_k, plan.steps, **_launch_options(x.device), num_warps=plan.warps,
     )  # fmt: skip
     return partials
+
+
+def _launch_options(device: torch.device) -> dict:
+    """Of both kernels: whether they start while the launch before them still runs."""
+    return {"PDL": True, "launch_pdl": True} if has_programmatic_launch(device) else {"PDL": False}
 
 
 def add_partials(partials: torch.Tensor) -> torch.Tensor:
@@ -156,16 +305,34 @@ def add_partials(partials: torch.Tensor) -> torch.Tensor:
     splits, tokens, experts = partials.shape
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=partials.device)
     _add_partials_kernel[(tokens,)](
-        partials, logits, tokens, experts, splits, triton.next_power_of_2(experts), num_warps=4
-    )
+        partials, logits, tokens, experts, splits, triton.next_power_of_2(experts),
+        **_launch_options(partials.device), num_warps=4,
+    )  # fmt: skip
     return logits
+
+
+def choose_experts(
+    partials: torch.Tensor, bias: torch.Tensor | None, top_k: int, warps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits, weights and ids of :func:`minimax_route`, from [splits, tokens, experts] partial sums."""
+    splits, tokens, experts = partials.shape
+    logits, weights, ids = (
+        torch.empty(tokens, size, dtype=dtype, device=partials.device)
+        for size, dtype in ((experts, torch.float32), (top_k, torch.float32), (top_k, torch.int32))
+    )
+    _choose_experts_kernel[(tokens,)](
+        partials, bias, logits, weights, ids, tokens, experts, splits, triton.next_power_of_2(splits),
+        triton.cdiv(experts, CHUNK.value), top_k, triton.next_power_of_2(top_k),
+        **_launch_options(partials.device), num_warps=warps,
+    )  # fmt: skip
+    return logits, weights, ids
 
 
 @triton.jit
 def _partial_logits_kernel(
     x_ptr, weight_ptr, partials_ptr, tokens, experts, hidden_size, x_stride,
     METHOD: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr,
+    STEPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
     split = tl.program_id(1)
@@ -177,6 +344,9 @@ def _partial_logits_kernel(
         k = (split * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = k[None, :] < hidden_size
         weight = tl.load(weight_rows + k[None, :], mask=(expert[:, None] < experts) & inside, other=0.0)
+        if PDL and step == 0:
+            gdc_wait()
+            gdc_launch_dependents()
         x = tl.load(x_rows + k[None, :], mask=(token[:, None] < tokens) & inside, other=0.0)
         if METHOD == "fma":
             sums = tl.dot(x.to(tl.float32), tl.trans(weight), sums, input_precision="ieee")
@@ -196,7 +366,12 @@ def _partial_logits_kernel(
 
 
 @triton.jit
-def _add_partials_kernel(partials_ptr, logits_ptr, tokens, experts, SPLITS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr):
+def _add_partials_kernel(
+    partials_ptr, logits_ptr, tokens, experts, SPLITS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, PDL: tl.constexpr
+):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0)
     expert = tl.arange(0, BLOCK_EXPERTS)
     inside = expert < experts
@@ -204,3 +379,74 @@ def _add_partials_kernel(partials_ptr, logits_ptr, tokens, experts, SPLITS: tl.c
     for split in tl.static_range(1, SPLITS):
         total += tl.load(partials_ptr + (split * tokens + token) * experts + expert, mask=inside, other=0.0)
     tl.store(logits_ptr + token * experts + expert, total, mask=inside)
+
+
+@triton.jit
+def _ordered(bits):
+    """The bits of a float32 as an int32 that compares as it does, and back. A GPU finds the largest of a warp's 32
+    integers in one instruction."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _choose_experts_kernel(
+    partials_ptr, bias_ptr, logits_ptr, weights_ptr, ids_ptr, tokens, experts, SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, CHUNKS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_TOP_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token a CTA. The parts are divided over the warps, and their sums lie in each of them, so that each finds
+    the experts by itself, without a barrier."""
+    LOWEST: tl.constexpr = -0x80000000  # below every choice
+    token = tl.program_id(0)
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    biases = ()
+    for chunk in tl.static_range(CHUNKS):
+        expert = chunk * CHUNK + tl.arange(0, CHUNK)
+        bias = tl.zeros((CHUNK,), tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + expert, mask=expert < experts, other=0.0)
+        biases = biases + (bias,)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    parts = ()
+    for chunk in tl.static_range(CHUNKS):
+        expert = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+        place = partials_ptr + (split * tokens + token) * experts + expert
+        parts = parts + (tl.load(place, mask=(split < SPLITS) & (expert < experts), other=0.0),)
+    logits, choices = (), ()
+    for chunk in tl.static_range(CHUNKS):
+        expert = chunk * CHUNK + tl.arange(0, CHUNK)
+        logits = logits + (tl.sum(parts[chunk], axis=0),)
+        choice = _ordered((tl.sigmoid(logits[chunk]) + biases[chunk]).to(tl.int32, bitcast=True))
+        choices = choices + (tl.where(expert < experts, choice, LOWEST),)
+
+    slot = tl.arange(0, BLOCK_TOP_K)
+    ids = tl.zeros((BLOCK_TOP_K,), tl.int32)
+    weights = tl.zeros((BLOCK_TOP_K,), tl.float32)
+    total = 0.0
+    for rank in tl.static_range(TOP_K):
+        largest = choices[0]
+        for chunk in tl.static_range(1, CHUNKS):
+            largest = tl.maximum(largest, choices[chunk])
+        best = tl.max(largest, axis=0)
+        first = tl.where(choices[0] == best, tl.arange(0, CHUNK), CHUNKS * CHUNK)
+        for chunk in tl.static_range(1, CHUNKS):
+            expert = chunk * CHUNK + tl.arange(0, CHUNK)
+            first = tl.minimum(first, tl.where(choices[chunk] == best, expert, CHUNKS * CHUNK))
+        chosen = tl.min(first, axis=0)  # of equals the first, as the engine's kernel and torch's stable sort take
+        rest = ()
+        for chunk in tl.static_range(CHUNKS):
+            expert = chunk * CHUNK + tl.arange(0, CHUNK)
+            rest = rest + (tl.where(expert == chosen, LOWEST, choices[chunk]),)
+        choices = rest
+        score = _ordered(best).to(tl.float32, bitcast=True)
+        if bias_ptr is not None:
+            score -= tl.load(bias_ptr + chosen)
+        total += score
+        ids = tl.where(slot == rank, chosen, ids)
+        weights = tl.where(slot == rank, score, weights)
+    tl.store(weights_ptr + token * TOP_K + slot, weights * (1.0 / total), mask=slot < TOP_K)
+    tl.store(ids_ptr + token * TOP_K + slot, ids, mask=slot < TOP_K)
+    for chunk in tl.static_range(CHUNKS):  # last, since it takes a turn through shared memory that nobody waits for
+        expert = chunk * CHUNK + tl.arange(0, CHUNK)
+        tl.store(logits_ptr + token * experts + expert, logits[chunk], mask=expert < experts)

@@ -19,7 +19,7 @@ from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_r
 from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 from sglang.srt.layers.communicator import LayerCommunicator
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.minimax_router import choose_router_logits
+from sglang.srt.layers.minimax_router import choose_route, choose_router_logits
 from sglang.srt.layers.minimax_sharding import expert_shape_of
 from sglang.srt.layers.moe import (
     get_moe_a2a_backend,
@@ -88,6 +88,7 @@ class MiniMaxM2MoE(nn.Module):
             correction_bias=self.e_score_correction_bias,
             routed_scaling_factor=1.0,
         )
+        self.route_at_once = choose_route(self.gate, self.topk)
         self.experts = get_moe_impl_class(quant_config)(
             num_experts=config.num_local_experts + get_global_server_args().ep_num_redundant_experts,
             top_k=config.num_experts_per_tok,
@@ -109,6 +110,8 @@ class MiniMaxM2MoE(nn.Module):
     def _route(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction):
         if hidden_states.shape[0] == 0:
             return self.topk.empty_topk_output(hidden_states.device)
+        if self.route_at_once is not None:
+            return self.route_at_once(hidden_states, self.gate, self.topk)
         return self.topk(
             hidden_states, self._router_logits(hidden_states), **self._routing_info(forward_batch, reduction)
         )
