@@ -252,7 +252,7 @@ def test_an_exchange_that_is_given_is_the_one_that_is_launched(monkeypatch, rank
             return lambda *arguments, **constants: launches.append((grid, arguments, constants))
 
     monkeypatch.setattr(module, "_qk_norm_rope_kernel", Kernel())
-    monkeypatch.setattr(module, "_has_programmatic_launch", lambda device: False)
+    monkeypatch.setattr(module, "has_programmatic_launch", lambda device: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: in_graph)
     given: list = []
 
