@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 # The first whose CTAs all fit at once is taken. Guesses: benchmark/all_reduce_norm.py times others.
-PLANS = (Plan(16, 1), Plan(8, 2), Plan(8, 4))
+PLANS = (Plan(16, 1), Plan(16, 2))
 
 
 class RowExchange(Inboxes):
@@ -194,14 +194,13 @@ class AllReduceNorm:
         assert exchange is not None and x.shape[0] <= exchange.max_tokens, "more rows than the inboxes have"
         hidden_size, ranks = exchange.hidden_size, exchange.num_ranks
         messages = messages_per_row(hidden_size)
-        block = triton.next_power_of_2(messages)
-        options: dict = {"num_warps": min(plan.num_warps, max(1, block // 32)), "maxnreg": plan.registers_per_thread}
+        options: dict = {"num_warps": plan.num_warps, "maxnreg": plan.registers_per_thread}
         if pdl := has_programmatic_launch(x.device):
             options["launch_pdl"] = True
         _all_reduce_norm_kernel[(x.shape[0],)](
             x, residual, weight, normed, exchange.inbox_addresses, exchange.epochs, eps, exchange.max_tokens,
             exchange.rank, layer_id, peer_timeout_ms(self.peer_timeout_seconds),
-            HIDDEN_SIZE=hidden_size, MESSAGES=messages, BLOCK=block, RANKS=ranks, PDL=pdl,
+            HIDDEN_SIZE=hidden_size, MESSAGES=messages, BLOCK=32 * plan.num_warps, RANKS=ranks, PDL=pdl,
             POLL=poll_assembly(ranks, messages), OPERANDS=poll_operands(ranks), **options,
         )  # fmt: skip
         return normed
@@ -254,14 +253,25 @@ def minimax_all_reduce_norm(
 
 
 @triton.jit
-def _load_words(row_ptr, message, MESSAGES: tl.constexpr, WORDS: tl.constexpr):
-    """Of a row of ``WORDS`` words the three of each message: words m, m + MESSAGES and m + 2 * MESSAGES."""
+def _place_of(chunk: tl.constexpr, part: tl.constexpr, message, MESSAGES: tl.constexpr, WORDS: tl.constexpr):
+    """Which word of a row is the ``part``-th of each message of a chunk, and whether there is one.
+
+    The words of message m are m, m + MESSAGES and m + 2 * MESSAGES: neighbouring threads read neighbouring words.
+    """
+    number = chunk * message.shape[0] + message
+    place = part * MESSAGES + number
+    return place, (number < MESSAGES) & (place < WORDS)
+
+
+@triton.jit
+def _load_row(row_ptr, message, MESSAGES: tl.constexpr, WORDS: tl.constexpr, CHUNKS: tl.constexpr):
+    """The words of a row: for each chunk the three of each message."""
     words = ()
-    for part in tl.static_range(3):
-        place = part * MESSAGES + message
-        inside = (message < MESSAGES) & (place < WORDS)
-        # Volatile keeps the load where it stands: before the wait, and not after it, where the values are used.
-        words = words + (tl.load(row_ptr + place, mask=inside, other=0, volatile=True),)
+    for chunk in tl.static_range(CHUNKS):
+        for part in tl.static_range(3):
+            at, inside = _place_of(chunk, part, message, MESSAGES, WORDS)
+            # Volatile keeps the load where it stands: before the wait, and not after it, where the values are used.
+            words = words + (tl.load(row_ptr + at, mask=inside, other=0, volatile=True),)
     return words
 
 
@@ -358,10 +368,12 @@ def _all_reduce_norm_kernel(
     HIDDEN_SIZE: tl.constexpr, MESSAGES: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     POLL: tl.constexpr, OPERANDS: tl.constexpr,
 ):  # fmt: skip
+    """The CTA of row r. A thread has one message in each chunk of ``BLOCK``, which is the number of threads: given two at
+    once, Triton would lay them out in two ways, and poll for each of these."""
     WORDS: tl.constexpr = HIDDEN_SIZE // 2
+    CHUNKS: tl.constexpr = (MESSAGES + BLOCK - 1) // BLOCK
     row = tl.program_id(0)
     message = tl.arange(0, BLOCK)
-    waits = (message < MESSAGES).to(tl.int32)
     start = row.to(tl.int64) * WORDS
     x_row = x_ptr.to(tl.pointer_type(tl.int32)) + start
     residual_row = residual_ptr.to(tl.pointer_type(tl.int32)) + start
@@ -372,47 +384,57 @@ def _all_reduce_norm_kernel(
     for turn in tl.static_range(1, RANKS):
         peers = peers + (tl.load(inboxes_ptr + (rank + turn) % RANKS),)
     inbox = tl.load(inboxes_ptr + rank)
-    weight = _load_words(weight_ptr.to(tl.pointer_type(tl.int32)), message, MESSAGES, WORDS)
+    weight = _load_row(weight_ptr.to(tl.pointer_type(tl.int32)), message, MESSAGES, WORDS, CHUNKS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
     epoch = tl.load(epochs_ptr + row, volatile=True) + 1  # every thread has it before the first barrier of the CTA
-    x = _load_words(x_row, message, MESSAGES, WORDS)
+    x = _load_row(x_row, message, MESSAGES, WORDS, CHUNKS)
     first = ((epoch & 1) * max_tokens + row).to(tl.int64) * (RANKS * MESSAGES * 16)  # of rank 0's messages, in bytes
     place = first + message * 16
-    for turn in tl.static_range(RANKS - 1):  # another peer first on every rank, so that all links are in use
-        _send(peers[turn] + place + rank * (MESSAGES * 16), x, epoch, waits, POLL != "")
-    residual = _load_words(residual_row, message, MESSAGES, WORDS)
-    words = _await(
-        inbox + place, epoch, rank, waits, peer_timeout_ms.to(tl.int64) * 1000000, MESSAGES, RANKS, POLL, OPERANDS
-    )
+    own = place + rank * (MESSAGES * 16)
+    for chunk in tl.static_range(CHUNKS):
+        sends = (chunk * BLOCK + message < MESSAGES).to(tl.int32)
+        for turn in tl.static_range(RANKS - 1):  # another peer first on every rank, so that all links are in use
+            words = x[3 * chunk], x[3 * chunk + 1], x[3 * chunk + 2]
+            _send(peers[turn] + own + chunk * BLOCK * 16, words, epoch, sends, POLL != "")
+    residual = _load_row(residual_row, message, MESSAGES, WORDS, CHUNKS)
 
     totals = ()
     squares = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(3):
-        low, high = _values(tl.where(rank == 0, x[part], words[part]))
-        for sender in tl.static_range(1, RANKS):
-            next_low, next_high = _values(tl.where(rank == sender, x[part], words[3 * sender + part]))
-            low += next_low
-            high += next_high
-        residual_low, residual_high = _values(residual[part])
-        low += residual_low
-        high += residual_high
-        squares += low * low + high * high
-        totals = totals + (low, high)
-    sum_of_squares, missing = tl.reduce((squares, words[3 * RANKS]), 0, _add_and_larger)  # one round for both
+    missing = tl.full((BLOCK,), -1, tl.int32)
+    timeout_ns = peer_timeout_ms.to(tl.int64) * 1000000
+    for chunk in tl.static_range(CHUNKS):
+        waits = (chunk * BLOCK + message < MESSAGES).to(tl.int32)
+        theirs = _await(
+            inbox + place + chunk * BLOCK * 16, epoch, rank, waits, timeout_ns, MESSAGES, RANKS, POLL, OPERANDS
+        )
+        missing = tl.maximum(missing, theirs[3 * RANKS])
+        for part in tl.static_range(3):
+            mine = x[3 * chunk + part]
+            low, high = _values(tl.where(rank == 0, mine, theirs[part]))
+            for sender in tl.static_range(1, RANKS):
+                next_low, next_high = _values(tl.where(rank == sender, mine, theirs[3 * sender + part]))
+                low += next_low
+                high += next_high
+            residual_low, residual_high = _values(residual[3 * chunk + part])
+            low += residual_low
+            high += residual_high
+            squares += low * low + high * high
+            totals = totals + ((low, high),)
+    sum_of_squares, missing = tl.reduce((squares, missing), 0, _add_and_larger)  # one round for both
     if POLL != "":
         _trap_for(missing, layer_id, rank)
     inverse_rms = tl.rsqrt(sum_of_squares / HIDDEN_SIZE + eps)
-    for part in tl.static_range(3):
-        low, high = totals[2 * part], totals[2 * part + 1]
-        weight_low, weight_high = _values(weight[part])
-        at = part * MESSAGES + message
-        inside = (message < MESSAGES) & (at < WORDS)
-        normed = _word(low * inverse_rms * weight_low, high * inverse_rms * weight_high)
-        tl.store(normed_row + at, normed, mask=inside)
-        tl.store(residual_row + at, _word(low, high), mask=inside)
+    for chunk in tl.static_range(CHUNKS):
+        for part in tl.static_range(3):
+            low, high = totals[3 * chunk + part]
+            weight_low, weight_high = _values(weight[3 * chunk + part])
+            at, inside = _place_of(chunk, part, message, MESSAGES, WORDS)
+            normed = _word(low * inverse_rms * weight_low, high * inverse_rms * weight_high)
+            tl.store(normed_row + at, normed, mask=inside)
+            tl.store(residual_row + at, _word(low, high), mask=inside)
     tl.store(epochs_ptr + row, epoch)
 
 
