@@ -435,11 +435,13 @@ def run_ranks(what: str, world: int, seconds: float) -> list[subprocess.Complete
     return run_processes([[what, rank, world, port] for rank in range(world)], seconds)
 
 
-def run_processes(calls: list[list], seconds: float, **environment) -> list[subprocess.CompletedProcess]:
-    """A process for each [function of this file, its numbers], all at once."""
+def run_processes(
+    calls: list[list], seconds: float, file: str = __file__, **environment
+) -> list[subprocess.CompletedProcess]:
+    """A process for each [function of ``file``, its numbers], all at once."""
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, *map(str, call)],
+            [sys.executable, file, *map(str, call)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
