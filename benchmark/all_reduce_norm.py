@@ -12,7 +12,7 @@ microseconds, of the slowest rank. What is timed:
     warps/ctas    ours, by plan: warps of a CTA, CTAs that must fit on a multiprocessor together
 Before a way is timed its output is compared with float64, and its bits over the ranks; the error is the largest
 difference of a normed value, in units of bfloat16's rounding of it, half a unit being what one rounding costs. Between
-two layers nothing runs, so that what a launch of another kernel between them would cost or hide is not in these numbers.
+two layers nothing else runs: what another kernel there would cost or hide is not in these numbers.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Rank:
             )
         for plan in plans(tokens, self.multiprocessors):
 
-            def ours(x, residual, weight, plan=self.module.Plan(*plan)):
-                return self.operator.launch(plan, x, residual, weight, EPS, 0), residual
+            def ours(x, residual, weight, plan=plan):
+                return self.operator.launch(self.module.Plan(*plan), x, residual, weight, EPS, 0), residual
 
             ways["/".join(map(str, plan))] = ours
         return ways

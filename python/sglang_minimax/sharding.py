@@ -1,8 +1,8 @@
 """The overlay's sharding arithmetic and rules for processes that do not import the engine.
 
 ``minimax_sharding``, ``minimax_qk_norm_paths`` and ``minimax_all_reduce_norm_paths`` of ``sglang.srt.layers`` are pure
-integers, but importing them by that name imports ``sglang``, which may be missing, stock (``SGLANG_MINIMAX_OVERLAY=0``) or simply slow. So each file
-is executed from where it stands.
+integers, but importing them by that name imports ``sglang``, which may be missing, stock
+(``SGLANG_MINIMAX_OVERLAY=0``) or simply slow. So each file is executed from where it stands.
 """
 
 from __future__ import annotations

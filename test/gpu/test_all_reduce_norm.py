@@ -9,19 +9,20 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+if __name__ == "__main__":  # run by the tests below as a file, which finds no neighbours by itself
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu.processes import needs_gpus, run_processes, run_ranks, same_bits
+
 from sglang_minimax import overlay
 
 overlay.install()
-
-if __name__ == "__main__":  # run as a file, by the tests below
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-from test_qk_norm_rope import free_port, needs_gpus, run_processes, same_bits
 
 HIDDEN_SIZE, EPS = 3072, 1e-6
 VARIANTS = 3  # of the inputs of a graph: odd, so that what an inbox held two launches ago was another one's
@@ -127,7 +128,7 @@ def check_graphs(group, operator, rank: int, counts: list[int], replays: int) ->
         residual = [data.residual.clone() for _ in range(2)]
 
         def run(x=x, residual=residual, data=data):
-            return [operator(*pair, data.weight, EPS, layer) for layer, pair in enumerate(zip(x, residual, strict=True))]
+            return [operator(x[layer], residual[layer], data.weight, EPS, layer) for layer in range(2)]
 
         run()
         torch.cuda.synchronize()
@@ -154,7 +155,7 @@ def check_graphs(group, operator, rank: int, counts: list[int], replays: int) ->
 
 def virtual_ranks(num_ranks: int, num_gpus: int, replays: int) -> None:
     """``num_ranks`` ranks on ``num_gpus`` GPUs: eager calls of every plan, then graphs that count what is wrong."""
-    from virtual_ranks import VirtualRanks
+    from gpu.virtual_ranks import VirtualRanks
 
     ranks = VirtualRanks(num_ranks, num_gpus)
     operators = [ranks.build_all_reduce_norm(rank, HIDDEN_SIZE) for rank in range(num_ranks)]
@@ -261,14 +262,9 @@ def never_call(rank: int, world: int, port: int) -> None:
 # ---------------------------------------------------------------- the tests
 
 
-def run_ranks(what: str, world: int, seconds: float):
-    port = free_port()
-    return run_processes([[what, rank, world, port] for rank in range(world)], seconds, file=__file__)
-
-
 @pytest.mark.parametrize("world", [pytest.param(n, marks=needs_gpus(n)) for n in (2, 4, 8)])
 def test_all_token_counts_and_graphs(world):
-    for rank, done in enumerate(run_ranks("check_rank", world, seconds=200)):
+    for rank, done in enumerate(run_ranks(__file__, "check_rank", world, seconds=200)):
         assert done.returncode == 0, f"rank {rank}:\n{done.stdout[-4000:]}"
 
 
@@ -278,13 +274,13 @@ def test_all_token_counts_and_graphs(world):
 )
 def test_four_and_eight_ranks_on_fewer_gpus(num_ranks, num_gpus):
     calls = [["virtual_ranks", num_ranks, num_gpus, 300]]
-    (done,) = run_processes(calls, seconds=300, file=__file__, CUDA_DEVICE_MAX_CONNECTIONS="32")
+    (done,) = run_processes(__file__, calls, seconds=300, CUDA_DEVICE_MAX_CONNECTIONS="32")
     assert done.returncode == 0 and "right" in done.stdout, done.stdout[-4000:]
 
 
 @needs_gpus(2)
 def test_a_dead_peer_traps_and_says_who_waited_for_whom():
-    waiting, _ = run_ranks("never_call", 2, seconds=120)
+    waiting, _ = run_ranks(__file__, "never_call", 2, seconds=120)
     assert waiting.returncode == 3, waiting.stdout[-4000:]
     assert "All-reduce + norm: no row of a peer" in waiting.stdout, waiting.stdout[-4000:]
     for operand in ("(operand 0) 17", "(operand 1) 0", "(operand 2) 1"):

@@ -28,9 +28,7 @@ def ranks_of(num_ranks: int, hidden_size: int, max_tokens: int) -> list[AllReduc
     size = inbox_bytes(num_ranks, hidden_size, max_tokens)
     inboxes = [torch.zeros(size, dtype=torch.uint8) for _ in range(num_ranks)]
     addresses = [inbox.data_ptr() for inbox in inboxes]
-    exchanges = [
-        RowExchange(inbox, addresses, rank, hidden_size, max_tokens, 4) for rank, inbox in enumerate(inboxes)
-    ]
+    exchanges = [RowExchange(inbox, addresses, rank, hidden_size, max_tokens, 4) for rank, inbox in enumerate(inboxes)]
     return [AllReduceNorm(None, exchange, peer_timeout_seconds=1) for exchange in exchanges]
 
 

@@ -338,7 +338,11 @@ def test_what_the_server_says_of_heads_and_experts_the_plan_says(tmp_path, flags
 @pytest.mark.parametrize(
     ("flags", "gpu", "expected"),
     [
-        (Flags(tp=8), H200, {"fused all-reduce + norm": "on", "sum over experts": "in the next layer's norm"}),
+        (
+            Flags(tp=8), H200,
+            {"fused all-reduce + norm": "on, one launch", "sum over experts": "in the next layer's norm"},
+        ),
+        (Flags(tp=6), H200, {"fused all-reduce + norm": "on, up to 2048 tokens"}),
         (Flags(tp=8), GPUS["mi300x"], {"fused all-reduce + norm": "off", "sum over experts": "the model's"}),
         (
             Flags(tp=16, nnodes=2), H200,

@@ -368,8 +368,8 @@ def _all_reduce_norm_kernel(
     HIDDEN_SIZE: tl.constexpr, MESSAGES: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     POLL: tl.constexpr, OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    """The CTA of row r. A thread has one message in each chunk of ``BLOCK``, which is the number of threads: given two at
-    once, Triton would lay them out in two ways, and poll for each of these."""
+    """The CTA of row r. A thread has one message in each chunk of ``BLOCK``, which is the number of threads: given two
+    at once, Triton would lay them out in two ways, and poll for each of these."""
     WORDS: tl.constexpr = HIDDEN_SIZE // 2
     CHUNKS: tl.constexpr = (MESSAGES + BLOCK - 1) // BLOCK
     row = tl.program_id(0)

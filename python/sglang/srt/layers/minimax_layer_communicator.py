@@ -1,7 +1,7 @@
 """The layer communicator of MiniMax-M2: the engine's, with all-reduce, residual add and norm in one launch of ours.
 
-The rules are in :mod:`minimax_all_reduce_norm_paths`, the kernel is in :mod:`minimax_all_reduce_norm`; here the engine's
-objects are turned into what those two know, once for all layers of a model.
+The rules are in :mod:`minimax_all_reduce_norm_paths`, the kernel is in :mod:`minimax_all_reduce_norm`; here the
+engine's objects are turned into what those two know, once for all layers of a model.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
 
     def _all_reduce_and_norm(self, hidden_states, residual, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.all_reduce_norm is not None
-        return self.all_reduce_norm(
-            hidden_states, residual, norm.weight, norm.variance_epsilon, layer_id=self.layer_id
-        )
+        return self.all_reduce_norm(hidden_states, residual, norm.weight, norm.variance_epsilon, layer_id=self.layer_id)
 
 
 _chosen: dict[tuple, AllReduceNorm | None] = {}

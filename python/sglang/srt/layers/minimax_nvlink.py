@@ -104,7 +104,7 @@ def peers_are_reachable(group, device: torch.device) -> bool:
 
 
 def peer_timeout_ms(seconds: float | None) -> int:
-    """How long a launch waits for a peer: ``seconds``, or what suits a graph that is being captured, or an eager call."""
+    """How long a launch waits for a peer: ``seconds``, or what suits a graph that is captured, or an eager call."""
     if seconds is None:
         seconds = GRAPH_TIMEOUT_SECONDS if torch.cuda.is_current_stream_capturing() else EAGER_TIMEOUT_SECONDS
     return int(seconds * 1000)
