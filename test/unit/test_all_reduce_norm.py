@@ -257,7 +257,7 @@ def test_the_one_launch_goes_before_flashinfers_unless_a_person_asked(
     )  # fmt: skip
     if by_default:
         setattr(args, FLASHINFER_BY_DEFAULT, True)
-    monkeypatch.setattr(module, "_chosen", {})
+    monkeypatch.setattr(module, "_operators", {})
     monkeypatch.setattr(module, "get_global_server_args", lambda: args)
     monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(unique_name="tp:0", world_size=2))
     monkeypatch.setattr(module, "get_moe_data_parallel_world_size", lambda: 1)

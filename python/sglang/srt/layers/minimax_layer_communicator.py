@@ -71,31 +71,30 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
         return self.all_reduce_norm(hidden_states, residual, norm.weight, norm.variance_epsilon, layer_id=self.layer_id)
 
 
-_chosen: dict[tuple, AllReduceNorm | None] = {}
+_operators: dict[tuple, AllReduceNorm] = {}
 
 
 def one_launch_for(norm: nn.Module) -> AllReduceNorm | None:
     """The one launch for norms like ``norm``, or None where all-reduce and norm stay the engine's.
 
-    Collective over the TP group at its first call, and the same answer on every rank. Where there is one, FlashInfer's
-    fused all-reduce + norm, which had been turned on for want of it, is turned off.
+    Collective over the TP group, and the same answer on every rank. Where there is one, FlashInfer's fused
+    all-reduce + norm, which had been turned on for want of it, is turned off.
     """
-    group, server_args = get_tp_group(), get_global_server_args()
-    key = group.unique_name, norm.hidden_size, norm.weight.dtype, norm.weight.device
-    if key not in _chosen:
-        reason = reason_against(norm)
-        if reason is None:
-            _chosen[key] = operator = build(group, norm)
-            log_once(
-                f"All-reduce, residual add and RMSNorm: one launch up to {operator.max_tokens} tokens, rows exchanged "
-                f"between {group.world_size} GPUs over NVLink."
-            )
-        else:
-            _chosen[key] = None
-            log_once(f"All-reduce, residual add and RMSNorm: not one launch of ours: {reason}.")
-    if _chosen[key] is not None:
-        server_args.enable_flashinfer_allreduce_fusion = False
-    return _chosen[key]
+    reason = reason_against(norm)
+    if reason is not None:
+        log_once(f"All-reduce, residual add and RMSNorm: not one launch of ours: {reason}.")
+        return None
+    group = get_tp_group()
+    key = group.unique_name, norm.hidden_size, norm.weight.device
+    if key not in _operators:
+        _operators[key] = build(group, norm)
+    operator = _operators[key]
+    log_once(
+        f"All-reduce, residual add and RMSNorm: one launch up to {operator.max_tokens} tokens, rows exchanged "
+        f"between {group.world_size} GPUs over NVLink."
+    )
+    get_global_server_args().enable_flashinfer_allreduce_fusion = False
+    return operator
 
 
 def build(group, norm: nn.Module) -> AllReduceNorm:
