@@ -3,7 +3,8 @@
 The engine decides per architecture while it reads its arguments, and does not name this one:
     how the heads and experts are divided, checked before anything is loaded;
     the smallest EP size that works for a quantised checkpoint, where the person left ``--ep`` alone;
-    FlashInfer's fused all-reduce + norm, on wherever it is on for the engine's other mixtures of experts;
+    FlashInfer's fused all-reduce + norm, on wherever it is on for the engine's other mixtures of experts, until the
+        model finds that one launch of its own does it;
     the kernel that sums a token's experts.
 """
 
@@ -14,7 +15,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sglang_minimax import expert_sum
+from sglang_minimax import expert_sum, sharding
 from sglang_minimax.adjustments import EngineModule, EngineObject
 
 if TYPE_CHECKING:
@@ -136,7 +137,11 @@ def settle_ep_size(shape: ExpertShape, tp_size: int, ep_size: int, left_alone: b
 
 
 def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
-    """The engine's conditions for its other mixtures of experts, for this one."""
+    """The engine's conditions for its other mixtures of experts, for this one.
+
+    It is what runs where the model's own launch cannot, which only the ranks can find out: then the model turns it off
+    (``one_launch_for`` in ``layers/minimax_layer_communicator.py``), unless a person turned it on.
+    """
     if (
         not args.enable_flashinfer_allreduce_fusion
         and not args.enforce_disable_flashinfer_allreduce_fusion
@@ -153,7 +158,7 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
         is None
     ):
         args.enable_flashinfer_allreduce_fusion = True
-        logger.info("FlashInfer's fused all-reduce + norm is on; --enforce-disable-flashinfer-allreduce-fusion: off")
+        setattr(args, sharding.FLASHINFER_BY_DEFAULT, True)  # nobody asked: a launch of ours goes first
 
 
 def _sum_experts_in_kernel(args: EngineObject) -> None:

@@ -124,7 +124,7 @@ def chosen_paths(runner: EngineObject) -> list[Path]:
     return [
         _ep_size(args),
         qk_norm_path(first.self_attn),
-        _fused_all_reduce(args),
+        _fused_all_reduce(first, args),
         _expert_sum(first, last, args),
         _expert_kernels(first.block_sparse_moe),
         _fp4_all_gather(args),
@@ -157,14 +157,19 @@ def _ep_size(args: EngineObject) -> Path:
     return Path("EP", str(args.ep_size), why)
 
 
-def _fused_all_reduce(args: EngineObject) -> Path:
+def _fused_all_reduce(layer: EngineObject, args: EngineObject) -> Path:
+    return planned.fused_all_reduce(*_fused_up_to(layer), _reason_against_fused_all_reduce(args))
+
+
+def _fused_up_to(layer: EngineObject) -> tuple[int | None, int | None]:
+    """Tokens of one launch of the model's own, and of FlashInfer's kernel, where that is on."""
     from sglang.srt.layers import communicator
 
-    name = "fused all-reduce + norm"
-    if communicator.apply_flashinfer_allreduce_fusion(1):
-        why = "one node, no DP attention, and FlashInfer has its workspace on every rank"
-        return Path(name, f"on, up to {communicator.FUSE_ALLREDUCE_MAX_BATCH_SIZE} tokens", why)
-    return Path(name, "off", _reason_against_fused_all_reduce(args))
+    ours = layer.layer_communicator.all_reduce_norm
+    if ours is not None:
+        return ours.max_tokens, None
+    on = communicator.apply_flashinfer_allreduce_fusion(1)
+    return None, communicator.FUSE_ALLREDUCE_MAX_BATCH_SIZE if on else None
 
 
 def _reason_against_fused_all_reduce(args: EngineObject) -> str:
@@ -189,7 +194,6 @@ def _reason_against_fused_all_reduce(args: EngineObject) -> str:
 
 def _expert_sum(first: EngineObject, last: EngineObject, args: EngineObject) -> Path:
     """Asks the model's own decision for the kinds of batches that can make it differ."""
-    from sglang.srt.layers.communicator import FUSE_ALLREDUCE_MAX_BATCH_SIZE
     from sglang.srt.layers.dp_attention import DpPaddingMode
     from sglang.srt.models.minimax_m2_moe import ExpertReduction
 
@@ -209,9 +213,10 @@ def _expert_sum(first: EngineObject, last: EngineObject, args: EngineObject) -> 
         }[ExpertReduction.of(layer.layer_communicator, batch)]
 
     taken = who(first)
+    fused_up_to = max((tokens for tokens in _fused_up_to(first) if tokens is not None), default=1)
     others = {
         "where DP ranks are not padded to one length": who(first, DpPaddingMode.SUM_LEN),
-        f"above {FUSE_ALLREDUCE_MAX_BATCH_SIZE} tokens": who(first, tokens=FUSE_ALLREDUCE_MAX_BATCH_SIZE + 1),
+        f"above {fused_up_to} tokens": who(first, tokens=fused_up_to + 1),
         "in the last layer": who(last),
     }
     differing = [f"{when}: {other}" for when, other in others.items() if other != taken]

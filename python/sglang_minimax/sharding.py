@@ -1,8 +1,8 @@
 """The overlay's sharding arithmetic and rules for processes that do not import the engine.
 
-``minimax_sharding`` and ``minimax_qk_norm_paths`` of ``sglang.srt.layers`` are pure integers, but importing them by
-that name imports ``sglang``, which may be missing, stock (``SGLANG_MINIMAX_OVERLAY=0``) or simply slow. So each file
-is executed from where it stands.
+``minimax_sharding``, ``minimax_qk_norm_paths`` and ``minimax_all_reduce_norm_paths`` of ``sglang.srt.layers`` are pure
+integers, but importing them by that name imports ``sglang``, which may be missing, stock
+(``SGLANG_MINIMAX_OVERLAY=0``) or simply slow. So each file is executed from where it stands.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ def _load(name: str) -> ModuleType:
 
 
 if TYPE_CHECKING:
+    from sglang.srt.layers import minimax_all_reduce_norm_paths as _norm_paths
     from sglang.srt.layers import minimax_qk_norm_paths as _paths
     from sglang.srt.layers import minimax_sharding as _file
 else:
     _file = _load("minimax_sharding")
+    _norm_paths = _load("minimax_all_reduce_norm_paths")
     _paths = _load("minimax_qk_norm_paths")
 
 AttentionShards = _file.AttentionShards
@@ -47,3 +49,8 @@ working_tp_sizes = _file.working_tp_sizes
 
 reason_against_exchange = _paths.reason_against_exchange
 reason_against_one_kernel = _paths.reason_against_one_kernel
+
+FLASHINFER_BY_DEFAULT = _norm_paths.FLASHINFER_BY_DEFAULT
+MAX_TOKENS_OF_ONE_LAUNCH = _norm_paths.MAX_TOKENS
+reason_against_one_launch = _norm_paths.reason_against_one_launch
+reason_against_peers = _norm_paths.reason_against_peers

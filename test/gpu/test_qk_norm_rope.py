@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import os
 import random
-import socket
-import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+if __name__ == "__main__":  # run by the tests below as a file, which finds no neighbours by itself
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu.processes import needs_gpus, run_processes, run_ranks, same_bits
 
 from sglang_minimax import overlay
 
 overlay.install()
 
 HEAD_DIM, ROTARY_DIM, EPS, MAX_POSITION = 128, 64, 1e-6, 4096
-GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def needs_gpus(count: int):
-    return pytest.mark.skipif(count > GPUS, reason=f"needs {count} GPUs, and this host has {GPUS}")
-
-
 # ---------------------------------------------------------------- what every process does
 
 
@@ -120,10 +117,6 @@ def compare(data, output, store=True):
     assert (data.cache[:, untouched] == 7).all()
     assert data.wide[:, data.row.shape[1] :].isnan().all()
     return q, k
-
-
-def same_bits(x, y) -> bool:
-    return torch.equal(x.view(torch.int16), y.view(torch.int16))
 
 
 def same_on_replicas(group, operator, k, kv_heads):
@@ -264,7 +257,7 @@ VARIANTS = 3  # of the inputs of a graph: odd, so that what an inbox held two la
 
 def virtual_ranks(num_ranks: int, num_gpus: int, replays: int) -> None:
     """``num_ranks`` ranks on ``num_gpus`` GPUs: eager calls of every plan and of several launches, then graphs."""
-    from virtual_ranks import VirtualRanks
+    from gpu.virtual_ranks import VirtualRanks
 
     for heads, kv_heads in VIRTUAL_LAYOUTS[num_ranks]:
         ranks = VirtualRanks(num_ranks, num_gpus)
@@ -424,49 +417,15 @@ def never_call(rank: int, world: int, port: int) -> None:
 # ---------------------------------------------------------------- the tests
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def run_ranks(what: str, world: int, seconds: float) -> list[subprocess.CompletedProcess]:
-    port = free_port()
-    return run_processes([[what, rank, world, port] for rank in range(world)], seconds)
-
-
-def run_processes(calls: list[list], seconds: float, **environment) -> list[subprocess.CompletedProcess]:
-    """A process for each [function of this file, its numbers], all at once."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, *map(str, call)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        for call in calls
-    ]
-    done = []
-    for process in processes:
-        try:
-            out, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out = process.communicate()[0] + "\nkilled: it ran out of time"
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out))
-    return done
-
-
 @pytest.mark.parametrize("world", [pytest.param(n, marks=needs_gpus(n)) for n in (1, 2, 4, 8)])
 def test_all_token_counts_layouts_and_graphs(world):
-    for rank, done in enumerate(run_ranks("check_rank", world, seconds=300)):
+    for rank, done in enumerate(run_ranks(__file__, "check_rank", world, seconds=300)):
         assert done.returncode == 0, f"rank {rank}:\n{done.stdout[-4000:]}"
 
 
 @pytest.mark.parametrize("world", [pytest.param(n, marks=needs_gpus(n)) for n in (1, 2, 4, 8)])
 def test_the_models_choice_gives_what_its_separate_launches_and_the_engines_store_give(world):
-    for rank, done in enumerate(run_ranks("fused_and_separate", world, seconds=200)):
+    for rank, done in enumerate(run_ranks(__file__, "fused_and_separate", world, seconds=200)):
         assert done.returncode == 0, f"rank {rank}:\n{done.stdout[-4000:]}"
 
 
@@ -476,14 +435,14 @@ def test_the_models_choice_gives_what_its_separate_launches_and_the_engines_stor
 )
 def test_four_and_eight_ranks_on_fewer_gpus(num_ranks, num_gpus):
     calls = [["virtual_ranks", num_ranks, num_gpus, 300]]
-    (done,) = run_processes(calls, seconds=400, CUDA_DEVICE_MAX_CONNECTIONS="32")
+    (done,) = run_processes(__file__, calls, seconds=400, CUDA_DEVICE_MAX_CONNECTIONS="32")
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.count("right") == len(VIRTUAL_LAYOUTS[num_ranks]), done.stdout[-4000:]
 
 
 @needs_gpus(2)
 def test_a_dead_peer_traps_and_says_who_waited_for_whom():
-    waiting, _ = run_ranks("never_call", 2, seconds=120)
+    waiting, _ = run_ranks(__file__, "never_call", 2, seconds=120)
     assert waiting.returncode == 3, waiting.stdout[-4000:]
     assert "QK norm: no partial sums" in waiting.stdout, waiting.stdout[-4000:]
     for operand in ("(operand 0) 17", "(operand 1) 0", "(operand 2) 1"):

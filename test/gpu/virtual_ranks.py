@@ -44,6 +44,7 @@ class VirtualRanks:
         assert self.num_multiprocessors, f"{real} multiprocessors are too few for {on_one_gpu} ranks"
         self.streams = [torch.cuda.Stream(device) for device in self.devices]
         self.exchanges: list = []
+        self._epochs_in = _epochs_of_sums
         _enable_peer_access(num_gpus)
 
     def build(self, rank: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, eps: float, layer_id: int):
@@ -52,7 +53,7 @@ class VirtualRanks:
 
         def exchange(ctas_per_sm: int):
             if not self.exchanges:
-                self._connect(ctas_per_sm)
+                self._connect_sums(ctas_per_sm)
             return self.exchanges[rank]
 
         group = SimpleNamespace(world_size=self.num_ranks, rank_in_group=rank)
@@ -60,6 +61,14 @@ class VirtualRanks:
             heads, kv_heads, head_dim, rotary_dim, eps, group, layer_id, self.devices[rank],
             peer_timeout_seconds=PEER_TIMEOUT_SECONDS, exchange=exchange,
         )  # fmt: skip
+
+    def build_all_reduce_norm(self, rank: int, hidden_size: int):
+        """All-reduce + norm of ``rank``, for all of its layers."""
+        from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
+
+        if not self.exchanges:
+            self._connect_rows(hidden_size)
+        return AllReduceNorm(None, self.exchanges[rank], peer_timeout_seconds=PEER_TIMEOUT_SECONDS)
 
     @contextlib.contextmanager
     def on(self, rank: int) -> Iterator[None]:
@@ -71,8 +80,8 @@ class VirtualRanks:
         """Calls ``run``, of at most two launches, with nobody to wait for; then all inboxes are as after ``clear``."""
         exchange = self.exchanges[rank]
         self.clear()
-        messages = exchange.inbox.view(torch.int64).view(2, -1, 2)  # by parity: two floats, epoch
-        messages[0, :, 1], messages[1, :, 1] = 2, 1
+        epochs = self._epochs_in(exchange.inbox)
+        epochs[0], epochs[1] = 2, 1
         self.synchronize()
         with self.on(rank):
             run()
@@ -89,15 +98,38 @@ class VirtualRanks:
         for device in set(self.devices):
             torch.cuda.synchronize(device)
 
-    def _connect(self, ctas_per_sm: int) -> None:
+    def _connect_sums(self, ctas_per_sm: int) -> None:
         from sglang.srt.layers.minimax_sum_exchange import SumExchange, inbox_bytes
 
-        size = inbox_bytes(self.num_ranks, self.num_multiprocessors * ctas_per_sm)
+        size, units = inbox_bytes(self.num_ranks, self.num_multiprocessors * ctas_per_sm), self.num_multiprocessors
+        self._connect(size, lambda inbox, addresses, rank: SumExchange(inbox, addresses, rank, units, ctas_per_sm))
+
+    def _connect_rows(self, hidden_size: int) -> None:
+        from sglang.srt.layers.minimax_all_reduce_norm import RowExchange, inbox_bytes, rows_that_fit
+
+        units, self._epochs_in = self.num_multiprocessors, _epochs_of_rows
+        rows = rows_that_fit(units, self.num_ranks)
+        size = inbox_bytes(self.num_ranks, hidden_size, rows)
+        self._connect(
+            size, lambda inbox, addresses, rank: RowExchange(inbox, addresses, rank, hidden_size, rows, units)
+        )
+
+    def _connect(self, size: int, make) -> None:
         inboxes = [torch.zeros(size, dtype=torch.uint8, device=device) for device in self.devices]
         addresses = [inbox.data_ptr() for inbox in inboxes]
         for rank, inbox in enumerate(inboxes):
-            self.exchanges.append(SumExchange(inbox, addresses, rank, self.num_multiprocessors, ctas_per_sm))
+            self.exchanges.append(make(inbox, addresses, rank))
         self.synchronize()
+
+
+def _epochs_of_sums(inbox: torch.Tensor) -> torch.Tensor:
+    """[2 parities, messages]: a message is two floats and an epoch of 64 bits."""
+    return inbox.view(torch.int64).view(2, -1, 2)[..., 1]
+
+
+def _epochs_of_rows(inbox: torch.Tensor) -> torch.Tensor:
+    """[2 parities, messages]: a message is three words of values and an epoch of 32 bits."""
+    return inbox.view(torch.int32).view(2, -1, 4)[..., 3]
 
 
 def _enable_peer_access(num_gpus: int) -> None:

@@ -118,6 +118,7 @@ class Row:
 
 SIMULATED = {
     simulations.fused_all_reduce: "FlashInfer's fused all-reduce + norm",
+    simulations.all_reduce_norm: "all-reduce + norm in one launch, in plain torch",
     simulations.fp4_all_gather: "FP4 all-gather, not quantised",
     simulations.token_exchange: "the a2a backend's exchange",
     simulations.exchange_in_order: "the a2a backend's exchange",
@@ -142,6 +143,7 @@ def everywhere(*who: str) -> tuple[frozenset[str], ...]:
 MODEL_OR_SCATTER = everywhere("MODEL", "REDUCE_SCATTER")
 DISPATCHED = everywhere("DISPATCHER")
 NEXT_NORM = (frozenset({"NEXT_NORM"}),) * (NUM_LAYERS - 1) + (frozenset({"MODEL"}),)
+NEXT_NORM_OF_FEW = (frozenset({"NEXT_NORM", "MODEL"}),) * (NUM_LAYERS - 1) + (frozenset({"MODEL"}),)
 
 ROWS = {
     # Tensor parallel.
@@ -225,6 +227,16 @@ ROWS = {
     "tp4_pp2_next_norm": Row("the next norm, but not behind a stage", "2 KV heads", tp=4, pp=2,
                              simulation=simulations.fused_all_reduce,
                              reduced_by=tuple(map(frozenset, ({"MODEL"}, {"NEXT_NORM"}, {"MODEL"})))),
+    "tp2_one_launch": Row("our next norm, of few tokens", tp=2, simulation=simulations.all_reduce_norm,
+                          reduced_by=NEXT_NORM_OF_FEW),
+    "tp4_ep2_one_launch": Row("our next norm, of few tokens", "2 KV heads", tp=4, ep=2,
+                              simulation=simulations.all_reduce_norm, reduced_by=NEXT_NORM_OF_FEW),
+    "tp2_pp2_one_launch": Row("our next norm, of few tokens, but not behind a stage", tp=2, pp=2,
+                              simulation=simulations.all_reduce_norm,
+                              reduced_by=tuple(map(frozenset, ({"MODEL"}, {"NEXT_NORM", "MODEL"}, {"MODEL"})))),
+    "tp2_one_launch_eagle3": Row("our next norm, of few tokens; outputs of all layers for a draft model", tp=2,
+                                 simulation=simulations.all_reduce_norm, reduced_by=NEXT_NORM_OF_FEW,
+                                 captures=(0, 1, 2)),
     "tp4_dp4_fp4": Row("the dispatcher", "2 KV heads", tp=4, dp=4, ep=4, placed=ON_FOUR,
                        simulation=simulations.fp4_all_gather, reduced_by=DISPATCHED),
     "tp4_dp4_fp4_one_idle": Row("the dispatcher", "2 KV heads", tp=4, dp=4, ep=4, placed=((0, 1), (), (2,), (3,)),

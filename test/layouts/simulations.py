@@ -11,8 +11,15 @@ import torch.distributed as dist
 from sglang.srt.batch_overlap import two_batch_overlap
 from sglang.srt.distributed import attention_tensor_model_parallel_all_reduce, get_tp_group
 from sglang.srt.eplb.expert_location_dispatch import topk_ids_logical_to_physical
-from sglang.srt.layers import communicator, flashinfer_comm_fusion, minimax_attention_inputs, minimax_router
+from sglang.srt.layers import (
+    communicator,
+    flashinfer_comm_fusion,
+    minimax_attention_inputs,
+    minimax_layer_communicator,
+    minimax_router,
+)
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
 from sglang.srt.layers.moe import fused_moe_native
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
 from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
@@ -36,6 +43,24 @@ def fused_all_reduce(monkeypatch) -> None:
         communicator, "apply_flashinfer_allreduce_fusion", lambda tokens: tokens > 0 and not is_dp_attention_enabled()
     )
     monkeypatch.setattr(flashinfer_comm_fusion, "flashinfer_allreduce_residual_rmsnorm", fused)
+
+
+ONE_LAUNCH_UP_TO = 8  # tokens: fewer than a chunk of a prompt, more than a batch of decodes
+
+
+def all_reduce_norm(monkeypatch) -> None:
+    """Our one launch of all-reduce + residual add + RMSNorm, by that operator's plain torch and a real all-reduce.
+
+    It is taken up to a few tokens only, so that both ways are in one run.
+    """
+
+    def reason_against(norm) -> str | None:
+        return "one rank" if get_tp_group().world_size == 1 else None
+
+    monkeypatch.setattr(minimax_layer_communicator, "reason_against", reason_against)
+    monkeypatch.setattr(
+        minimax_layer_communicator, "build", lambda group, norm: AllReduceNorm(group, None, ONE_LAUNCH_UP_TO)
+    )
 
 
 def token_exchange(monkeypatch) -> None:

@@ -36,7 +36,7 @@ class _Watch:
         self.layer: int | None = None
 
     def install(self) -> None:
-        from sglang.srt.layers.communicator import LayerCommunicator
+        from sglang.srt.layers.minimax_layer_communicator import MiniMaxM2LayerCommunicator
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
         from sglang.srt.models import minimax_m2, minimax_m2_moe
 
@@ -44,7 +44,7 @@ class _Watch:
             _wrap(torch.distributed, name, self._on_sum)
         _wrap(FusedMoE, "run_moe_core", self._on_experts)
         for owner, name in (
-            (LayerCommunicator, "prepare_mlp"),
+            (MiniMaxM2LayerCommunicator, "prepare_mlp"),
             (minimax_m2.MiniMaxM2Attention, "forward_prepare"),
             (minimax_m2.MiniMaxM2Attention, "forward_core"),
         ):

@@ -63,10 +63,11 @@ APART = "; RoPE and KV store in launches of their own"
         ({"tp": 4, "ep": 2, "dp": 2}, None, {}, {"EP": "2", "sum over experts": "reduce-scatter"}),
         ({"tp": 2, "pp": 2}, None, {}, {"sum over experts": "the model's all-reduce over 2 ranks"}),
         ({"tp": 2}, simulations.fused_all_reduce, {}, {"fused all-reduce + norm": "on, up to 2048 tokens"}),
+        ({"tp": 2}, simulations.all_reduce_norm, {}, {"fused all-reduce + norm": "on, one launch up to 8 tokens"}),
         ({"tp": 2, "ep": 2, "dp": 2}, simulations.fp4_all_gather, {}, {"FP4 all-gather": "on"}),
         ({"tp": 2, "ep": 2}, simulations.token_exchange, A2A, {"a2a backend": "customized", "EP": "2"}),
     ],
-    ids=["tp1", "tp4", "dp2", "pp2", "next_norm", "fp4", "a2a"],
+    ids=["tp1", "tp4", "dp2", "pp2", "next_norm", "one_launch", "fp4", "a2a"],
 )
 def test_what_is_said_is_what_the_ranks_hold_and_do(checkpoint, monkeypatch, layout, simulation, arguments, expected):
     if simulation is not None:

@@ -338,7 +338,10 @@ def test_what_the_server_says_of_heads_and_experts_the_plan_says(tmp_path, flags
 @pytest.mark.parametrize(
     ("flags", "gpu", "expected"),
     [
-        (Flags(tp=8), H200, {"fused all-reduce + norm": "on", "sum over experts": "in the next layer's norm"}),
+        (
+            Flags(tp=8), H200,
+            {"fused all-reduce + norm": "on, one launch", "sum over experts": "in the next layer's norm"},
+        ),
         (Flags(tp=8), GPUS["mi300x"], {"fused all-reduce + norm": "off", "sum over experts": "the model's"}),
         (
             Flags(tp=16, nnodes=2), H200,
@@ -361,6 +364,16 @@ def test_paths(flags, gpu, expected):
     taken = {path.name: path.taken for path in paths.paths(M25, settle(flags, M25, gpu), gpu)}
     for name, begin in expected.items():
         assert taken[name].startswith(begin), name
+
+
+def test_flashinfer_reduces_and_norms_where_one_launch_cannot():
+    """A model in float32: the launch takes bfloat16."""
+    flags = Flags(tp=8)
+    assert paths.one_launch_reason(M25, settle(flags, M25, H200), H200) is None
+    model = layouts.replace(M25, dtype_bytes=4)
+    taken = {path.name: path for path in paths.paths(model, settle(flags, model, H200), H200)}
+    assert taken["fused all-reduce + norm"].taken == "on, up to 2048 tokens"
+    assert "above 2048 tokens" in taken["sum over experts"].why
 
 
 @pytest.mark.parametrize(("ep", "backend", "on"), [(4, "flashinfer_cutlass", True), (1, "flashinfer_cutlass", False),

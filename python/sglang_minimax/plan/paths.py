@@ -11,7 +11,7 @@ from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout
 from sglang_minimax.plan.shape import ModelShape
 from sglang_minimax.server_arguments import reason_against_fused_all_reduce
 
-_FUSED_UP_TO_TOKENS = 2048  # of one batch: the engine's limit for the fused all-reduce
+_FUSED_UP_TO_TOKENS = 2048  # of one batch: the engine's limit for FlashInfer's fused all-reduce
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
     """The decisions of ``models/minimax_m2.py`` and of the engine under it, for a server with these flags."""
     return [
         _qk_norm(model, layout, gpu),
-        _fused_all_reduce(layout, gpu),
+        _fused_all_reduce(model, layout, gpu),
         _expert_sum(model, layout, gpu),
         fp4_all_gather(fp4_all_gather_reason(model, layout)),
         _attention_backend(gpu),
@@ -86,15 +86,47 @@ def fused_all_reduce_reason(layout: Layout, gpu: Gpu) -> str | None:
     )
 
 
-def _fused_all_reduce(layout: Layout, gpu: Gpu) -> Path:
-    reason = fused_all_reduce_reason(layout, gpu)
-    if reason is not None:
-        return Path("fused all-reduce + norm", "off", reason)
-    return Path(
-        "fused all-reduce + norm",
-        f"on, up to {_FUSED_UP_TO_TOKENS} tokens",
-        "one node, no DP attention; off if FlashInfer cannot make its workspace",
+def one_launch_reason(model: ModelShape, layout: Layout, gpu: Gpu) -> str | None:
+    """Why all-reduce, residual add and norm are not one launch of the model's own, or None where they are."""
+    reason = sharding.reason_against_one_launch(
+        num_ranks=layout.tp,
+        cuda=gpu.is_hopper_or_blackwell,
+        bfloat16=model.dtype_bytes == 2,
+        hidden_size=model.hidden_size,
+        dp_attention=layout.dp_groups > 1,
     )
+    return reason or sharding.reason_against_peers(layout.tp_ranks_per_node == layout.tp)
+
+
+def fused_all_reduce(
+    one_launch_up_to: int | None, flashinfer_up_to: int | None, reason_against: str | None = None
+) -> Path:
+    """Who all-reduces, adds and norms in one kernel.
+
+    Args:
+        one_launch_up_to: tokens of one launch of the model's own, or None where there is none.
+        flashinfer_up_to: tokens of FlashInfer's kernel, or None where it is off as well.
+        reason_against: why neither does.
+    """
+    name = "fused all-reduce + norm"
+    if one_launch_up_to is not None:
+        why = "NVLink peers swap their rows in it; above that, the engine's all-reduce and norm"
+        return Path(name, f"on, one launch up to {one_launch_up_to} tokens", why)
+    if flashinfer_up_to is not None:
+        why = "FlashInfer's: one node, no DP attention; off if it cannot make its workspace on every rank"
+        return Path(name, f"on, up to {flashinfer_up_to} tokens", why)
+    return Path(name, "off", reason_against or "")
+
+
+def _fused_up_to(model: ModelShape, layout: Layout, gpu: Gpu) -> tuple[int | None, int | None]:
+    """Tokens of one launch of the model's own, and of FlashInfer's kernel, where that is on."""
+    if one_launch_reason(model, layout, gpu) is None:
+        return sharding.MAX_TOKENS_OF_ONE_LAUNCH[layout.tp], None
+    return None, _FUSED_UP_TO_TOKENS if fused_all_reduce_reason(layout, gpu) is None else None
+
+
+def _fused_all_reduce(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
+    return fused_all_reduce(*_fused_up_to(model, layout, gpu), fused_all_reduce_reason(layout, gpu))
 
 
 def reason_against_fp4_all_gather(
@@ -142,10 +174,9 @@ def _expert_sum(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
             "reduce-scatter",
             "where DP ranks are padded to one length, as in decode; else the model's all-reduce",
         )
-    if fused_all_reduce_reason(layout, gpu) is None:
-        return Path(
-            name, "in the next layer's norm", f"above {_FUSED_UP_TO_TOKENS} tokens and in the last layer: the model"
-        )
+    limit = next((tokens for tokens in _fused_up_to(model, layout, gpu) if tokens is not None), None)
+    if limit is not None:
+        return Path(name, "in the next layer's norm", f"above {limit} tokens and in the last layer: the model")
     return Path(name, f"the model's all-reduce over {layout.tp} ranks", "no one after the experts does it")
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from sglang.srt.layers.minimax_qk_norm_rope import has_programmatic_launch
+from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
 from sglang.srt.server_args import get_global_server_args

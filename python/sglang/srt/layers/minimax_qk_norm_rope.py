@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from sglang.srt.layers.minimax_nvlink import has_programmatic_launch, peer_timeout_ms, peers_are_reachable
 from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
 from sglang.srt.layers.minimax_qk_norm_paths import (
     EXCHANGE_RANKS,
@@ -40,8 +41,6 @@ from sglang.srt.layers.minimax_qk_norm_paths import (
 )
 from sglang.srt.layers.minimax_sharding import shard_attention
 from sglang.srt.layers.minimax_sum_exchange import (
-    EAGER_TIMEOUT_SECONDS,
-    GRAPH_TIMEOUT_SECONDS,
     ROWS_PER_CTA,
     SumExchange,
     await_sums,
@@ -49,7 +48,6 @@ from sglang.srt.layers.minimax_sum_exchange import (
     exchange_of,
     inbox_of_peer,
     message_offset,
-    peers_are_reachable,
     poll_assembly,
     send_sums,
 )
@@ -294,12 +292,6 @@ class QKNormRope:
                 None if out_cache_loc is None else out_cache_loc[part],
             )  # fmt: skip
 
-    def _peer_timeout_ms(self) -> int:
-        if self.peer_timeout_seconds is not None:
-            return int(self.peer_timeout_seconds * 1000)
-        in_graph = self.exchange is not None and torch.cuda.is_current_stream_capturing()
-        return int((GRAPH_TIMEOUT_SECONDS if in_graph else EAGER_TIMEOUT_SECONDS) * 1000)
-
     def _all_reduced(self, sums: torch.Tensor) -> torch.Tensor:
         return sums if self.num_ranks == 1 else self.group.all_reduce(sums)
 
@@ -322,7 +314,8 @@ class QKNormRope:
             exchange.inbox_addresses if exchange else None, exchange.epochs if exchange else None,
             qkv.shape[0], qkv.stride(0), k_cache.stride(0) if store else 0, v_cache.stride(0) if store else 0,
             self.q_count, self.k_count, self.eps,
-            exchange.max_ctas if exchange else 0, self.rank, self.layer_id, self._peer_timeout_ms(),
+            exchange.max_ctas if exchange else 0, self.rank, self.layer_id,
+            peer_timeout_ms(self.peer_timeout_seconds) if exchange else 0,
             NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEADS_BLOCK=self.heads_block,
             HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None, ROWS=plan.rows,
             ONCE=ctas * plan.rows >= qkv.shape[0], RANKS=ranks, SLOTS=ROWS_PER_CTA, PDL=pdl, PACKED=pdl,
@@ -575,12 +568,6 @@ def _qk_norm_rope_kernel(
             )  # fmt: skip
     if RANKS > 1:
         tl.store(epochs_ptr + cta, epoch)
-
-
-@functools.cache
-def has_programmatic_launch(device: torch.device) -> bool:
-    """Whether a kernel may start while its predecessor in the stream still runs: Hopper and later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _require(holds: bool, message: str) -> None:

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
-from sglang.srt.layers.minimax_qk_norm_rope import has_programmatic_launch
+from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.moe import get_moe_a2a_backend
 from sglang.srt.layers.moe.routed_experts_capturer import get_global_experts_capturer
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK, TopKConfig, TopKOutputFormat, fused_topk

@@ -34,62 +34,34 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
+from sglang.srt.layers.minimax_nvlink import MESSAGE_BYTES, Inboxes, inbox_on_symmetric_memory, smallest_gpu
 
-# How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
-# compiled. Elsewhere the first rank may be compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the
-# others wait here as they would in an all-reduce. Of a server that already serves, the watchdog ends that wait.
-GRAPH_TIMEOUT_SECONDS = 120.0
-EAGER_TIMEOUT_SECONDS = 3600.0
-MESSAGE_BYTES = 16
 ROWS_PER_CTA = 16  # rows that one CTA sends in one launch at most; longer inputs take several launches
 
 
-class SumExchange:
+class SumExchange(Inboxes):
     """The inbox of this rank, the addresses of everybody's inbox, and the epoch of every CTA.
 
-    It does not ask where an inbox is: any memory of any GPU does that all ranks' GPUs can store to, and that stays
-    mapped. :func:`exchange_of` has it from symmetric memory, with a process a rank.
-
     Args:
-        inbox: this rank's, uint8, :func:`inbox_bytes` long and 16-byte aligned, all zero, which is an epoch that no
-            launch has; no rank may send before every inbox is cleared.
-        inbox_addresses: where the inbox of each rank is mapped for this rank, in rank order, its own included.
+        inbox: as of :class:`Inboxes`, :func:`inbox_bytes` long; zero is an epoch that no launch has.
+        inbox_addresses: as of :class:`Inboxes`.
         rank: this rank.
         num_multiprocessors: of the smallest GPU of all ranks, so that grids are the same on every rank.
         ctas_per_sm: CTAs of one launch that may be on a multiprocessor at once.
 
     Attributes:
         inbox: [2 parities, max_ctas, ROWS_PER_CTA, ranks, MESSAGE_BYTES] as bytes in a row.
-        inbox_addresses: [ranks] int64, on the GPU.
         epochs: [max_ctas] int64, the last epoch of each CTA.
         max_ctas: CTAs that may take part in one launch.
-
-    Raises:
-        ValueError: too many ranks, or an inbox of another size.
     """
 
     def __init__(
         self, inbox: torch.Tensor, inbox_addresses: list[int], rank: int, num_multiprocessors: int, ctas_per_sm: int
     ) -> None:
-        self.rank, self.num_ranks = rank, len(inbox_addresses)
         self.num_multiprocessors = num_multiprocessors
         self.max_ctas = num_multiprocessors * ctas_per_sm
-        if self.num_ranks not in EXCHANGE_RANKS or not 0 <= rank < self.num_ranks:
-            raise ValueError(
-                f"rank {rank} of {self.num_ranks}: sums are exchanged between {EXCHANGE_RANKS} ranks of one NVLink "
-                "domain; others add them up by a collective"
-            )
-        size = inbox_bytes(self.num_ranks, self.max_ctas)
-        if inbox.dtype != torch.uint8 or inbox.numel() != size or inbox.data_ptr() % MESSAGE_BYTES:
-            raise ValueError(
-                f"the inbox has {inbox.numel()} values of {inbox.dtype}, and {self.max_ctas} CTAs of {self.num_ranks} "
-                f"ranks need {size} of uint8, aligned to {MESSAGE_BYTES}: allocate inbox_bytes(ranks, CTAs)"
-            )
-        if inbox_addresses[rank] != inbox.data_ptr():
-            raise ValueError(f"inbox_addresses[{rank}] is not this rank's inbox: give the addresses in rank order")
-        self.inbox = inbox
-        self.inbox_addresses = torch.tensor(inbox_addresses, dtype=torch.int64, device=inbox.device)
+        size = inbox_bytes(len(inbox_addresses), self.max_ctas)
+        super().__init__(inbox, inbox_addresses, rank, size, f"{self.max_ctas} CTAs")
         self.epochs = torch.zeros(self.max_ctas, dtype=torch.int64, device=inbox.device)
 
 
@@ -99,57 +71,21 @@ def inbox_bytes(num_ranks: int, max_ctas: int) -> int:
 
 
 _exchanges: dict[tuple, SumExchange] = {}
-_symmetric_memory: list = []  # what keeps the peers' inboxes mapped
 
 
 def exchange_of(group, device: torch.device, slot: int, ctas_per_sm: int) -> SumExchange:
     """The one exchange of this group, slot and width, on symmetric memory.
 
     The first call of each is collective over ``group``, an engine ``GroupCoordinator`` for which
-    :func:`peers_are_reachable` is true, and allocates.
+    :func:`minimax_nvlink.peers_are_reachable` is true, and allocates.
     """
     key = (group.unique_name, slot, ctas_per_sm)
     if key not in _exchanges:
-        _exchanges[key] = _on_symmetric_memory(group, device, ctas_per_sm)
+        smallest = smallest_gpu(group, device)
+        size = inbox_bytes(group.world_size, smallest * ctas_per_sm)
+        inbox, addresses = inbox_on_symmetric_memory(group, device, size)
+        _exchanges[key] = SumExchange(inbox, addresses, group.rank_in_group, smallest, ctas_per_sm)
     return _exchanges[key]
-
-
-def _on_symmetric_memory(group, device: torch.device, ctas_per_sm: int) -> SumExchange:
-    import torch.distributed as dist
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    multiprocessors = [0] * group.world_size
-    mine = torch.cuda.get_device_properties(device).multi_processor_count
-    dist.all_gather_object(multiprocessors, mine, group=group.cpu_group)
-    smallest = min(multiprocessors)
-    size = inbox_bytes(group.world_size, smallest * ctas_per_sm)
-    inbox = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(inbox, group.cpu_group)
-    _symmetric_memory.append(handle)
-    exchange = SumExchange(inbox.zero_(), list(handle.buffer_ptrs), group.rank_in_group, smallest, ctas_per_sm)
-    torch.cuda.synchronize(device)
-    dist.barrier(group=group.cpu_group)  # no rank writes into an inbox that is still being cleared
-    return exchange
-
-
-@functools.cache
-def peers_are_reachable(group, device: torch.device) -> bool:
-    """Whether ``group`` is as many NVIDIA GPUs of one host as can exchange, with NVLink between every pair.
-
-    Collective over the group, and the same answer on every rank. PCIe peers do not count: a 16-byte store is one
-    access over NVLink, and nobody says so of PCIe. Nor do peers of a server that was started with
-    ``--disable-custom-all-reduce``, which is how a user says that peer access does not work on the host.
-    """
-    from sglang.srt.distributed import parallel_state
-
-    if device.type != "cuda" or torch.version.hip is not None or not parallel_state._ENABLE_CUSTOM_ALL_REDUCE:
-        return False
-    from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
-        can_use_custom_all_reduce_with_nvlink,
-    )
-
-    sizes = list(EXCHANGE_RANKS)
-    return can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "The fused QK norm") is True
 
 
 @triton.jit

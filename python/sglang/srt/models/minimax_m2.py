@@ -12,6 +12,8 @@ decoder layer, model, causal LM. The rest lies beside it:
                                         layers/minimax_qk_norm_rope.py, its exchange between GPUs in
                                         layers/minimax_sum_exchange.py, the rules in layers/minimax_qk_norm_paths.py
     layers/minimax_fp8_linear.py        attention's projections in FP8 for few tokens, quantised in the same launch
+    layers/minimax_layer_communicator.py  whether all-reduce, residual add and norm are one kernel; it is in
+                                        layers/minimax_all_reduce_norm.py, the rules in ..._all_reduce_norm_paths.py
 
 Three groups of ranks carry it, and every place names the one that it means:
     attention TP    embedding, attention and norms: all of TP, or TP / DP ranks under DP attention
@@ -35,7 +37,6 @@ from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
 from sglang.srt.layers import flashinfer_comm_fusion  # type: ignore[attr-defined]
 from sglang.srt.layers.communicator import (
     FUSE_ALLREDUCE_MAX_BATCH_SIZE,
-    LayerCommunicator,
     LayerScatterModes,
     apply_flashinfer_allreduce_fusion,
 )
@@ -45,6 +46,7 @@ from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_attention_inputs import fuse
 from sglang.srt.layers.minimax_fp8_linear import choose_projection
+from sglang.srt.layers.minimax_layer_communicator import MiniMaxM2LayerCommunicator, one_launch_for
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import shard_attention, shard_heads
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -262,7 +264,9 @@ class MiniMaxM2DecoderLayer(LayerStages):
             is_previous_layer_sparse=True,
             is_next_layer_sparse=True,
         )
-        self.layer_communicator = LayerCommunicator(
+        self.layer_communicator = MiniMaxM2LayerCommunicator(
+            layer_id,
+            one_launch_for(self.input_layernorm),
             layer_scatter_modes=self.layer_scatter_modes,
             input_layernorm=self.input_layernorm,
             post_attention_layernorm=self.post_attention_layernorm,
@@ -496,6 +500,8 @@ def _weights_are_dummies() -> bool:
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:
     """Makes sure that FlashInfer's fused all-reduce + norm works on every rank, or turns it off on all of them.
+
+    Where the layers have one launch of ours for this, it is off already.
 
     The engine makes its workspace in the middle of the first forward pass; where that fails it goes on with a norm
     of one rank's part, without the all-reduce.

@@ -1,0 +1,531 @@
+"""All-reduce + residual add + RMSNorm of a few tokens in one launch, over plain NVLink stores.
+
+    total = all_reduce(x)                                   # [tokens, hidden_size], over 2, 4 or 8 GPUs of one host
+    residual += total
+    normed = residual * rsqrt(mean(residual ** 2) + eps) * weight
+
+One CTA takes one row. It stores its row into the inbox of every peer, polls its own inbox for theirs, adds all ranks'
+rows in rank order, its own among them, so that all ranks get the same bits, and goes on with residual and norm. Every
+sum and product is float32: bfloat16 is what comes in, what the new residual is stored as, and what comes out. The
+engine's two kernels round the sum over ranks to bfloat16 as well, in between; here it is not rounded.
+
+A message is 16 bytes, {three words of two bfloat16 values each, epoch: u32}, written and read by one 128-bit relaxed
+access at system scope, which PTX makes single-copy atomic: who reads this launch's epoch has this launch's values, so
+there is no flag to order after the data and no fence. A row of 3072 values is 512 messages.
+
+Epochs live in device memory, one counter a row, and the CTA of a row raises it: a captured graph replays with fresh
+epochs, and graphs of several sizes may be replayed in any order. A row's message is always from the row's last use but
+one, or this one, so that an epoch may wrap: it only has to differ from the one two before.
+
+Why two parities are enough. Ranks launch the same token counts in the same order, so row r of every rank counts the
+same launches. Rank A writes epoch e of a row over its message of e - 2. In epoch e, A's earlier launches are complete,
+so it has read what B sent in e - 1; launches that share an inbox are ordered on one stream, so B sent that after its
+launch of e - 2 was complete, and has read all it ever will of e - 2.
+
+Why waiting CTAs never starve the ones they wait for. A CTA sends its row before it waits, and waits for the CTAs of the
+same row on other GPUs only. All CTAs of a launch fit on the GPU at once, under the register cap of the launch, so each
+comes to run as soon as whatever else is on the GPU ends; what else is on the GPU must not wait for peers itself.
+"""
+
+# ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from sglang.srt.layers.minimax_all_reduce_norm_paths import MAX_TOKENS
+from sglang.srt.layers.minimax_nvlink import (
+    MESSAGE_BYTES,
+    Inboxes,
+    has_programmatic_launch,
+    inbox_on_symmetric_memory,
+    peer_timeout_ms,
+    smallest_gpu,
+)
+from sglang.srt.utils.custom_op import register_custom_op
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
+WORDS_PER_MESSAGE = 3  # of two values; the fourth word of a message is its epoch
+
+
+class Plan(NamedTuple):
+    """Warps of a CTA, and CTAs that must fit on a multiprocessor together."""
+
+    num_warps: int
+    ctas_per_sm: int
+
+    @property
+    def registers_per_thread(self) -> int:
+        return min(REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8, 248)
+
+
+# The first whose CTAs all fit at once is taken. Guesses: benchmark/all_reduce_norm.py times others.
+PLANS = (Plan(16, 1), Plan(16, 2))
+
+
+class RowExchange(Inboxes):
+    """Inboxes for whole rows, and the epoch of every row.
+
+    Args:
+        inbox: as of :class:`Inboxes`, :func:`inbox_bytes` long.
+        inbox_addresses, rank: as of :class:`Inboxes`.
+        hidden_size: values of a row.
+        max_tokens: rows of one launch.
+        num_multiprocessors: of the smallest GPU of all ranks, so that all ranks take the same plan.
+
+    Attributes:
+        inbox: [2 parities, max_tokens, ranks, messages of a row, MESSAGE_BYTES] as bytes in a row.
+        epochs: [max_tokens] int32, the last epoch of each row.
+    """
+
+    def __init__(
+        self,
+        inbox: torch.Tensor,
+        inbox_addresses: list[int],
+        rank: int,
+        hidden_size: int,
+        max_tokens: int,
+        num_multiprocessors: int,
+    ) -> None:
+        self.hidden_size, self.max_tokens, self.num_multiprocessors = hidden_size, max_tokens, num_multiprocessors
+        size = inbox_bytes(len(inbox_addresses), hidden_size, max_tokens)
+        super().__init__(inbox, inbox_addresses, rank, size, f"{max_tokens} rows of {hidden_size} values")
+        self.epochs = torch.zeros(max_tokens, dtype=torch.int32, device=inbox.device)
+
+
+def messages_per_row(hidden_size: int) -> int:
+    return triton.cdiv(hidden_size, 2 * WORDS_PER_MESSAGE)
+
+
+def inbox_bytes(num_ranks: int, hidden_size: int, max_tokens: int) -> int:
+    """What an inbox takes: for both parities and each row the messages of every rank, this rank's place unused."""
+    return 2 * max_tokens * num_ranks * messages_per_row(hidden_size) * MESSAGE_BYTES
+
+
+def rows_that_fit(num_multiprocessors: int, num_ranks: int) -> int:
+    """How many rows one launch may have: no more than are worth it, nor than there is room for waiting CTAs."""
+    return min(MAX_TOKENS[num_ranks], num_multiprocessors * max(plan.ctas_per_sm for plan in PLANS))
+
+
+def row_exchange_of(group, device: torch.device, hidden_size: int) -> RowExchange:
+    """An exchange on symmetric memory; collective over ``group``, an engine ``GroupCoordinator`` for which
+    :func:`minimax_nvlink.peers_are_reachable` is true."""
+    smallest = smallest_gpu(group, device)
+    max_tokens = rows_that_fit(smallest, group.world_size)
+    inbox, addresses = inbox_on_symmetric_memory(group, device, inbox_bytes(group.world_size, hidden_size, max_tokens))
+    return RowExchange(inbox, addresses, group.rank_in_group, hidden_size, max_tokens, smallest)
+
+
+class AllReduceNorm:
+    """All-reduce, residual add and RMSNorm over one tensor-parallel group, for all layers of a model.
+
+    Args:
+        group: the engine's ``GroupCoordinator``, whose ranks all call in the same order.
+        exchange: of the same ranks; None: plain torch and the group's all-reduce, on a CPU.
+        max_tokens: up to so many tokens a caller should come here; None: as many as the exchange has rows for.
+        peer_timeout_seconds: how long a GPU waits for a peer before it traps; None: long enough for a peer that
+            compiles kernels, and less in CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        group,
+        exchange: RowExchange | None,
+        max_tokens: int | None = None,
+        peer_timeout_seconds: float | None = None,
+    ) -> None:
+        if max_tokens is None:
+            assert exchange is not None, "without an exchange nothing says up to how many tokens this is worth it"
+            max_tokens = exchange.max_tokens
+        self.group, self.exchange, self.max_tokens = group, exchange, max_tokens
+        self.peer_timeout_seconds = peer_timeout_seconds
+        self._handle = len(_operators)
+        _operators.append(self)
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds all ranks' ``x`` to ``residual`` and norms the sum.
+
+        Args:
+            x: [tokens, hidden_size], this rank's part, contiguous; all ranks call with the same number of tokens, 0
+                included. On a GPU bfloat16. What it holds afterwards is not said.
+            residual: of the same shape and dtype, contiguous, the same on every rank; the sum is written to it.
+            weight: [hidden_size] of the same dtype, contiguous.
+            eps: added to the mean of squares.
+            layer_id: said by the error of a peer that never answers.
+
+        Returns:
+            (normed, residual), as a norm of the engine's does.
+
+        Raises:
+            ValueError: a shape, stride or dtype other than these.
+        """
+        if torch.compiler.is_compiling():
+            return minimax_all_reduce_norm(self._handle, x, residual, weight, eps, layer_id), residual
+        return self.run(x, residual, weight, eps, layer_id), residual
+
+    def run(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+    ) -> torch.Tensor:
+        """The operator itself: writes ``residual`` and returns the normed sum; what a compiled graph calls."""
+        tokens = x.shape[0]
+        if tokens == 0:  # no rank of the group has any
+            return torch.empty_like(x)
+        self._check(x, residual, weight)
+        if self.exchange is None:
+            return add_and_norm(self.group.all_reduce(x), residual, weight, eps)
+        if tokens > self.exchange.max_tokens:  # only a compiled graph, which serves every number of tokens
+            return self._by_collective(x, residual, weight, eps)
+        multiprocessors = self.exchange.num_multiprocessors
+        plan = next(plan for plan in PLANS if tokens <= plan.ctas_per_sm * multiprocessors)
+        return self.launch(plan, x, residual, weight, eps, layer_id)
+
+    def launch(
+        self, plan: Plan, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+    ) -> torch.Tensor:
+        """:meth:`run` by one plan, of at least one token and no more than the exchange has rows for."""
+        exchange, normed = self.exchange, torch.empty_like(x)
+        assert exchange is not None and x.shape[0] <= exchange.max_tokens, "more rows than the inboxes have"
+        hidden_size, ranks = exchange.hidden_size, exchange.num_ranks
+        messages = messages_per_row(hidden_size)
+        options: dict = {"num_warps": plan.num_warps, "maxnreg": plan.registers_per_thread}
+        if pdl := has_programmatic_launch(x.device):
+            options["launch_pdl"] = True
+        _all_reduce_norm_kernel[(x.shape[0],)](
+            x, residual, weight, normed, exchange.inbox_addresses, exchange.epochs, eps, exchange.max_tokens,
+            exchange.rank, layer_id, peer_timeout_ms(self.peer_timeout_seconds),
+            HIDDEN_SIZE=hidden_size, MESSAGES=messages, BLOCK=32 * plan.num_warps, RANKS=ranks, PDL=pdl,
+            POLL=poll_assembly(ranks, messages), OPERANDS=poll_operands(ranks), **options,
+        )  # fmt: skip
+        return normed
+
+    def _by_collective(self, x, residual, weight, eps: float) -> torch.Tensor:
+        from sgl_kernel import fused_add_rmsnorm
+
+        total = self.group.all_reduce(x)
+        if total.data_ptr() == x.data_ptr():  # what an operator returns must not be what it was given
+            total = total.clone()
+        fused_add_rmsnorm(total, residual, weight, eps)
+        return total
+
+    def _check(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+        width = x.shape[1] if self.exchange is None else self.exchange.hidden_size
+        dtype = x.dtype if self.exchange is None else torch.bfloat16
+        for name, given, shape in (("x", x, (x.shape[0], width)), ("residual", residual, x.shape),
+                                   ("weight", weight, (width,))):  # fmt: skip
+            if tuple(given.shape) != tuple(shape) or given.dtype != dtype or not given.is_contiguous():
+                raise ValueError(
+                    f"{name} has shape {tuple(given.shape)}, strides {given.stride()} and dtype {given.dtype}, and "
+                    f"must be {tuple(shape)}, contiguous, of {dtype}: all-reduce and norm it apart otherwise"
+                )
+
+
+def add_and_norm(total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """What the kernel does once it has the sum over ranks, in plain torch: float32, each result rounded once."""
+    summed = total.float() + residual.float()
+    residual.copy_(summed)
+    normed = summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return normed.to(residual.dtype)
+
+
+_operators: list[AllReduceNorm] = []  # a compiled graph names one by its place here
+
+
+def _no_rows(
+    operator: int, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# x too: an all-reduce, where that is taken, may sum in place.
+@register_custom_op(mutates_args=["x", "residual"], fake_impl=_no_rows)
+def minimax_all_reduce_norm(
+    operator: int, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+) -> torch.Tensor:
+    """:meth:`AllReduceNorm.run` as a torch operator, opaque to torch.compile and to piecewise CUDA graphs."""
+    return _operators[operator].run(x, residual, weight, eps, layer_id)
+
+
+@triton.jit
+def _place_of(chunk: tl.constexpr, part: tl.constexpr, message, MESSAGES: tl.constexpr, WORDS: tl.constexpr):
+    """Which word of a row is the ``part``-th of each message of a chunk, and whether there is one.
+
+    The words of message m are m, m + MESSAGES and m + 2 * MESSAGES: neighbouring threads read neighbouring words.
+    """
+    number = chunk * message.shape[0] + message
+    place = part * MESSAGES + number
+    return place, (number < MESSAGES) & (place < WORDS)
+
+
+@triton.jit
+def _load_row(row_ptr, message, MESSAGES: tl.constexpr, WORDS: tl.constexpr, CHUNKS: tl.constexpr):
+    """The words of a row: for each chunk the three of each message."""
+    words = ()
+    for chunk in tl.static_range(CHUNKS):
+        for part in tl.static_range(3):
+            at, inside = _place_of(chunk, part, message, MESSAGES, WORDS)
+            # Volatile keeps the load where it stands: before the wait, and not after it, where the values are used.
+            words = words + (tl.load(row_ptr + at, mask=inside, other=0, volatile=True),)
+    return words
+
+
+@triton.jit
+def _values(words):
+    """The two bfloat16 values of each 32-bit word as float32, of which a bfloat16 is the upper half."""
+    return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _word(low, high):
+    """Two float32 values, rounded to bfloat16, in one word."""
+    first = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    second = high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
+    return (first & 65535) | (second << 16)
+
+
+@triton.jit
+def _send(address, words, epoch, sends, IN_PTX: tl.constexpr):
+    """Writes {three words, epoch} at each ``address`` where ``sends`` is not 0."""
+    if IN_PTX:
+        tl.inline_asm_elementwise(
+            """
+            {
+                .reg .pred sends;
+                .reg .b64 low, high;
+                .reg .b128 message;
+                setp.ne.b32 sends, $6, 0;
+                mov.b64 low, {$2, $3};
+                mov.b64 high, {$4, $5};
+                mov.b128 message, {low, high};
+                @sends st.relaxed.sys.global.b128 [$1], message;
+                mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r,r,r,r",
+            [address, words[0], words[1], words[2], epoch, sends],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        place = address.to(tl.pointer_type(tl.int32))
+        for part in tl.static_range(3):
+            tl.store(place + part, words[part], mask=sends != 0)
+        tl.store(place + 3, epoch, mask=sends != 0)
+
+
+@triton.jit
+def _await(
+    address, epoch, rank, waits, timeout_ns,
+    MESSAGES: tl.constexpr, RANKS: tl.constexpr, POLL: tl.constexpr, OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """Three words of every rank's message, in rank order, this rank's being any, and a rank that never sent, or -1.
+
+    ``address`` is where rank 0's messages are. Without ``POLL`` nothing is waited for: what is there is taken.
+    """
+    if POLL == "":
+        words = ()
+        for sender in tl.static_range(RANKS):
+            place = (address + sender * (MESSAGES * 16)).to(tl.pointer_type(tl.int32))
+            for part in tl.static_range(3):
+                words = words + (tl.load(place + part, mask=waits != 0, other=0),)
+        words = words + (tl.full(address.shape, -1, tl.int32),)
+    elif RANKS == 2:
+        words = tl.inline_asm_elementwise(
+            POLL, OPERANDS, [address, epoch, rank, waits, timeout_ns], dtype=WORDS_OF_2, is_pure=False, pack=1
+        )
+    elif RANKS == 4:
+        words = tl.inline_asm_elementwise(
+            POLL, OPERANDS, [address, epoch, rank, waits, timeout_ns], dtype=WORDS_OF_4, is_pure=False, pack=1
+        )
+    else:
+        words = tl.inline_asm_elementwise(
+            POLL, OPERANDS, [address, epoch, rank, waits, timeout_ns], dtype=WORDS_OF_8, is_pure=False, pack=1
+        )
+    return words
+
+
+WORDS_OF_2, WORDS_OF_4, WORDS_OF_8 = (
+    tl.constexpr((tl.int32,) * (WORDS_PER_MESSAGE * ranks + 1)) for ranks in (2, 4, 8)
+)
+
+
+@triton.jit
+def _add_and_larger(a_sum, a_missing, b_sum, b_missing):
+    return a_sum + b_sum, tl.maximum(a_missing, b_missing)
+
+
+@triton.jit(do_not_specialize=["max_tokens", "rank", "layer_id", "peer_timeout_ms"])
+def _all_reduce_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, inboxes_ptr, epochs_ptr, eps, max_tokens, rank, layer_id,
+    peer_timeout_ms,
+    HIDDEN_SIZE: tl.constexpr, MESSAGES: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
+    POLL: tl.constexpr, OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """The CTA of row r. A thread has one message in each chunk of ``BLOCK``, which is the number of threads: given two
+    at once, Triton would lay them out in two ways, and poll for each of these."""
+    WORDS: tl.constexpr = HIDDEN_SIZE // 2
+    CHUNKS: tl.constexpr = (MESSAGES + BLOCK - 1) // BLOCK
+    row = tl.program_id(0)
+    message = tl.arange(0, BLOCK)
+    start = row.to(tl.int64) * WORDS
+    x_row = x_ptr.to(tl.pointer_type(tl.int32)) + start
+    residual_row = residual_ptr.to(tl.pointer_type(tl.int32)) + start
+    normed_row = normed_ptr.to(tl.pointer_type(tl.int32)) + start
+
+    # What no earlier launch writes is read before those are waited for.
+    peers = ()
+    for turn in tl.static_range(1, RANKS):
+        peers = peers + (tl.load(inboxes_ptr + (rank + turn) % RANKS),)
+    inbox = tl.load(inboxes_ptr + rank)
+    weight = _load_row(weight_ptr.to(tl.pointer_type(tl.int32)), message, MESSAGES, WORDS, CHUNKS)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    epoch = tl.load(epochs_ptr + row, volatile=True) + 1  # every thread has it before the first barrier of the CTA
+    x = _load_row(x_row, message, MESSAGES, WORDS, CHUNKS)
+    first = ((epoch & 1) * max_tokens + row).to(tl.int64) * (RANKS * MESSAGES * 16)  # of rank 0's messages, in bytes
+    place = first + message * 16
+    own = place + rank * (MESSAGES * 16)
+    for chunk in tl.static_range(CHUNKS):
+        sends = (chunk * BLOCK + message < MESSAGES).to(tl.int32)
+        for turn in tl.static_range(RANKS - 1):  # another peer first on every rank, so that all links are in use
+            words = x[3 * chunk], x[3 * chunk + 1], x[3 * chunk + 2]
+            _send(peers[turn] + own + chunk * BLOCK * 16, words, epoch, sends, POLL != "")
+    residual = _load_row(residual_row, message, MESSAGES, WORDS, CHUNKS)
+
+    totals = ()
+    squares = tl.zeros((BLOCK,), tl.float32)
+    missing = tl.full((BLOCK,), -1, tl.int32)
+    timeout_ns = peer_timeout_ms.to(tl.int64) * 1000000
+    for chunk in tl.static_range(CHUNKS):
+        waits = (chunk * BLOCK + message < MESSAGES).to(tl.int32)
+        theirs = _await(
+            inbox + place + chunk * BLOCK * 16, epoch, rank, waits, timeout_ns, MESSAGES, RANKS, POLL, OPERANDS
+        )
+        missing = tl.maximum(missing, theirs[3 * RANKS])
+        for part in tl.static_range(3):
+            mine = x[3 * chunk + part]
+            low, high = _values(tl.where(rank == 0, mine, theirs[part]))
+            for sender in tl.static_range(1, RANKS):
+                next_low, next_high = _values(tl.where(rank == sender, mine, theirs[3 * sender + part]))
+                low += next_low
+                high += next_high
+            residual_low, residual_high = _values(residual[3 * chunk + part])
+            low += residual_low
+            high += residual_high
+            squares += low * low + high * high
+            totals = totals + ((low, high),)
+    sum_of_squares, missing = tl.reduce((squares, missing), 0, _add_and_larger)  # one round for both
+    if POLL != "":
+        _trap_for(missing, layer_id, rank)
+    inverse_rms = tl.rsqrt(sum_of_squares / HIDDEN_SIZE + eps)
+    for chunk in tl.static_range(CHUNKS):
+        for part in tl.static_range(3):
+            low, high = totals[3 * chunk + part]
+            weight_low, weight_high = _values(weight[3 * chunk + part])
+            at, inside = _place_of(chunk, part, message, MESSAGES, WORDS)
+            normed = _word(low * inverse_rms * weight_low, high * inverse_rms * weight_high)
+            tl.store(normed_row + at, normed, mask=inside)
+            tl.store(residual_row + at, _word(low, high), mask=inside)
+    tl.store(epochs_ptr + row, epoch)
+
+
+@triton.jit
+def _trap_for(missing, layer_id, rank):
+    """Ends the process's CUDA context, after one line that says who waited for whom, where a rank is missing."""
+    if missing >= 0:
+        tl.inline_asm_elementwise(  # one thread speaks for all
+            "{ .reg .pred others; .reg .b32 thread; mov.u32 thread, %tid.x; setp.ne.u32 others, thread, 0; "
+            "@others exit; mov.b32 $0, 0; }",
+            "=r",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        tl.device_print(
+            "All-reduce + norm: no row of a peer within the time limit. Operands: layer, this rank, rank waited for",
+            layer_id,
+            rank,
+            missing,
+        )
+        tl.inline_asm_elementwise("trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+def poll_operands(ranks: int) -> str:
+    """The operands of :func:`poll_assembly`: 3 words of each rank and the missing one; then the inputs."""
+    return ",".join(["=&r"] * (WORDS_PER_MESSAGE * ranks + 1) + ["l", "r", "r", "r", "l"])
+
+
+@functools.cache
+def poll_assembly(ranks: int, messages: int) -> str:
+    """PTX by which a thread polls the same message of all ranks but its own until all have one epoch.
+
+    Outputs: the three words of each rank's message, then the lowest rank whose message is missing, or -1. Inputs: the
+    address of rank 0's message, the epoch, this rank, whether there is anything to wait for, the time limit in ns. A
+    rank's message is ``messages`` messages behind that of the rank before.
+
+    All loads of a turn are under way together. The time is read once in 4096 polls.
+    """
+    first_input = WORDS_PER_MESSAGE * ranks + 1
+    missing = f"${first_input - 1}"
+    address, epoch, rank, waits, limit = (f"${first_input + i}" for i in range(5))
+    each = range(ranks)
+    declare = "\n".join(
+        f".reg .pred skip{r}, arrived{r};\n.reg .b64 low{r}, high{r};\n.reg .b128 message{r};" for r in each
+    )
+    prepare = "\n".join(
+        f"setp.eq.b32 skip{r}, {rank}, {r};\nor.pred skip{r}, skip{r}, idle;\nmov.b64 low{r}, 0;\nmov.b64 high{r}, 0;"
+        for r in each
+    )
+    load = "\n".join(
+        f"@!skip{r} ld.relaxed.sys.global.b128 message{r}, [{address} + {r * messages * MESSAGE_BYTES}];" for r in each
+    )
+    compare = "\n".join(
+        f"@!skip{r} mov.b128 {{low{r}, high{r}}}, message{r};\nmov.b64 {{word, its_epoch}}, high{r};\n"
+        f"setp.eq.or.s32 arrived{r}, its_epoch, {epoch}, skip{r};\nand.pred all, all, arrived{r};"
+        for r in each
+    )
+    name_missing = "\n".join(f"@!arrived{r} mov.b32 {missing}, {r};" for r in reversed(each))
+    give = "\n".join(
+        f"mov.b64 {{${3 * r}, ${3 * r + 1}}}, low{r};\nmov.b64 {{${3 * r + 2}, its_epoch}}, high{r};" for r in each
+    )
+    return f"""
+    {{
+    .reg .pred idle, all, yes;
+    .reg .b32 word, its_epoch, polls, rest;
+    .reg .b64 start, now;
+    {declare}
+    setp.eq.b32 idle, {waits}, 0;
+    {prepare}
+    mov.b32 {missing}, -1;
+    mov.b32 polls, 0;
+    mov.b64 start, 0;
+    POLL:
+    {load}
+    setp.eq.b32 all, polls, polls;
+    {compare}
+    @all bra ARRIVED;
+    add.u32 polls, polls, 1;
+    and.b32 rest, polls, 4095;
+    setp.ne.b32 yes, rest, 0;
+    @yes bra POLL;
+    mov.u64 now, %globaltimer;
+    setp.eq.b64 yes, start, 0;
+    @yes mov.b64 start, now;
+    sub.u64 now, now, start;
+    setp.lt.u64 yes, now, {limit};
+    @yes bra POLL;
+    {name_missing}
+    ARRIVED:
+    {give}
+    }}
+    """

@@ -1,0 +1,116 @@
+"""What the kernels that exchange data between the GPUs of one host share: memory that peers store to, and its limits.
+
+A rank owns an *inbox*, memory of its GPU that every peer's GPU can store to over NVLink. What lies in it is the
+business of the kernel: :mod:`minimax_sum_exchange` (two sums a token), :mod:`minimax_all_reduce_norm` (whole rows).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
+
+# How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
+# compiled. Elsewhere the first rank may be compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the
+# others wait here as they would in an all-reduce. Of a server that already serves, the watchdog ends that wait.
+GRAPH_TIMEOUT_SECONDS = 120.0
+EAGER_TIMEOUT_SECONDS = 3600.0
+MESSAGE_BYTES = 16  # what one store writes and one load reads at once: a message is there whole, or not at all
+
+
+class Inboxes:
+    """The inbox of this rank, and the addresses of everybody's.
+
+    It does not ask where an inbox is: any memory of any GPU does that all ranks' GPUs can store to, and that stays
+    mapped. :func:`inbox_on_symmetric_memory` gives one, with a process a rank.
+
+    Args:
+        inbox: this rank's, uint8, 16-byte aligned, all zero; no rank may send before every inbox is cleared.
+        inbox_addresses: where the inbox of each rank is mapped for this rank, in rank order, its own included.
+        rank: this rank.
+        size: bytes that the inbox must have.
+        what_for: what needs that size, for the error.
+
+    Attributes:
+        inbox_addresses: [ranks] int64, on the GPU.
+
+    Raises:
+        ValueError: too many ranks, or an inbox of another size.
+    """
+
+    def __init__(self, inbox: torch.Tensor, inbox_addresses: list[int], rank: int, size: int, what_for: str) -> None:
+        self.rank, self.num_ranks = rank, len(inbox_addresses)
+        if self.num_ranks not in EXCHANGE_RANKS or not 0 <= rank < self.num_ranks:
+            raise ValueError(
+                f"rank {rank} of {self.num_ranks}: data is exchanged between {EXCHANGE_RANKS} ranks of one NVLink "
+                "domain; others add up by a collective"
+            )
+        if inbox.dtype != torch.uint8 or inbox.numel() != size or inbox.data_ptr() % MESSAGE_BYTES:
+            raise ValueError(
+                f"the inbox has {inbox.numel()} values of {inbox.dtype}, and {what_for} of {self.num_ranks} "
+                f"ranks need {size} of uint8, aligned to {MESSAGE_BYTES}: allocate as many bytes as the exchange says"
+            )
+        if inbox_addresses[rank] != inbox.data_ptr():
+            raise ValueError(f"inbox_addresses[{rank}] is not this rank's inbox: give the addresses in rank order")
+        self.inbox = inbox
+        self.inbox_addresses = torch.tensor(inbox_addresses, dtype=torch.int64, device=inbox.device)
+
+
+_symmetric_memory: list = []  # what keeps the peers' inboxes mapped
+
+
+def inbox_on_symmetric_memory(group, device: torch.device, size: int) -> tuple[torch.Tensor, list[int]]:
+    """An inbox of ``size`` bytes, cleared on every rank, and everybody's addresses; collective over ``group``, an
+    engine ``GroupCoordinator`` for which :func:`peers_are_reachable` is true."""
+    import torch.distributed as dist
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    inbox = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(inbox, group.cpu_group)
+    _symmetric_memory.append(handle)
+    inbox.zero_()
+    torch.cuda.synchronize(device)
+    dist.barrier(group=group.cpu_group)  # no rank writes into an inbox that is still being cleared
+    return inbox, list(handle.buffer_ptrs)
+
+
+def smallest_gpu(group, device: torch.device) -> int:
+    """Multiprocessors of the smallest GPU of ``group``, so that grids are the same on every rank; collective."""
+    multiprocessors = [0] * group.world_size
+    mine = torch.cuda.get_device_properties(device).multi_processor_count
+    torch.distributed.all_gather_object(multiprocessors, mine, group=group.cpu_group)
+    return min(multiprocessors)
+
+
+@functools.cache
+def peers_are_reachable(group, device: torch.device) -> bool:
+    """Whether ``group`` is as many NVIDIA GPUs of one host as can exchange, with NVLink between every pair.
+
+    Collective over the group, and the same answer on every rank. PCIe peers do not count: a 16-byte store is one
+    access over NVLink, and nobody says so of PCIe. Nor do peers of a server that was started with
+    ``--disable-custom-all-reduce``, which is how a user says that peer access does not work on the host.
+    """
+    from sglang.srt.distributed import parallel_state
+
+    if device.type != "cuda" or torch.version.hip is not None or not parallel_state._ENABLE_CUSTOM_ALL_REDUCE:
+        return False
+    from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
+        can_use_custom_all_reduce_with_nvlink,
+    )
+
+    sizes = list(EXCHANGE_RANKS)
+    return can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "An exchange over NVLink") is True
+
+
+def peer_timeout_ms(seconds: float | None) -> int:
+    """How long a launch waits for a peer: ``seconds``, or what suits a graph that is captured, or an eager call."""
+    if seconds is None:
+        seconds = GRAPH_TIMEOUT_SECONDS if torch.cuda.is_current_stream_capturing() else EAGER_TIMEOUT_SECONDS
+    return int(seconds * 1000)
+
+
+@functools.cache
+def has_programmatic_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while its predecessor in the stream still runs: Hopper and later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
