@@ -17,7 +17,7 @@ from sglang.srt import server_args as engine
 from sglang.srt.configs.model_config import is_piecewise_cuda_graph_disabled_model
 from sglang.srt.distributed import parallel_state
 from sglang.srt.distributed.utils import get_pp_indices
-from sglang.srt.layers import dp_attention
+from sglang.srt.layers import dp_attention, minimax_counterpart
 from sglang.srt.layers.quantization import modelopt_quant
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
@@ -70,10 +70,13 @@ def built_bytes(monkeypatch):
     monkeypatch.setattr(modelopt_quant, "is_blackwell_supported", lambda: True)
     monkeypatch.setattr(modelopt_quant, "swizzle_blockscale", pad_scales)
     monkeypatch.setattr(minimax_m2, "_prepare_fused_all_reduce", lambda hidden_size: None)
+    monkeypatch.setattr(minimax_counterpart, "_switched_off_anywhere", lambda: False)
+    monkeypatch.setattr(minimax_counterpart, "_node_group", lambda ranks: SimpleNamespace(world_size=ranks))
 
     def build(config: dict, layout: layouts.Layout, rank: int, stage: int) -> dict[str, int]:
         fake_groups(monkeypatch, layout, rank, stage)
         arguments = engine.ServerArgs(model_path="dummy", tp_size=layout.tp, ep_size=layout.ep, device="cpu")
+        arguments.nnodes, arguments.pp_size = layout.flags.nnodes, layout.pp
         arguments.enable_dp_attention = layout.dp_groups > 1
         monkeypatch.setattr(engine, "_global_server_args", arguments)
         before = torch.get_default_dtype()
@@ -180,7 +183,8 @@ def test_all_ranks_together_hold_a_written_checkpoint_once_and_its_replicas_agai
 
     small = SmallModel(num_hidden_layers=2, num_local_experts=8, vocab_size=1024)
     folder = write_checkpoint(tmp_path, small)
-    times = {"k_proj": 2, "v_proj": 2, "k_norm": 2, "gate": 16, "e_score": 16, "layernorm": 16, "model.norm": 16}
+    # A rank also holds q and k of its counterpart on the other node.
+    times = {"q_proj": 2, "k_proj": 4, "v_proj": 2, "k_norm": 2, "gate": 16, "e_score": 16, "layernorm": 16, "model.norm": 16}
     expected = 0
     with safe_open(folder / "model.safetensors", "pt") as file:
         for name in file.keys():  # noqa: SIM118 (safe_open is no dictionary)
