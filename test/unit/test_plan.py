@@ -346,7 +346,11 @@ def test_what_the_server_says_of_heads_and_experts_the_plan_says(tmp_path, flags
         (Flags(tp=8), GPUS["mi300x"], {"fused all-reduce + norm": "off", "sum over experts": "the model's"}),
         (
             Flags(tp=16, nnodes=2), H200,
-            {"fused all-reduce + norm": "off", "QK norm": "one all-reduce over 16 ranks, and one kernel with RoPE"},
+            {"fused all-reduce + norm": "off", "QK norm": "one kernel with RoPE and KV store, over 8 ranks of a node"},
+        ),
+        (
+            Flags(tp=16, nnodes=4), H200,
+            {"QK norm": "one all-reduce over 16 ranks, and one kernel with RoPE and KV store; sums cross nodes"},
         ),
         (Flags(tp=8), H200, {"QK norm": "one kernel with RoPE and KV store, over 8 ranks"}),
         (Flags(tp=8, kv_cache_dtype="fp8_e4m3"), H200, {"QK norm": "one kernel with RoPE, over 8 ranks"}),
