@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sglang_minimax.plan.memory import MIB, Memory
 from sglang_minimax.plan.report import BASIS, RankHolds, Report
-from sglang_minimax.plan.step import ASSUMPTIONS, Candidate, errors, fixed_us_per_layer
+from sglang_minimax.plan.step import ASSUMPTIONS, Candidate, errors, unexplained_us_per_layer
 
 _GIB = 1024 * MIB
 _RANKS_IN_A_ROW = 8  # of the drawing, so that it fits 80 columns
@@ -173,8 +173,9 @@ def show_search(candidates: Sequence[Candidate], title: str, limit: int, console
     for assumption in ASSUMPTIONS:
         console.print(f"- {assumption}", markup=False)
     console.print(
-        f"\nThe constant is {fixed_us_per_layer():.0f} us a layer. The model's error on measured steps of stock TP4 on "
-        f"H200 (512 tokens in, 34 out;\ndummy weights, which do not route evenly: a step lies between two predictions):"
+        f"\nThe constant is {unexplained_us_per_layer():.0f} us a layer. The model's error on measured steps of stock "
+        f"TP4 on H200 (512 tokens in, 34 out;\ndummy weights, which do not route evenly: a step lies between two "
+        "predictions):"
     )
     for error in errors():
         measured = error.measured
