@@ -208,12 +208,17 @@ def test_two_nodes_come_to_the_same_bits(monkeypatch):
     torch.manual_seed(0)
     ranks, q_size, k_size = 8, 2 * 8, 8
     parts = [(torch.randn(5, q_size), torch.randn(5, k_size)) for _ in range(ranks)]
-    sums = []
+    sums, rank_sums = [], []
+
+    def keep(of_rank):
+        rank_sums.append(of_rank)
+        return of_rank
+
     for node in (range(4), range(4, 8)):
-        rank_sums = []
+        rank_sums.clear()
         for rank in node:
             row = torch.cat([*parts[rank], torch.zeros(5, k_size), *parts[counterpart_of(rank, ranks)]], -1)
-            group = SimpleNamespace(world_size=4, rank_in_group=rank % 4, all_reduce=lambda x: rank_sums.append(x) or x)
+            group = SimpleNamespace(world_size=4, rank_in_group=rank % 4, all_reduce=keep)
             operator = QKNormRope(
                 16, 8, 8, 4, 1e-6, SimpleNamespace(world_size=ranks, rank_in_group=rank), 0, "cpu", node=group
             )

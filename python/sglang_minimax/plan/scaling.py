@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md: what the step model predicts for more GPUs, and what QK norm costs over two nodes.
 
-    python -m sglang_minimax.plan.scaling             prints them
-    python -m sglang_minimax.plan.scaling --write     puts them into docs/scaling.md, in a checkout
+python -m sglang_minimax.plan.scaling             prints them
+python -m sglang_minimax.plan.scaling --write     puts them into docs/scaling.md, in a checkout
 """
 
 from __future__ import annotations
@@ -86,15 +86,17 @@ def _predictions() -> str:
 def _two_nodes() -> str:
     layout = settle(_LAYOUTS[-1], _MODEL, _GPU)
     extra_us = step.counterpart_bytes(_MODEL, layout) / (_GPU.hbm_gb_per_s * 1e3 * step.HBM_SHARE)
-    rows = []
+    rows, ranks = [], layout.tp_ranks_per_node
     for batch in BATCHES:
-        size = 8.0 * batch
         whole = step.predict(_MODEL, layout, _GPU, batch, CONTEXT, counterpart=False).ms
-        all_ranks = collectives.over_nodes_us(8, 2, size) + GAP_US
-        hierarchical = collectives.over_nodes_us(1, 2, size) + 2 * GAP_US
-        for name, us in (("one all-reduce over 16 ranks", all_ranks), ("within nodes, then between pairs", hierarchical),
-                         ("counterparts projected", extra_us)):  # fmt: skip
-            share, saved = (62 * each / 1e3 / whole for each in (us, all_ranks - us))
+        all_ranks = collectives.over_nodes_us(ranks, 2, 8.0 * batch) + GAP_US
+        ways = {
+            f"one all-reduce over {2 * ranks} ranks": all_ranks,
+            "within nodes, then between pairs": collectives.over_nodes_us(1, 2, 8.0 * batch) + 2 * GAP_US,
+            "counterparts projected": extra_us,
+        }
+        for name, us in ways.items():
+            share, saved = (_MODEL.num_hidden_layers * each / 1e3 / whole for each in (us, all_ranks - us))
             rows.append([str(batch), name, f"{us:.2f}", f"{share:.1%}", f"{saved:.1%}"])
     return _table(f"batch | how | us a layer beside {QK_NORM} | of the step | saved", rows)
 

@@ -125,7 +125,7 @@ def attention_tp_size(tp_size: int, dp_size: int = 1, attn_cp_size: int = 1) -> 
 
 
 def tp_ranks_per_node(tp_size: int, pp_size: int = 1, nnodes: int = 1) -> int:
-    """Ranks of one TP group that share a node: the engine fills nodes in the order of ranks, a stage after the other."""
+    """Ranks of one TP group that share a node: the engine fills nodes in the order of ranks, stage by stage."""
     return tp_size // max(nnodes // pp_size, 1)
 
 
