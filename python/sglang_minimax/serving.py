@@ -140,10 +140,11 @@ def qk_norm_path(attention: EngineObject) -> Path:
     if attention.q_norm is None:
         return planned.qk_norm(None, None, None, stores=False)
     ranks, fused = attention.q_norm.shards.num_ranks, attention.fused_inputs
+    node_ranks = None if attention.node is None else attention.node.world_size
     if fused is None:
         reason = reason_against_fusing(attention.q_norm, attention.rotary_emb, attention.q_norm.head_dim)
-        return planned.qk_norm(ranks, reason, None, stores=False)
-    return planned.qk_norm(ranks, None, fused.operator.reason_against_exchange, fused.stores)
+        return planned.qk_norm(ranks, reason, None, stores=False, node_ranks=node_ranks)
+    return planned.qk_norm(ranks, None, fused.operator.reason_against_exchange, fused.stores, node_ranks)
 
 
 def _ep_size(args: EngineObject) -> Path:

@@ -45,8 +45,10 @@ pipeline_layers = _file.pipeline_layers
 quantisation_block = _file.quantisation_block
 shard_attention = _file.shard_attention
 working_ep_sizes = _file.working_ep_sizes
+tp_ranks_per_node = _file.tp_ranks_per_node
 working_tp_sizes = _file.working_tp_sizes
 
+reason_against_counterpart = _paths.reason_against_counterpart
 reason_against_exchange = _paths.reason_against_exchange
 reason_against_one_kernel = _paths.reason_against_one_kernel
 

@@ -52,29 +52,42 @@ def build(group, heads, kv_heads, layer_id=0, **options):
 
 
 def draw(operator, heads, kv_heads, tokens, seed, dtype=torch.bfloat16, weight_dtype=torch.float32):
-    """The same whole rows on every rank, and this rank's part of them, rows at a stride with poison between."""
+    """The same whole rows on every rank, and this rank's part of them, rows at a stride with poison between.
+
+    With a counterpart the ranks are those of the first of two nodes, and its q and k follow in the row.
+    """
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, device="cuda", generator=generator)
 
-    from sglang.srt.layers.minimax_sharding import shard_attention
+    from sglang.srt.layers.minimax_sharding import counterpart_of, shard_attention
 
-    shards = shard_attention(heads, kv_heads, operator.num_ranks)
+    num_ranks = attention_ranks(operator)
+    shards = shard_attention(heads, kv_heads, num_ranks)
     mine = [shards.q.heads_of(operator.rank), *2 * [shards.kv.heads_of(operator.rank)]]
     whole = [(normal(tokens, count * HEAD_DIM) * 2).to(dtype) for count in (heads, kv_heads, kv_heads)]
     weights = [(1 + 0.2 * normal(count * HEAD_DIM)).to(weight_dtype) for count in (heads, kv_heads)]
     part = [slice(of.start * HEAD_DIM, of.stop * HEAD_DIM) for of in mine]
     row = torch.cat([x[:, of] for x, of in zip(whole, part, strict=True)], dim=-1)
+    v = slice(row.shape[1] - (part[2].stop - part[2].start), row.shape[1])
+    if operator.has_counterpart:
+        other = counterpart_of(operator.rank, num_ranks)
+        for x, of in zip(whole[:2], (shards.q.heads_of(other), shards.kv.heads_of(other)), strict=True):
+            row = torch.cat([row, x[:, of.start * HEAD_DIM : of.stop * HEAD_DIM]], dim=-1)
     wide = torch.full((tokens, row.shape[1] + 64), float("nan"), dtype=dtype, device="cuda")
     slots = torch.randperm(tokens + 9, device="cuda", generator=generator)[:tokens]
     cache = torch.full((2, tokens + 9, len(mine[1]), HEAD_DIM), 7.0, dtype=dtype, device="cuda")
     return SimpleNamespace(
-        whole=whole, whole_weights=weights, part=part, row=row, wide=wide, qkv=wide[:, : row.shape[1]], slots=slots,
+        whole=whole, whole_weights=weights, part=part, v=v, row=row, wide=wide, qkv=wide[:, : row.shape[1]],
         weights=[w[of].contiguous() for w, of in zip(weights, part[:2], strict=True)], cache=cache,
-        positions=torch.randint(0, MAX_POSITION, (tokens,), device="cuda", generator=generator),
+        slots=slots, positions=torch.randint(0, MAX_POSITION, (tokens,), device="cuda", generator=generator),
         cos_sin=normal(MAX_POSITION, ROTARY_DIM),
     )  # fmt: skip
+
+
+def attention_ranks(operator) -> int:
+    return operator.num_ranks * (2 if operator.has_counterpart else 1)
 
 
 def call(operator, data, store=True):
@@ -107,7 +120,7 @@ def compare(data, output, store=True):
         want = in_float64(x, weight, part, data)
         worst = ((got.double() - want).abs() / (want.abs() + 2e-3)).max().item() if got.numel() else 0.0
         assert worst <= unit * 1.01, f"{tuple(got.shape)}: relative error {worst / unit:.3f} units of rounding"
-    assert torch.equal(v, data.row[:, -v.shape[1] :])
+    assert torch.equal(v, data.row[:, data.v])
     if store:
         assert torch.equal(data.cache[0][data.slots].flatten(1), k)
         assert torch.equal(data.cache[1][data.slots].flatten(1), v)
@@ -121,7 +134,7 @@ def compare(data, output, store=True):
 
 def same_on_replicas(group, operator, k, kv_heads):
     """Ranks that hold the same KV head must hold the same bits."""
-    replicas = operator.num_ranks * operator.num_kv_heads // kv_heads
+    replicas = attention_ranks(operator) * operator.num_kv_heads // kv_heads
     everyone = [torch.empty_like(k, memory_format=torch.contiguous_format) for _ in range(operator.num_ranks)]
     torch.distributed.all_gather(everyone, k.contiguous(), group=group.device_group)
     for rank, other in enumerate(everyone):
@@ -190,12 +203,18 @@ def check_rank(rank: int, world: int, port: int) -> None:
         for heads, kv_heads in ((48, 1), (2 * world, world // 2), (3 * world, world)):
             few = build(group, heads, kv_heads)
             check_token_counts(group, few, heads, kv_heads, [1, 50, 2500])
+        both_nodes = SimpleNamespace(world_size=2 * world, rank_in_group=rank)
+        for heads, kv_heads in ((48, 8), (4 * world, world)):
+            of_node = build(both_nodes, heads, kv_heads, node=group)
+            assert of_node._run.__name__ == "_run_exchange"
+            check_token_counts(group, of_node, heads, kv_heads, [0, 1, 7, 264, 1056, 4096])
         import sglang.srt.layers.minimax_qk_norm_rope as module
 
         module.peers_are_reachable = lambda group, device: False
         collective = build(group, 48, 8)
         assert collective._run.__name__ == "_run_collective"
         check_token_counts(group, collective, 48, 8, [0, 1, 65, 4096])
+        check_token_counts(group, build(both_nodes, 48, 8, node=group), 48, 8, [0, 1, 65, 4096])
     torch.cuda.synchronize()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -67,7 +67,7 @@ MODELS = {
 class Case:
     """A server: its name, how many GPUs it takes, its arguments, the model, whether stock or ours, and how many nodes.
 
-    Nodes of one rank each share the GPUs in turn, where there are more of them.
+    Nodes share the GPUs in turn, where there are more ranks than GPUs.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Case:
     model: str = "2 KV heads"
     stock: bool = False
     nodes: int = 1
+    ranks_per_node: int = 1
 
 
 NO_GRAPHS = " --disable-cuda-graph"
@@ -118,6 +119,12 @@ OURS = [
     Case("TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS),
     Case("TP4 DP2", 4, "--tp 4 --dp 2 --enable-dp-attention"),
     Case("TP4 DP4 EP4", 4, DP4 + " --ep 4"),
+    Case("TP2 on two nodes", 2, "--tp 2", nodes=2),
+    Case("TP2 on two nodes without graphs", 2, "--tp 2" + NO_GRAPHS, nodes=2),
+    Case("TP2 of one KV head on two nodes", 2, "--tp 2", model="1 KV head", nodes=2),
+    Case("TP2 FP8 on two nodes, EP chosen", 2, "--tp 2", model="FP8", nodes=2),
+    Case("TP4 on two nodes", 2, "--tp 4", nodes=2, ranks_per_node=2),
+    Case("TP4 on two nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=2, ranks_per_node=2),
     Case("TP4 on four nodes", 2, "--tp 4", nodes=4),
     Case("TP4 on four nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=4),
     Case("TP4 FP8 on four nodes, EP chosen", 2, "--tp 4", model="FP8", nodes=4),
@@ -218,11 +225,15 @@ def ask(case: Case, checkpoint: Path, draft: Path, logs: Path) -> list[Answer]:
     def environment_of(rank: int) -> dict[str, str]:
         own = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))}
         own["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # other servers of this test are on the same GPUs
-        return own | (shared_gpu_environment(rank, NUM_GPUS) if case.nodes > 1 else {})
+        return own | (_of_node(case, rank) if case.nodes > 1 else {})
 
     with serve_on_nodes(command, case.nodes, logs_of(case, logs), environment_of) as server:
         server.wait_until_ready(START_SECONDS)
         return [answer for prompts in (PROMPTS, PROMPTS, PROMPTS[:1]) for answer in answers_of(server, prompts, case)]
+
+
+def _of_node(case: Case, rank: int) -> dict[str, str]:
+    return shared_gpu_environment(rank, NUM_GPUS, case.ranks_per_node)
 
 
 def answers_of(server: Nodes, prompts: list[list[int]], case: Case) -> list[Answer]:

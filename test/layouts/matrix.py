@@ -128,6 +128,7 @@ SIMULATED = {
 
 A2A = {"moe_a2a_backend": "customized"}
 OVERLAPPED = {**A2A, "enable_two_batch_overlap": True}
+TWO_NODES = {"nnodes": 2}
 MIXED = {"enable_mixed_chunk": True}
 REDUNDANT = {"ep_num_redundant_experts": 4}
 # Which of the 16 experts lies at each of 20 places, another order in each layer.
@@ -160,6 +161,17 @@ ROWS = {
     "tp3_kv3": Row("48 heads on 3 ranks", "48 heads, 3 KV heads", tp=3),
     "tp3_kv1": Row("24 heads on 3 ranks, the KV head on all", "24 heads, 1 KV head", tp=3),
     "tp4_13_experts": Row("an odd number of experts", "13 experts", tp=4),
+    # Two nodes, each with half of the ranks: no sum of QK norm goes from one to the other.
+    "tp2_2_nodes": Row("a rank a node", tp=2, arguments=TWO_NODES),
+    "tp4_kv8_2_nodes": Row("2 KV heads a rank, 2 ranks a node", tp=4, arguments=TWO_NODES),
+    "tp4_kv2_2_nodes": Row("each KV head on both ranks of a node", "2 KV heads", tp=4, arguments=TWO_NODES),
+    "tp4_kv1_2_nodes": Row("the KV head on both nodes, so sums are over these", "1 KV head", tp=4,
+                           arguments=TWO_NODES),
+    "tp16_kv8_2_nodes": Row("each KV head on 2 ranks, 8 ranks a node", tp=16, arguments=TWO_NODES),
+    "tp8_dp2_4_nodes": Row("two groups of two nodes each, one idle at times", "2 KV heads", tp=8, dp=2,
+                           placed=((), (0, 1, 2, 3)), arguments={"nnodes": 4}),
+    "tp4_fp8_2_nodes": Row("each KV head on both ranks of a node", "FP8 blocks", tp=4, arguments=TWO_NODES,
+                           simulation=simulations.fp8_in_plain_torch),
     # DP attention.
     "tp4_dp2": Row("attention TP 2", "2 KV heads", tp=4, dp=2, placed=ON_TWO),
     "tp4_dp2_uneven": Row("3 prompts beside 1", "2 KV heads", tp=4, dp=2, placed=((0, 1, 2), (3,))),

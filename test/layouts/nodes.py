@@ -102,10 +102,11 @@ def _name_of(process: psutil.Process) -> str:
     return ""
 
 
-def shared_gpu_environment(rank: int, num_gpus: int) -> dict[str, str]:
-    """For a node of one rank that shares GPU ``rank % num_gpus`` with others."""
+def shared_gpu_environment(rank: int, num_gpus: int, ranks_per_node: int = 1) -> dict[str, str]:
+    """For node ``rank``, whose ranks each have a GPU of their own and share it with other nodes'."""
+    gpus = [(rank * ranks_per_node + place) % num_gpus for place in range(ranks_per_node)]
     return {
-        "CUDA_VISIBLE_DEVICES": str(rank % num_gpus),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
         "NCCL_HOSTID": f"node{rank}",
         "NCCL_SOCKET_IFNAME": "lo",
         "GLOO_SOCKET_IFNAME": "lo",

@@ -113,6 +113,34 @@ def watch_exchanges(runner):
     return lambda: calls
 
 
+def watch_norm_sums(runner):
+    """A probe: over which groups of ranks this rank's attention summed on its way to q and k, and how often.
+
+    {ranks, as a tuple: calls}; a projection that is cast, a norm or RoPE that sums by itself would show too.
+    """
+    from sglang.srt.models.minimax_m2 import MiniMaxM2Attention
+
+    sums: collections.Counter = collections.Counter()
+    preparing = False
+
+    def keep(all_reduce, tensor, *args, group=None, **kwargs):
+        if preparing:
+            sums[tuple(torch.distributed.get_process_group_ranks(group))] += 1
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    def prepare(forward_prepare, *args, **kwargs):
+        nonlocal preparing
+        preparing = True
+        try:
+            return forward_prepare(*args, **kwargs)
+        finally:
+            preparing = False
+
+    _wrap(torch.distributed, "all_reduce", keep)
+    _wrap(MiniMaxM2Attention, "forward_prepare", prepare)
+    return lambda: dict(sums)
+
+
 def _wrap(owner, name: str, around) -> None:
     """Replaces ``owner.name``, in this process, by ``around(original, *arguments)``."""
     original = getattr(owner, name)

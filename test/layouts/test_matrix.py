@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
+import torch
 from layouts import proof, simulations, spies
 from layouts.harness import LayoutFailed, run_layout
-from layouts.matrix import NUM_LAYERS, OVERLAPPED, REDUNDANT, ROWS, STEPS, Oracles, Outcome, run_row, small
+from layouts.matrix import (
+    NUM_LAYERS,
+    OVERLAPPED,
+    REDUNDANT,
+    ROWS,
+    STEPS,
+    TWO_NODES,
+    Oracles,
+    Outcome,
+    run_row,
+    small,
+)
+from sglang.srt.layers import minimax_counterpart
 from sglang.srt.models import minimax_m2, minimax_m2_moe
 
 from sglang_minimax.checkpoints import write_checkpoint
@@ -31,7 +45,7 @@ def test_row(name, oracles):
     "name",
     [
         *["tp1", "tp4_kv2", "tp16_kv8", "tp2_mixed", "tp4_prefix", "tp2_pp2", "tp4_dp2_one_idle", "tp4_dp4_staggered"],
-        *["tp16_dp4_kv2", "tp4_dp2_overlap", "tp4_dp2_stages"],
+        *["tp16_dp4_kv2", "tp4_dp2_overlap", "tp4_dp2_stages", "tp4_kv2_2_nodes", "tp8_dp2_4_nodes"],
     ],
 )
 def test_row_through_the_one_kernel_operator(name, oracles):
@@ -71,6 +85,40 @@ def test_the_ranks_of_an_attention_group_exchange_the_same_rows_in_the_same_orde
     ranks = run_layout(checkpoint, tp=4, dp=2, steps=STEPS, probe=spies.watch_exchanges, **run).probed
     assert ranks[0] == ranks[1] and ranks[2] == ranks[3]
     assert ranks[0] != ranks[2] and min(map(len, ranks)) > NUM_LAYERS
+
+
+@pytest.mark.parametrize("one_kernel", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "tp", "switch", "crosses"),
+    [
+        ("8 KV heads", 16, {}, False),
+        ("2 KV heads", 4, {}, False),
+        ("1 KV head", 4, {}, True),  # held on both nodes
+        ("2 KV heads", 4, {0: "0"}, True),  # off on one rank is off on all: none waits for another
+        ("8 KV heads", 2, {}, None),  # a rank a node: nothing to sum
+    ],
+)
+def test_no_sum_of_qk_norm_crosses_nodes(oracles, monkeypatch, shape, tp, switch, crosses, one_kernel):
+    if one_kernel:
+        simulations.one_kernel(monkeypatch)
+    made = minimax_counterpart._switched_off_anywhere.__wrapped__
+
+    def switched_off():
+        rank = torch.distributed.get_rank()
+        monkeypatch.setenv(minimax_counterpart.SWITCH, switch.get(rank, "1"))
+        return made()
+
+    monkeypatch.setattr(minimax_counterpart, "_switched_off_anywhere", functools.cache(switched_off))
+    checkpoint, *_ = oracles.of(shape)
+    ranks = run_layout(
+        checkpoint, tp=tp, prompts_by_dp_rank=[[[3, 1, 4]]], steps=2, probe=spies.watch_norm_sums,
+        server_arguments=TWO_NODES,
+    ).probed  # fmt: skip
+    everyone, half = tuple(range(tp)), tp // 2
+    for rank, sums in enumerate(ranks):
+        node = everyone[:half] if rank < half else everyone[half:]
+        expected = everyone if crosses else node
+        assert sums == ({} if crosses is None else {expected: 2 * NUM_LAYERS}), (rank, sums)
 
 
 def test_copies_of_experts_that_each_rank_would_choose_for_itself_are_refused(oracles):

@@ -32,7 +32,7 @@ def test_a_loaded_rank_holds_the_planned_bytes(tmp_path, flags):
     prompts = [[[300, 301]]] * flags.dp
     result = run_layout(
         checkpoint, tp=flags.tp, dp=flags.dp, ep=layout.ep, pp=flags.pp, prompts_by_dp_rank=prompts, steps=1,
-        probe=loaded_bytes,
+        probe=loaded_bytes, server_arguments={"nnodes": flags.nnodes},
     )  # fmt: skip
     for rank, loaded in enumerate(result.probed):
         stage = rank // flags.tp

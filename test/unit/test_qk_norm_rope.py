@@ -51,10 +51,10 @@ class AddedByHand:
         return self.total
 
 
-def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted, rows=1, ctas=None):
+def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted, rows=1, ctas=None, nodes=1):
     from sglang.srt.layers.minimax_qk_norm import sums_of_squares
     from sglang.srt.layers.minimax_qk_norm_rope import LaunchPlan, QKNormRope
-    from sglang.srt.layers.minimax_sharding import shard_attention
+    from sglang.srt.layers.minimax_sharding import counterpart_of, shard_attention
 
     torch.manual_seed(heads * 1000 + kv_heads * 100 + ranks * 10 + tokens)
     whole = SimpleNamespace(
@@ -73,15 +73,21 @@ def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted,
     def part(x, heads_of_rank):
         return x[..., heads_of_rank.start * HEAD_DIM : heads_of_rank.stop * HEAD_DIM]
 
+    def node_of(rank):
+        return AddedByHand(ranks // 2, rank % (ranks // 2)) if nodes == 2 else None
+
     operators = [
-        QKNormRope(heads, kv_heads, HEAD_DIM, ROTARY_DIM, EPS, AddedByHand(ranks, rank), 0, "cpu")
+        QKNormRope(heads, kv_heads, HEAD_DIM, ROTARY_DIM, EPS, AddedByHand(ranks, rank), 0, "cpu", node=node_of(rank))
         for rank in range(ranks)
     ]
     mine = [(shards.q.heads_of(rank), shards.kv.heads_of(rank)) for rank in range(ranks)]
     sums = sum(sums_of_squares(part(whole.q, q), part(whole.k, kv)) for q, kv in mine)
-    for operator, (q_heads, kv_heads_of_rank) in zip(operators, mine, strict=True):
+    for rank, (operator, (q_heads, kv_heads_of_rank)) in enumerate(zip(operators, mine, strict=True)):
         operator.group.total = sums
         row = torch.cat([part(whole.q, q_heads), part(whole.k, kv_heads_of_rank), part(whole.v, kv_heads_of_rank)], -1)
+        if nodes == 2:
+            others_q, others_k = mine[counterpart_of(rank, ranks)]
+            row = torch.cat([row, part(whole.q, others_q), part(whole.k, others_k)], -1)
         wide = torch.full((tokens, row.shape[1] + 16), float("nan"), dtype=dtype)
         qkv = wide[:, : row.shape[1]].copy_(row)  # rows at a stride, with poison between them
         k_cache = torch.full((tokens + 3, len(kv_heads_of_rank), HEAD_DIM), 7.0, dtype=dtype)
@@ -89,10 +95,10 @@ def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted,
         weights = part(whole.q_weight, q_heads), part(whole.k_weight, kv_heads_of_rank)
         arguments = (*weights, positions, cos_sin, k_cache, v_cache, slots)
         if interpreted and tokens:
-            given = None if ranks == 1 else sums
+            given = None if operator.num_ranks == 1 else sums
             q = torch.empty(tokens, operator.sizes[0], dtype=dtype)
             operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), qkv, q, *arguments, sums=given)
-            raw_q, k, v = qkv.split(operator.sizes, dim=-1)
+            raw_q, k, v, *_ = qkv.split(operator.row_sizes, dim=-1)
         else:
             q, k, v = operator(qkv, *arguments)
             raw_q = qkv[:, : operator.sizes[0]]
@@ -118,6 +124,12 @@ LAYOUTS = [(48, 8, 1), (12, 2, 1), (12, 2, 2), (12, 2, 4), (12, 2, 12), (16, 1, 
 @pytest.mark.parametrize("heads, kv_heads, ranks", LAYOUTS)
 def test_torch_path_agrees_with_float64(heads, kv_heads, ranks, dtype, tokens):
     run_layout(heads, kv_heads, ranks, tokens, dtype, torch.float32, interpreted=False)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("heads, kv_heads, ranks", [(12, 2, 2), (12, 2, 4), (48, 8, 16)])
+def test_torch_path_over_two_nodes_agrees_with_float64(heads, kv_heads, ranks, tokens):
+    run_layout(heads, kv_heads, ranks, tokens, torch.float32, torch.float32, interpreted=False, nodes=2)
 
 
 def test_kernel_agrees_with_float64_when_interpreted():
@@ -192,8 +204,12 @@ def test_launch_plans_fit_the_multiprocessor_and_the_inbox(values_per_row):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("ranks, rows, once", [(1, 1, True), (2, 1, True), (4, 4, True), (8, 2, False)])
-def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once):
+@pytest.mark.parametrize(
+    "ranks, rows, once, counterpart",
+    [(1, 1, True, False), (2, 1, True, False), (4, 4, True, False), (8, 2, False, False), (1, 1, True, True),
+     (8, 1, True, True), (8, 4, True, True), (8, 2, False, True)],
+)  # fmt: skip
+def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once, counterpart):
     """Through ptxas, so that the PTX of the exchange is read by the one who must accept it."""
     triton = pytest.importorskip("triton")
     from sglang.srt.layers import minimax_qk_norm_rope as module
@@ -205,7 +221,7 @@ def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once):
     constants = {
         "NUM_HEADS": 12, "NUM_KV_HEADS": 2, "HEADS_BLOCK": 16, "HEAD_DIM": 128, "STORE": True, "SUMS_GIVEN": False,
         "ROWS": rows, "ONCE": once, "RANKS": ranks, "PDL": capability >= 90, "PACKED": capability >= 90, "SLOTS": 16,
-        "POLL": poll_assembly(rows, ranks) if ranks > 1 else "", "sums_ptr": None,
+        "COUNTERPART": counterpart, "POLL": poll_assembly(rows, ranks) if ranks > 1 else "", "sums_ptr": None,
     }  # fmt: skip
     if ranks == 1:
         constants |= {"inboxes_ptr": None, "epochs_ptr": None}
@@ -318,3 +334,16 @@ if __name__ == "__main__":
             run_layout(*layout, 3, dtype, weight_dtype, interpreted=True)
     for rows, ctas in ((2, 2), (4, 1)):  # several rows a CTA, and rows that are not there
         run_layout(5, 5, 1, 3, torch.bfloat16, torch.float32, interpreted=True, rows=rows, ctas=ctas)
+    for rows in (1, 2):  # a rank a node: its row holds all heads of both
+        run_layout(12, 2, 2, 3, torch.bfloat16, torch.float32, interpreted=True, rows=rows, nodes=2)
+    run_layout(12, 2, 4, 3, torch.bfloat16, torch.float32, interpreted=True, nodes=2)
+    from sglang.srt.layers.minimax_qk_norm import sums_of_squares_triton
+
+    for own, others in (([96, 32], []), ([96, 32, 32], [96, 32])):
+        parts = torch.randn(3, sum(own + others)).split(own + others, dim=-1)
+        kept = [parts[0], parts[1], *(parts[3:] if others else ())]
+        sums = sums_of_squares_triton(*kept)
+        squares = [part.double().square().sum(-1) for part in kept]
+        want = torch.stack([sum(squares[::2]), sum(squares[1::2])], -1)
+        torch.testing.assert_close(sums[:3].double(), want, rtol=1e-6, atol=0)
+        assert not sums[3:].any()

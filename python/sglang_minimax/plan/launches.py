@@ -1,77 +1,75 @@
-"""What a layer of a decode step launches and how long each launch takes: what stands behind the step model's constant.
+"""What a layer launches in a decode step, and how long each launch takes: the one table that the step model reads.
 
-One table, for TP4 of the published model in FP8 blocks on H200 at batch 16, dummy weights: 12 q heads, 2 KV heads and
-experts of width 384 a rank. A launch that was not measured is None there and makes no part of any sum.
+Times are of H200 at TP4's shapes of the published FP8 model, microseconds a layer, all launches of a name together. A
+time that was measured for several batch sizes is by tokens; else it is of 16 tokens and taken for any number. To put a
+new kernel in: its line of ``OURS``, with where it was measured.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-BATCH, TP = 16, 4
-GAP_US = 0.85  # lost between two launches of a CUDA graph; 0.7 to 1.0 was measured
-
-PROFILE = "profile of a stock step, 16 layers, two H200"
-QK_NORM = "benchmark/qk_norm_rope.py, one peer instead of three"
-ROUTER = "benchmark/router.py"
-EXPERT_SUM = "benchmark/expert_sum.py"
+GAP_US = 0.85  # lost between two kernels of a CUDA graph: 0.7 to 1 was measured in whole steps
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Microseconds of each launch, without the gaps between them; or of all together, gaps included."""
+class Launch:
+    """One or several kernels of a layer.
 
-    launches_us: tuple[float, ...]
+    us: by tokens of the batch, at TP4; the time for the nearest measured number that is not above.
+    kernels: how many, each with a gap before it.
+    reads: the weights among ``memory.weight_bytes`` that it reads: its time beyond those bytes is a constant, and the
+        bytes are counted for each layout. "": the whole time is a constant.
+    source: where it was measured.
+    """
+
+    name: str
+    us: Mapping[int, float]
+    kernels: int
     source: str
-    with_gaps: bool = False
+    reads: str = ""
 
-    @property
-    def layer_us(self) -> float:
-        """Of a layer, with a gap behind each launch."""
-        return sum(self.launches_us) + (0.0 if self.with_gaps else GAP_US * len(self.launches_us))
-
-
-@dataclass(frozen=True)
-class Purpose:
-    """What a layer launches for one purpose, in the stock engine and in ours; None: not measured."""
-
-    what: str
-    stock: Measured | None
-    ours: Measured | None
+    def at(self, tokens: int) -> float:
+        """Microseconds of the kernels alone."""
+        measured = sorted(self.us)
+        return self.us[measured[max(bisect.bisect_right(measured, tokens) - 1, 0)]]
 
 
-def _same(what: str, *launches_us: float) -> Purpose:
-    measured = Measured(launches_us, PROFILE)
-    return Purpose(what, measured, measured)
+_PROFILE = "profile of a stock step at batch 16, TP4's shapes on two H200, dummy weights, 16 layers"
+_TABLES = "docs/performance.md"
 
+QK_NORM = "QK norm, RoPE, KV store"
+QK_NORM_ALL_REDUCE_US = 4.3  # of it, in stock: the all-reduce of the sums, as long as that of 98 kB in the same profile
 
-def _benchmarked(what: str, stock_us: float, ours_us: float, source: str) -> Purpose:
-    return Purpose(what, *(Measured((layer_us,), source, with_gaps=True) for layer_us in (stock_us, ours_us)))
+STOCK = (
+    Launch("qkv and o projections", {16: 2 * 9.8}, 2, _PROFILE, "attention"),
+    Launch("their activations to FP8", {16: 2 * 1.33}, 2, _PROFILE),
+    Launch(QK_NORM, {1: 8.18, 4: 11.90, 16: 12.28, 64: 12.52, 128: 14.31, 256: 14.81}, 1, _TABLES),
+    Launch("attention", {16: 4.3 + 2.7}, 2, _PROFILE),
+    Launch("residual add and norm", {16: 2 * 2.33}, 2, _PROFILE),
+    Launch("router's logits",
+           {1: 6.20, 2: 13.75, 4: 14.09, 8: 18.08, 16: 18.75, 32: 16.39, 64: 16.85, 128: 19.41, 256: 24.88}, 1,
+           _TABLES, "router"),
+    Launch("choice of experts", {16: 3.9}, 1, _PROFILE),
+    Launch("order of tokens by expert", {16: 2.6 + 1.24}, 2, _PROFILE),
+    Launch("experts' activations to FP8", {16: 2 * 1.76}, 2, _PROFILE),
+    Launch("expert products", {16: 0.0}, 2, "nothing beyond their bytes, see the step model's assumptions", "experts"),
+    Launch("SiLU and product", {16: 1.4}, 1, _PROFILE),
+    Launch("sum over experts", {16: 4.7}, 1, _PROFILE),
+)  # fmt: skip
 
+OURS = {  # in place of stock's of the same name
+    launch.name: launch
+    for launch in (
+        Launch(QK_NORM, {1: 2.81, 4: 2.75, 16: 2.73, 64: 2.82, 128: 2.89, 256: 3.42}, 1, _TABLES),
+        Launch("router's logits",
+               {1: 4.74, 2: 5.12, 4: 5.86, 16: 5.99, 32: 6.35, 64: 7.28, 128: 8.09, 256: 11.16}, 1, _TABLES, "router"),
+        Launch("sum over experts", {1: 1.44, 4: 1.75, 8: 1.62, 16: 1.80, 24: 2.02, 32: 2.14, 64: 2.52}, 1, _TABLES),
+    )
+}  # fmt: skip
 
-LAYER = (
-    _same("two norms, with the residual", 2.33, 2.33),
-    _same("FP8 activations of the projections", 1.33, 1.33),
-    _same("qkv and output projections, in FP8", 9.8, 9.8),
-    _benchmarked("QK norm, RoPE and KV store", 12.28, 2.73, QK_NORM),
-    _same("attention", 4.3, 2.7),
-    _same("two all-reduces", 4.3, 4.3),
-    _benchmarked("the router's logits", 18.75, 5.99, ROUTER),
-    _same("the choice of experts", 3.9),
-    _same("the order of tokens by expert", 2.6, 1.24),
-    _same("FP8 activations of the experts", 1.76, 1.76),
-    _same("the experts' two products", 13.3, 13.3),
-    _same("the experts' activation", 1.4),
-    Purpose("the sum over a token's experts", Measured((4.7,), PROFILE), Measured((1.80,), EXPERT_SUM, with_gaps=True)),
-)
-
-
-def explained_us(ours: bool) -> float:
-    """Microseconds of a layer that the table has, memory reads and collectives among them."""
-    sides = (purpose.ours if ours else purpose.stock for purpose in LAYER)
-    return sum(measured.layer_us for measured in sides if measured is not None)
-
-
-def unmeasured(ours: bool) -> list[str]:
-    """What the sum leaves out."""
-    return [purpose.what for purpose in LAYER if (purpose.ours if ours else purpose.stock) is None]
+ENGINES = {"stock": STOCK, "ours": tuple(OURS.get(launch.name, launch) for launch in STOCK)}
+"""A layer's launches by engine, without the all-reduces of attention's and the experts' output, which depend on the
+layout: :mod:`sglang_minimax.plan.collectives`."""

@@ -94,7 +94,26 @@ class Layout:
     @property
     def tp_ranks_per_node(self) -> int:
         """Ranks of one TP group that share a node."""
-        return self.tp // max(self.flags.nnodes // self.pp, 1)
+        return sharding.tp_ranks_per_node(self.tp, self.pp, self.flags.nnodes)
+
+
+def reason_against_counterpart(layout: Layout, model: ModelShape) -> str | None:
+    """Why the sums of QK norm go over the network between nodes, or None where each rank also projects the q and k of a
+    rank of the other node. Only for attention TP over several nodes."""
+    kv = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks).kv
+    quantisation = model.quantisation
+    return sharding.reason_against_counterpart(
+        layout.attention_ranks,
+        layout.tp_ranks_per_node,
+        kv.replicas,
+        loads_alike=quantisation.kind in ("none", "fp8") or not quantisation.attention,
+    )
+
+
+def has_counterpart(layout: Layout, model: ModelShape) -> bool:
+    """Whether a rank holds the q and k rows of a rank of the other node too."""
+    over_nodes = model.use_qk_norm and layout.attention_ranks > layout.tp_ranks_per_node
+    return over_nodes and reason_against_counterpart(layout, model) is None
 
 
 def settle(flags: Flags, model: ModelShape, gpu: Gpu) -> Layout:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import Gpu
-from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, padded_vocabulary
+from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, has_counterpart, padded_vocabulary
 from sglang_minimax.plan.shape import NVFP4_GROUP, ModelShape
 
 MIB = 1024**2
@@ -59,10 +59,11 @@ def _experts(model: ModelShape, layout: Layout) -> int:
 
 
 def _attention(model: ModelShape, layout: Layout) -> int:
-    """The fused projection of q, k and v, and the output projection."""
+    """The fused projection of q, k and v, with a counterpart's q and k if there is one, and the output projection."""
     shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
     q, kv = shards.q.heads_per_rank * model.head_dim, shards.kv.heads_per_rank * model.head_dim
-    projections = _projection(model, q + 2 * kv, model.hidden_size, 3) + _projection(model, model.hidden_size, q, 1)
+    rows, parts = (2 * q + 3 * kv, 5) if has_counterpart(layout, model) else (q + 2 * kv, 3)
+    projections = _projection(model, rows, model.hidden_size, parts) + _projection(model, model.hidden_size, q, 1)
     kv_scales = 2 * _SCALE if model.quantisation.kind != "none" else 0  # one of K and one of V, used or not
     return projections + kv_scales
 

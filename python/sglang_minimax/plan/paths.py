@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import Gpu
-from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout
+from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, has_counterpart, reason_against_counterpart
 from sglang_minimax.plan.shape import ModelShape
 from sglang_minimax.server_arguments import reason_against_fused_all_reduce
 
@@ -35,8 +35,9 @@ def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
 
 
 def _qk_norm(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
-    ranks = layout.attention_ranks
-    return qk_norm(
+    ranks, node_ranks = layout.attention_ranks, layout.tp_ranks_per_node
+    counterpart = has_counterpart(layout, model)
+    path = qk_norm(
         ranks if model.use_qk_norm else None,
         sharding.reason_against_one_kernel(
             has_norms=model.use_qk_norm,
@@ -45,13 +46,23 @@ def _qk_norm(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
             rotary_dim=model.rotary_dim,
             dtype_bytes=model.dtype_bytes,
         ),
-        sharding.reason_against_exchange(ranks, peers_reachable=layout.tp_ranks_per_node % ranks == 0),
+        sharding.reason_against_exchange(
+            node_ranks if counterpart else ranks, peers_reachable=counterpart or node_ranks % ranks == 0
+        ),
         stores=(KV_CACHE_DTYPES[layout.flags.kv_cache_dtype] or model.kv_cache_bytes) == model.dtype_bytes,
+        node_ranks=node_ranks if counterpart else None,
     )
+    if not model.use_qk_norm or counterpart or ranks <= node_ranks:
+        return path
+    return Path(path.name, f"{path.taken}; sums cross nodes", reason_against_counterpart(layout, model) or path.why)
 
 
 def qk_norm(
-    attention_ranks: int | None, against_one_kernel: str | None, against_exchange: str | None, stores: bool
+    attention_ranks: int | None,
+    against_one_kernel: str | None,
+    against_exchange: str | None,
+    stores: bool,
+    node_ranks: int | None = None,
 ) -> Path:
     """How q and k are normed, and what of their way to attention is in the same kernel.
 
@@ -60,19 +71,25 @@ def qk_norm(
         against_one_kernel: why norm, RoPE and KV store are separate launches, or None where they are one.
         against_exchange: why several ranks' sums are all-reduced before that kernel, or None where it swaps them.
         stores: that kernel stores to the KV cache too.
+        node_ranks: how many of the ranks share a node, where each also projects q and k of a rank of the other node, so
+            that sums are over one node's ranks.
     """
-    name, ranks = "QK norm", attention_ranks
+    name, ranks = "QK norm", attention_ranks if node_ranks is None else node_ranks
+    of = "" if node_ranks is None else " of a node"
+    also = "" if node_ranks is None else "; each also projects q and k of a rank of the other node"
     if ranks is None:
         return Path(name, "none", "the config says use_qk_norm: false")
     if against_one_kernel is not None:
-        how = "on each rank alone" if ranks == 1 else f"one all-reduce over {ranks} ranks"
+        how = f"on each rank alone{also}" if ranks == 1 else f"one all-reduce over {ranks} ranks{of}{also}"
         return Path(name, f"{how}; RoPE and KV store in launches of their own", against_one_kernel)
     kernel = "one kernel with RoPE and KV store" if stores else "one kernel with RoPE"
     if ranks == 1:
-        return Path(name, f"on each rank alone, in {kernel}", "a rank holds all heads of its requests")
+        why = "a rank holds all heads of its requests" if node_ranks is None else "no sum has to leave a rank"
+        return Path(name, f"on each rank alone, in {kernel}{also}", why)
     if against_exchange is not None:
-        return Path(name, f"one all-reduce over {ranks} ranks, and {kernel}", against_exchange)
-    return Path(name, f"{kernel}, over {ranks} ranks", "NVLink peers swap two float32 sums of squares a token in it")
+        return Path(name, f"one all-reduce over {ranks} ranks{of}, and {kernel}{also}", against_exchange)
+    why = "NVLink peers swap two float32 sums of squares a token in it"
+    return Path(name, f"{kernel}, over {ranks} ranks{of}{also}", why)
 
 
 def fused_all_reduce_reason(layout: Layout, gpu: Gpu) -> str | None:

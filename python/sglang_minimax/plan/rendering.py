@@ -10,11 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sglang_minimax.plan import launches
 from sglang_minimax.plan.memory import MIB, Memory
 from sglang_minimax.plan.report import BASIS, RankHolds, Report
-from sglang_minimax.plan.shape import read_model
-from sglang_minimax.plan.step import ASSUMPTIONS, Candidate, errors, fixed_us_per_layer
+from sglang_minimax.plan.step import ASSUMPTIONS, Candidate, errors, unexplained_us_per_layer
 
 _GIB = 1024 * MIB
 _RANKS_IN_A_ROW = 8  # of the drawing, so that it fits 80 columns
@@ -175,11 +173,10 @@ def show_search(candidates: Sequence[Candidate], title: str, limit: int, console
     for assumption in ASSUMPTIONS:
         console.print(f"- {assumption}", markup=False)
     console.print(
-        f"\nThe constant is {fixed_us_per_layer():.0f} us a layer. The model's error on measured steps of stock TP4 on "
-        f"H200 (512 tokens in, 34 out;\ndummy weights, which do not route evenly: a step lies between two predictions):"
+        f"\nThe constant is {unexplained_us_per_layer():.0f} us a layer. The model's error on measured steps of stock "
+        f"TP4 on H200 (512 tokens in, 34 out;\ndummy weights, which do not route evenly: a step lies between two "
+        "predictions):"
     )
-    at_table = next(error.measured for error in errors() if error.measured.batch == launches.BATCH)
-    layer_us = at_table.ms * 1e3 / read_model("m2.5").num_hidden_layers
     for error in errors():
         measured = error.measured
 
@@ -188,8 +185,3 @@ def show_search(candidates: Sequence[Candidate], title: str, limit: int, console
 
         model = f"model {against(error.even_ms)} if routed evenly, {against(error.alike_ms)} if all tokens go alike"
         console.print(f"- batch {measured.batch}: measured {measured.ms} ms, {model}", markup=False)
-    console.print(
-        f"\nOf {layer_us:.0f} us a layer at batch {launches.BATCH}, launches that were measured by themselves make "
-        f"{launches.explained_us(ours=False):.0f}; with this package's\nkernels they make "
-        f"{launches.explained_us(ours=True):.0f}. --json names them."
-    )

@@ -1,12 +1,14 @@
 """A model of one decode step, and the layouts of some hardware ranked by it.
 
-The model, per layer, for a rank:
+The model, for a rank:
 
-    step = max(bytes read / HBM rate, operations / FP8 rate) + collectives + what a layer costs besides
+    step = max(bytes read / HBM rate, operations / FP8 rate) + collectives
+           + layers * (launches beyond the bytes that they read + gaps between them + what no launch explains)
 
+Launches are those of :mod:`sglang_minimax.plan.launches`, collectives those of :mod:`sglang_minimax.plan.collectives`.
 Its assumptions, each of which :data:`ASSUMPTIONS` says in words: it ranks layouts, it does not promise times. One
-constant is fitted to one measured step (:func:`fixed_us_per_layer`); the other measured steps are predictions, and
-:func:`errors` says how far off they are. ``launches.py`` beside it has the launches of a layer that were measured.
+constant is fitted to one measured step (:func:`unexplained_us_per_layer`); the other measured steps are predictions,
+and :func:`errors` says how far off they are.
 """
 
 from __future__ import annotations
@@ -18,27 +20,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sglang_minimax import sharding
-from sglang_minimax.plan import launches
+from sglang_minimax.plan import collectives
 from sglang_minimax.plan.hardware import GPUS, GPUS_PER_NODE, Gpu
-from sglang_minimax.plan.layout import Flags, Layout, padded_vocabulary, settle
+from sglang_minimax.plan.launches import ENGINES, GAP_US, QK_NORM, QK_NORM_ALL_REDUCE_US
+from sglang_minimax.plan.layout import Flags, Layout, has_counterpart, padded_vocabulary, settle
 from sglang_minimax.plan.memory import kv_bytes_per_token, plan_memory, weight_bytes
 from sglang_minimax.plan.shape import ModelShape, read_model
 
 HBM_SHARE = 0.9  # a copy on an H200 was measured at 4.3 TB/s of the datasheet's 4.8
-COLLECTIVE_US = 5.0  # an all-reduce of 16 x 3072 bfloat16 on four H200, inside a decode step, was measured at this
-NETWORK_US = 30.0  # a collective that leaves the node: assumed, not measured
 CONTEXT_TOKENS = 8192  # of one request, where --context-length is left out
+TABLE_GPU, TABLE_FLAGS = "h200", Flags(tp=4)  # of the launches' times
 
 ASSUMPTIONS = (
     f"HBM gives {HBM_SHARE:.0%} of the datasheet's rate (a copy on an H200 was measured at 4.3 of 4.8 TB/s)",
     "weights of an expert are read once where a token of the batch goes to it; routing is even and independent, "
     "and the ranks wait for the EP group to which most experts of a batch fall",
-    f"a collective takes {COLLECTIVE_US:.0f} us inside a node (measured on four H200: an all-reduce of 98 kB) and "
-    f"{NETWORK_US:.0f} us across nodes (assumed), plus its bytes at the link's or the network's datasheet rate",
-    "three collectives a layer: QK norm, attention, experts; an all-gather more under DP attention",
+    "expert products take what their weights' bytes take (measured at TP4, batch 16, dummy weights: 27.8 us, in which "
+    "HBM reads 34 of 256 experts)",
+    "every other launch takes what plan/launches.py has for TP4 on H200, on every GPU and in every layout; of a "
+    "projection and the router, the part that their weights' bytes do not explain",
+    f"{GAP_US} us are lost before each kernel of a CUDA graph (measured: 0.7 to 1)",
+    f"a collective inside a node takes {collectives.NODE_US:.0f} us on 2 to 8 GPUs (measured on four H200: an "
+    "all-reduce of 98 kB), plus its bytes at the link's datasheet rate; the exchange of QK norm is in its launch",
+    "a collective across nodes takes what NCCL's own model of its trees says (plan/collectives.py), over InfiniBand "
+    "with an adapter a GPU; nothing of it was measured here",
+    "two all-reduces a layer, of attention's and of the experts' output; an all-gather more under DP attention; one "
+    "more, of QK norm's sums, where these cross nodes",
     "arithmetic runs at the datasheet's dense FP8 rate, beside the memory reads",
-    "everything else costs a constant a layer, the same on every GPU and for every batch: fitted to the measured "
-    "TP4 step at batch 1 of the stock engine",
+    "what is left of a layer is a constant, the same on every GPU and for every batch: fitted to the measured TP4 step "
+    "at batch 1 of the stock engine",
     "pipeline stages work on parts of the batch in turn, without gaps",
     "prefill, scheduling and sampling are left out",
 )
@@ -46,22 +56,36 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A decode step that was measured: the stock engine's, TP4 on H200, FP8 blocks, dummy weights.
+    """A decode step that was measured on H200, with FP8 blocks and dummy weights.
 
-    sglang 0.5.10.post1, ``sglang.bench_one_batch``, 62 layers, --attention-backend triton, CUDA graphs, 512 tokens
-    in and 34 out, median step; four H200 of one host, CUDA 13, torch 2.11.
+    Of stock: sglang 0.5.10.post1, ``sglang.bench_one_batch``, 62 layers, --attention-backend triton, CUDA graphs, 512
+    tokens in and 34 out, median step; four H200 of one host, CUDA 13, torch 2.11.
 
     Dummy weights do not route evenly. At batch 16 a layer's expert GEMMs were measured at 27.8 us, in which 4.3 TB/s
     reads 34 of a rank's 256 expert parts; even routing would touch 102. So these steps lie between the model's two
     predictions, for even routing and for all tokens alike, and do not say which of a real model's is nearer.
+
+    note: what stands against the measurement.
     """
 
     batch: int
     ms: float
     context: int = 529
+    engine: str = "stock"
+    tp: int = 4
+    num_layers: int = 62
+    note: str = ""
 
 
 MEASURED = (MeasuredStep(1, 8.66), MeasuredStep(16, 9.67), MeasuredStep(64, 11.11))
+
+_IDLE = "two idle servers were on the same GPUs"
+MEASURED_OF_OTHERS = (
+    MeasuredStep(1, 2.45, 145, "ours", 2, 16, _IDLE),
+    MeasuredStep(16, 2.70, 145, "ours", 2, 16, _IDLE),
+    MeasuredStep(64, 3.19, 145, "ours", 2, 16, _IDLE),
+)
+"""Steps that nothing is fitted to: those of other layouts, engines and numbers of layers."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +96,11 @@ class Step:
     memory_ms: float
     arithmetic_ms: float
     collectives_ms: float
-    fixed_ms: float
+    launches_ms: float
 
     @property
     def ms(self) -> float:
-        return max(self.memory_ms, self.arithmetic_ms) + self.collectives_ms + self.fixed_ms
+        return max(self.memory_ms, self.arithmetic_ms) + self.collectives_ms + self.launches_ms
 
     @property
     def tokens_per_s(self) -> float:
@@ -89,31 +113,81 @@ def predict(
     gpu: Gpu,
     batch: int,
     context: int,
-    fixed_us: float | None = None,
+    unexplained_us: float | None = None,
     routed_alike: bool = False,
+    engine: str = "ours",
+    counterpart: bool | None = None,
 ) -> Step:
     """One step of ``batch`` requests that hold ``context`` tokens each.
 
     With pipeline stages, the time until each request has its next token: all stages, each on its part of the batch.
 
     Args:
-        fixed_us: what a layer costs besides; None: as fitted.
+        unexplained_us: what a layer costs besides; None: as fitted.
         routed_alike: all tokens go to the same experts, instead of evenly to all.
+        engine: whose launches, of :data:`sglang_minimax.plan.launches.ENGINES`.
+        counterpart: whether ranks project q and k of the other node too; None: where the model does.
     """
-    fixed_us = fixed_us_per_layer() if fixed_us is None else fixed_us
+    unexplained_us = unexplained_us_per_layer() if unexplained_us is None else unexplained_us
+    if counterpart is None:
+        counterpart = engine != "stock" and has_counterpart(layout, model)
     part = math.ceil(batch / layout.pp)
     num_layers = model.num_hidden_layers
     requests = math.ceil(part / layout.dp_groups)
     rate = gpu.hbm_gb_per_s * 1e9 * HBM_SHARE
     touched = _experts_touched(model, 1 if routed_alike else part)
     read = sum(_bytes_read(model, layout, stage, touched, requests, context) for stage in range(layout.pp))
+    if not counterpart and has_counterpart(layout, model):
+        read -= num_layers * counterpart_bytes(model, layout)
+    over_nodes = layout.attention_ranks > layout.tp_ranks_per_node
+    launches_us = sum(launch_times_us(model, engine, requests, part).values())
+    if over_nodes and engine == "stock":
+        launches_us -= QK_NORM_ALL_REDUCE_US
+    sums_cross = model.use_qk_norm and over_nodes and not counterpart
+    if sums_cross:
+        launches_us += GAP_US
+    reduced_us = _collectives_us(model, layout, gpu, part, sums_cross)
     return Step(
         batch,
         read / rate * 1e3,
         _operations(model, layout, part, requests, context) / (gpu.fp8_tflops * 1e12) * 1e3,
-        (num_layers * _collectives_us(model, layout, gpu, part) + (layout.pp - 1) * COLLECTIVE_US) / 1e3,
-        num_layers * fixed_us / 1e3,
+        (num_layers * reduced_us + (layout.pp - 1) * collectives.NODE_US) / 1e3,
+        num_layers * (launches_us + unexplained_us) / 1e3,
     )
+
+
+def launch_times_us(model: ModelShape, engine: str, requests: int, tokens: int) -> dict[str, float]:
+    """By launch, microseconds of one layer beyond the bytes that it reads, with its gaps.
+
+    Args:
+        requests: tokens that attention has on a rank.
+        tokens: tokens that the experts and the router have.
+    """
+    by_requests = ("qkv and o projections", "their activations to FP8", QK_NORM, "attention")
+    times = {}
+    for launch in ENGINES[engine]:
+        us = launch.at(requests if launch.name in by_requests else tokens)
+        times[launch.name] = max(0.0, us - _bytes_us(launch.reads)) + launch.kernels * GAP_US
+    if not model.use_qk_norm:
+        del times[QK_NORM]
+    return times
+
+
+@functools.cache
+def _bytes_us(weights: str) -> float:
+    """How long HBM takes for a layer's ``weights`` in the layout that the launches' times are of."""
+    if weights in ("", "experts"):
+        return 0.0
+    model, gpu = read_model("m2.5"), GPUS[TABLE_GPU]
+    size = weight_bytes(model, settle(TABLE_FLAGS, model, gpu))[weights] / model.num_hidden_layers
+    return size / (gpu.hbm_gb_per_s * 1e3 * HBM_SHARE)
+
+
+def counterpart_bytes(model: ModelShape, layout: Layout) -> float:
+    """Of one layer, the bytes of the rows that a rank holds for its counterpart on the other node."""
+    alone = replace(layout, flags=replace(layout.flags, nnodes=1))
+    more = weight_bytes(model, layout)["attention"] - weight_bytes(model, alone)["attention"]
+    return more / len(sharding.pipeline_layers(model.num_hidden_layers, 0, layout.pp))
 
 
 def _experts_touched(model: ModelShape, tokens: int) -> float:
@@ -148,37 +222,40 @@ def _operations(model: ModelShape, layout: Layout, tokens: int, requests: int, c
     return model.num_hidden_layers * (attention + experts) + head
 
 
-def _collectives_us(model: ModelShape, layout: Layout, gpu: Gpu, tokens: int) -> float:
-    """Collectives of one layer."""
+def _collectives_us(model: ModelShape, layout: Layout, gpu: Gpu, tokens: int, sums_cross: bool) -> float:
+    """Collectives of one layer. ``sums_cross``: the sums of QK norm are reduced across nodes."""
 
-    def one(ranks: int, sent_bytes: float) -> float:
+    def one(ranks: int, size: float, sent: float) -> float:
         if ranks == 1:
             return 0.0
-        leaves = ranks > layout.tp_ranks_per_node
-        rate = gpu.network_gb_per_s if leaves else gpu.link_gb_per_s
-        return (NETWORK_US if leaves else COLLECTIVE_US) + sent_bytes * (ranks - 1) / ranks / (rate * 1e3)
+        in_node = layout.tp_ranks_per_node
+        if ranks > in_node:
+            return collectives.over_nodes_us(in_node, -(-ranks // in_node), size)
+        return collectives.within_node_us(ranks, sent, gpu.link_gb_per_s)
 
     hidden = tokens * model.hidden_size * 2  # bytes of all tokens in bfloat16
     mine = hidden / layout.dp_groups
-    total = one(layout.attention_ranks, 8 * tokens / layout.dp_groups) + one(layout.attention_ranks, 2 * mine)
+    sums = one(layout.attention_ranks, 8 * tokens / layout.dp_groups, 0.0) if sums_cross else 0.0
+    total = sums + one(layout.attention_ranks, mine, 2 * mine)
     if layout.dp_groups == 1:
-        return total + one(layout.tp, 2 * hidden)
+        return total + one(layout.tp, hidden, 2 * hidden)
     gathered = hidden / 4 if layout.flags.moe_runner_backend == "flashinfer_cutlass" else hidden
-    return total + one(layout.tp, gathered) + one(layout.tp, hidden)
+    return total + one(layout.tp, gathered, gathered) + one(layout.tp, hidden, hidden)
 
 
 @functools.cache
-def fixed_us_per_layer() -> float:
-    """What a layer costs besides, in microseconds: the rest of the measured step at batch 1."""
+def unexplained_us_per_layer() -> float:
+    """What no launch explains of a layer, in microseconds: the rest of the measured step at batch 1."""
     measured = MEASURED[0]
-    step = _of_measured(measured, 0.0)
-    return (measured.ms - step.ms) * 1e3 / read_model("m2.5").num_hidden_layers
+    step = predict_measured(measured, 0.0)
+    return (measured.ms - step.ms) * 1e3 / measured.num_layers
 
 
-def _of_measured(measured: MeasuredStep, fixed_us: float, routed_alike: bool = False) -> Step:
-    model, gpu = read_model("m2.5"), GPUS["h200"]
-    layout = settle(Flags(tp=4), model, gpu)
-    return predict(model, layout, gpu, measured.batch, measured.context, fixed_us, routed_alike)
+def predict_measured(measured: MeasuredStep, unexplained_us: float | None = None, routed_alike: bool = False) -> Step:
+    """The model's step for what was measured."""
+    model, gpu = replace(read_model("m2.5"), num_hidden_layers=measured.num_layers), GPUS[TABLE_GPU]
+    layout = settle(Flags(tp=measured.tp), model, gpu)
+    return predict(model, layout, gpu, measured.batch, measured.context, unexplained_us, routed_alike, measured.engine)
 
 
 @dataclass(frozen=True)
@@ -190,13 +267,9 @@ class Error:
     alike_ms: float
 
 
-def errors() -> list[Error]:
-    """How far the model is off the measured steps; the first was fitted."""
-    fixed_us = fixed_us_per_layer()
-    return [
-        Error(step, _of_measured(step, fixed_us).ms, _of_measured(step, fixed_us, routed_alike=True).ms)
-        for step in MEASURED
-    ]
+def errors(measured: tuple[MeasuredStep, ...] = MEASURED) -> list[Error]:
+    """How far the model is off the measured steps; the first of ``MEASURED`` was fitted."""
+    return [Error(step, predict_measured(step).ms, predict_measured(step, routed_alike=True).ms) for step in measured]
 
 
 @dataclass(frozen=True)
@@ -291,15 +364,6 @@ def as_data(candidates: list[Candidate]) -> dict[str, object]:
         ],
         "assumptions": ASSUMPTIONS,
         "fitted_to_batch": MEASURED[0].batch,
-        "launches": {
-            "tp": launches.TP,
-            "batch": launches.BATCH,
-            "gap_us": launches.GAP_US,
-            "layer": [dataclasses.asdict(one) for one in launches.LAYER],
-            "stock_us": launches.explained_us(ours=False),
-            "ours_us": launches.explained_us(ours=True),
-            "unmeasured_ours": launches.unmeasured(ours=True),
-        },
         "errors": [
             {
                 "batch": error.measured.batch,

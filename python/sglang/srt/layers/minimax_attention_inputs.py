@@ -28,8 +28,8 @@ class FusedAttentionInputs:
     def __call__(
         self, qkv: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-        """From [tokens, (heads + 2 KV heads) a rank * head_dim], which is overwritten, to q, k, v and whether k and v
-        are in the KV cache already."""
+        """From the output of the qkv projection, [tokens, (heads + 2 KV heads) a rank * head_dim] and a counterpart's q
+        and k if there is one, which is overwritten, to q, k, v and whether k and v are in the KV cache already."""
         cache = kv_cache_of(forward_batch, self.operator.layer_id, qkv.dtype) if self.stores else None
         q, k, v = self.operator(
             qkv, self.q_norm.weight, self.k_norm.weight, positions, self.rotary_emb.cos_sin_cache, *(cache or ())
@@ -37,11 +37,14 @@ class FusedAttentionInputs:
         return q, k, v, cache is not None
 
 
-def fuse(q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_id: int) -> FusedAttentionInputs | None:
+def fuse(
+    q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_id: int, node=None
+) -> FusedAttentionInputs | None:
     """The one kernel for a layer's norms and rotary embedding, or None where the separate launches are taken.
 
     Collective over the attention-TP group, whose ranks build their layers in the same order. The norms are
-    ``MiniMaxM2RMSNormTP``, or both None.
+    ``MiniMaxM2RMSNormTP``, or both None. ``node``: the group of this node's ranks, where the projection gives a
+    counterpart's q and k too.
     """
     server_args = get_global_server_args()
     reason = reason_against_fusing(q_norm, rotary_emb, head_dim)
@@ -55,6 +58,7 @@ def fuse(q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_
     operator = QKNormRope(
         q_heads, kv_heads, head_dim, rotary_emb.rotary_dim, q_norm.variance_epsilon, get_attention_tp_group(),
         layer_id, q_norm.weight.device, shares_gpu=server_args.enable_two_batch_overlap,
+        node=node,
     )  # fmt: skip
     return FusedAttentionInputs(operator, q_norm, k_norm, rotary_emb, against_store is None)
 

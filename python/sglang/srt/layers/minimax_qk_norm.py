@@ -10,7 +10,7 @@ which read q and k where the projection left them, as strided rows; elsewhere th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -28,6 +28,7 @@ def norm_qk(
     k_count: int,
     eps: float,
     all_reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+    of_counterpart: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalises this rank's q and k rows by the statistics of all ranks.
 
@@ -37,26 +38,31 @@ def norm_qk(
         q_weight, k_weight: this rank's shard of the norm's weight, any float dtype.
         q_count, k_count: how many values the all-reduced sum covers, replicas included: replicas * hidden_size.
         eps: added to the mean of squares.
-        all_reduce: sums a float32 tensor over the attention-TP ranks; None on a single rank.
+        all_reduce: sums a float32 tensor over the attention-TP ranks, or over those of this node where there is a
+            counterpart; None on a single rank.
+        of_counterpart: q and k, before their norm, of a rank of the other node, if any (:mod:`minimax_counterpart`).
 
     Returns:
         q and k, normed, contiguous, in their own dtype.
     """
     triton_kernels = q.is_cuda
-    sums = (sums_of_squares_triton if triton_kernels else sums_of_squares)(q, k)
+    sums = (sums_of_squares_triton if triton_kernels else sums_of_squares)(q, k, *of_counterpart)
     if all_reduce is not None:
         sums = all_reduce(sums)
     scale = scale_rows_triton if triton_kernels else scale_rows
     return scale(q, k, q_weight, k_weight, sums, q_count, k_count, eps)
 
 
-def sums_of_squares(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[tokens rounded up to ``ALIGNED_ROWS``, 2] float32: each row's sum of squares of q and of k; padding is zero."""
+def sums_of_squares(q: torch.Tensor, k: torch.Tensor, *of_counterpart: torch.Tensor) -> torch.Tensor:
+    """[tokens rounded up to ``ALIGNED_ROWS``, 2] float32: each row's sum of squares of q and of k; padding is zero.
+
+    ``of_counterpart``: another q and k of the same tokens and widths, whose squares are added.
+    """
     tokens = q.shape[0]
     sums = torch.zeros(_aligned(tokens), 2, dtype=torch.float32, device=q.device)
     sums[:tokens, 0] = q.float().square().sum(dim=-1)
     sums[:tokens, 1] = k.float().square().sum(dim=-1)
-    return sums
+    return sums + sums_of_squares(*of_counterpart) if of_counterpart else sums
 
 
 def scale_rows(q, k, q_weight, k_weight, sums, q_count: int, k_count: int, eps: float):
@@ -70,14 +76,15 @@ def scale_rows(q, k, q_weight, k_weight, sums, q_count: int, k_count: int, eps: 
     return scaled(q, q_weight, sums[:tokens, 0], q_count), scaled(k, k_weight, sums[:tokens, 1], k_count)
 
 
-def sums_of_squares_triton(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """:func:`sums_of_squares` in one launch."""
+def sums_of_squares_triton(q: torch.Tensor, k: torch.Tensor, *of_counterpart: torch.Tensor) -> torch.Tensor:
+    """:func:`sums_of_squares` in one launch. The counterpart's rows are as far apart as the own."""
     tokens = q.shape[0]
     rows = _aligned(tokens)
     sums = torch.empty(rows, 2, dtype=torch.float32, device=q.device)
+    other_q, other_k = of_counterpart or (q, k)
     _sums_of_squares_kernel[(rows,)](
-        q, k, sums, tokens, q.stride(0), k.stride(0), q.shape[1], k.shape[1],
-        triton.next_power_of_2(q.shape[1]), triton.next_power_of_2(k.shape[1]),
+        q, k, other_q, other_k, sums, tokens, q.stride(0), k.stride(0), q.shape[1], k.shape[1],
+        triton.next_power_of_2(q.shape[1]), triton.next_power_of_2(k.shape[1]), bool(of_counterpart),
     )  # fmt: skip
     return sums
 
@@ -106,12 +113,18 @@ def _row_sum_of_squares(x_ptr, row, stride, width, is_token, BLOCK: tl.constexpr
 
 @triton.jit
 def _sums_of_squares_kernel(
-    q_ptr, k_ptr, sums_ptr, tokens, q_stride, k_stride, q_width, k_width, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr
-):
+    q_ptr, k_ptr, other_q_ptr, other_k_ptr, sums_ptr, tokens, q_stride, k_stride, q_width, k_width,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, COUNTERPART: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     is_token = row < tokens
-    tl.store(sums_ptr + row * 2, _row_sum_of_squares(q_ptr, row, q_stride, q_width, is_token, Q_BLOCK))
-    tl.store(sums_ptr + row * 2 + 1, _row_sum_of_squares(k_ptr, row, k_stride, k_width, is_token, K_BLOCK))
+    q_sum = _row_sum_of_squares(q_ptr, row, q_stride, q_width, is_token, Q_BLOCK)
+    k_sum = _row_sum_of_squares(k_ptr, row, k_stride, k_width, is_token, K_BLOCK)
+    if COUNTERPART:
+        q_sum += _row_sum_of_squares(other_q_ptr, row, q_stride, q_width, is_token, Q_BLOCK)
+        k_sum += _row_sum_of_squares(other_k_ptr, row, k_stride, k_width, is_token, K_BLOCK)
+    tl.store(sums_ptr + row * 2, q_sum)
+    tl.store(sums_ptr + row * 2 + 1, k_sum)
 
 
 @triton.jit

@@ -8,6 +8,9 @@ Four ways:
     one launch  one attention-TP rank: all of it in one kernel
     exchange    the same kernel, which swaps the sums of squares with its NVLink peers by itself
     collective  the same kernel behind a launch for the sums and the engine's all-reduce
+
+Over two nodes the sums need not cross from one to the other: see :mod:`minimax_counterpart` and
+:func:`reason_against_counterpart`. Exchange and all-reduce are then among the ranks of one node.
 """
 
 from __future__ import annotations
@@ -82,6 +85,42 @@ def reason_against_exchange(num_ranks: int, peers_reachable: bool, shares_gpu: b
         return "the ranks are not NVLink peers of one host, or custom all-reduce is disabled"
     if shares_gpu:
         return "in two-batch overlap the token dispatcher waits for peers beside it, and each could keep the other out"
+    return None
+
+
+def reason_against_counterpart(
+    num_ranks: int,
+    ranks_per_node: int,
+    kv_replicas: int,
+    *,
+    loads_alike: bool = True,
+    lora: bool = False,
+    pdmux: bool = False,
+    switched_off: bool = False,
+) -> str | None:
+    """Why the sums of an attention-TP group that spans nodes go over the network between them.
+
+    Args:
+        num_ranks: of the attention-TP group; more than ``ranks_per_node``, or there is no network to avoid.
+        ranks_per_node: ranks of one TP group that share a node.
+        kv_replicas: ranks that hold the same KV head.
+        loads_alike: the projection is unquantised, or in FP8 blocks: each row of its weight stands for itself.
+        lora: ``--enable-lora``.
+        pdmux: ``--enable-pdmux``.
+        switched_off: by ``SGLANG_MINIMAX_COUNTERPART=0``, on any rank.
+    """
+    if num_ranks != 2 * ranks_per_node:
+        return f"{num_ranks} ranks with {ranks_per_node} a node do not lie on two nodes, one half each"
+    if ranks_per_node % kv_replicas:
+        return f"{kv_replicas} ranks share a KV head, on both nodes, and could norm it differently in the last bit"
+    if not loads_alike:
+        return "the weights of q and k are quantised otherwise than in FP8 blocks"
+    if lora:
+        return "--enable-lora adds to the q and k of a rank's own heads only"
+    if pdmux:
+        return "--enable-pdmux runs prefill and decode at once, and their sums would meet in one group"
+    if switched_off:
+        return "SGLANG_MINIMAX_COUNTERPART=0"
     return None
 
 

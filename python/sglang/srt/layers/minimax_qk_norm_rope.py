@@ -16,6 +16,9 @@ Four ways, one chosen when a layer is built:
     exchange    2, 4 or 8 GPUs with NVLink between every pair: one launch.
     collective  peers out of reach: a launch for the sums, the engine's all-reduce, a launch for the rest.
 
+Over two nodes a row may hold a counterpart's q and k too, behind v (:mod:`minimax_counterpart`): their squares are
+added to the own, and the ranks of one node swap or all-reduce what otherwise all ranks would.
+
 It is Triton and not CUDA C++ because a serving machine with a CUDA wheel has no nvcc, and nothing here needs more than
 Triton and a few lines of PTX. docs/performance.md has the measurements.
 """
@@ -111,6 +114,8 @@ class QKNormRope:
         shares_gpu: kernels that wait for peers run on another stream at the same time.
         exchange: called with the CTAs that may be on a multiprocessor at once, gives the exchange to use; without it
             the group has one on symmetric memory where its ranks can reach each other.
+        node: the group of this node's ranks, where each row holds the q and k of a counterpart on the other node, so
+            that the sum over ``node`` is the sum over ``group``; None: the sum is over ``group``.
 
     Raises:
         ValueError: the heads cannot be divided over the ranks, or a dimension is one that the kernel does not have.
@@ -130,17 +135,20 @@ class QKNormRope:
         peer_timeout_seconds: float | None = None,
         shares_gpu: bool = False,
         exchange: Callable[[int], SumExchange] | None = None,
+        node=None,
     ) -> None:
-        self.group = group
-        self.num_ranks = 1 if group is None else group.world_size
-        self.rank = 0 if group is None else group.rank_in_group
-        shards = shard_attention(num_heads, num_kv_heads, self.num_ranks)
+        shards = shard_attention(num_heads, num_kv_heads, 1 if group is None else group.world_size)
+        self.has_counterpart = node is not None
+        self.group = group if node is None else node  # of the ranks that add their sums up
+        self.num_ranks = 1 if group is None else self.group.world_size
+        self.rank = 0 if group is None else self.group.rank_in_group
         self.num_heads, self.num_kv_heads = shards.q.heads_per_rank, shards.kv.heads_per_rank
         self.head_dim, self.rotary_dim, self.eps, self.layer_id = head_dim, rotary_dim, eps, layer_id
         # Every holder of a replicated KV head adds its squares, so the sum covers each head that many times.
         self.q_count = shards.q.replicas * num_heads * head_dim
         self.k_count = shards.kv.replicas * num_kv_heads * head_dim
         self.sizes = [heads * head_dim for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        self.row_sizes = [*self.sizes, *self.sizes[:2]] if self.has_counterpart else self.sizes
         self.peer_timeout_seconds = peer_timeout_seconds
         self.device = torch.device(device)
         self.heads_block = triton.next_power_of_2(self.num_heads + 2 * self.num_kv_heads)
@@ -165,7 +173,8 @@ class QKNormRope:
 
         Args:
             qkv: [tokens, (heads + 2 KV heads) a rank * head_dim], bfloat16 or float16, contiguous values, rows at any
-                stride. All ranks of the group must call with the same number of tokens.
+                stride; with a counterpart its q and k follow, (2 heads + 3 KV heads) in all. All ranks of the group
+                must call with the same number of tokens.
             q_weight, k_weight: this rank's shard of the norm's weights, any float dtype, contiguous.
             positions: [tokens], int32 or int64.
             cos_sin_cache: [max_position, rotary_dim], cosines then sines, any float dtype, contiguous.
@@ -185,7 +194,7 @@ class QKNormRope:
             minimax_qk_norm_rope(self._handle, *arguments)
         else:
             self.run(*arguments)
-        _, k, v = qkv.split(self.sizes, dim=-1)
+        _, k, v, *_ = qkv.split(self.row_sizes, dim=-1)
         return q, k, v
 
     def run(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
@@ -220,8 +229,8 @@ class QKNormRope:
     def _check(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
         tokens = qkv.shape[0]
         _require(
-            qkv.dim() == 2 and qkv.shape[1] == sum(self.sizes) and qkv.stride(1) == 1,
-            f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}, and must be [tokens, {sum(self.sizes)}] "
+            qkv.dim() == 2 and qkv.shape[1] == sum(self.row_sizes) and qkv.stride(1) == 1,
+            f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}, and must be [tokens, {sum(self.row_sizes)}] "
             "with contiguous rows: pass the output of the qkv projection as it is",
         )
         for name, weight, size in (("q_weight", q_weight, self.sizes[0]), ("k_weight", k_weight, self.sizes[1])):
@@ -255,8 +264,8 @@ class QKNormRope:
         )
 
     def _run_torch(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
-        raw_q, k, v = qkv.split(self.sizes, dim=-1)
-        sums = self._all_reduced(sums_of_squares(raw_q, k))
+        raw_q, k, v, *of_counterpart = qkv.split(self.row_sizes, dim=-1)
+        sums = self._all_reduced(sums_of_squares(raw_q, k, *of_counterpart))
         normed = norm_rope_reference(
             raw_q, k, q_weight, k_weight, sums, positions, cos_sin_cache,
             self.q_count, self.k_count, self.eps, self.head_dim,
@@ -271,8 +280,8 @@ class QKNormRope:
         self._launch(qkv.shape[0], self.single_plan, qkv, *arguments)
 
     def _run_collective(self, qkv, *arguments) -> None:
-        raw_q, k, _ = qkv.split(self.sizes, dim=-1)
-        sums = self._all_reduced(sums_of_squares_triton(raw_q, k))
+        raw_q, k, _, *of_counterpart = qkv.split(self.row_sizes, dim=-1)
+        sums = self._all_reduced(sums_of_squares_triton(raw_q, k, *of_counterpart))
         self._launch(qkv.shape[0], self.single_plan, qkv, *arguments, sums=sums)
 
     def _run_exchange(
@@ -319,6 +328,7 @@ class QKNormRope:
             NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEADS_BLOCK=self.heads_block,
             HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None, ROWS=plan.rows,
             ONCE=ctas * plan.rows >= qkv.shape[0], RANKS=ranks, SLOTS=ROWS_PER_CTA, PDL=pdl, PACKED=pdl,
+            COUNTERPART=self.has_counterpart and sums is None,
             POLL=poll_assembly(plan.rows, ranks) if exchange else "", **options,
         )  # fmt: skip
 
@@ -470,7 +480,7 @@ def _rows(
     v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, POLL: tl.constexpr,
-    PACKED: tl.constexpr, SLOTS: tl.constexpr,
+    PACKED: tl.constexpr, SLOTS: tl.constexpr, COUNTERPART: tl.constexpr,
 ):  # fmt: skip
     """Rows first, first + stride, ..., ``ROWS`` of them, all in registers at once: loads, sums, exchange, stores."""
     QUARTER: tl.constexpr = HEAD_DIM // 4
@@ -503,6 +513,12 @@ def _rows(
             k_sum = tl.load(sums_ptr + rows[i] * 2 + 1)
         else:
             q_sum, k_sum = _sums_of_squares(quarters[i], is_q, is_k)
+            if COUNTERPART:  # its q and k lie behind v as the own lie before it
+                other_ptr = qkv_ptr + rows[i].to(tl.int64) * qkv_stride + (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+                others = _load_quarters(other_ptr + offset, (is_q | is_k) & is_row[i], 0.0, QUARTER)
+                other_q_sum, other_k_sum = _sums_of_squares(others, is_q, is_k)
+                q_sum += other_q_sum
+                k_sum += other_k_sum
         if RANKS > 1:
             receivers = is_row[i].to(tl.int32) * RANKS
             send_sums(peer_inbox, messages + (i * RANKS + rank) * 16, q_sum, k_sum, epoch, receivers)
@@ -536,7 +552,7 @@ def _qk_norm_rope_kernel(
     max_ctas, rank, layer_id, peer_timeout_ms,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr, RANKS: tl.constexpr,
-    POLL: tl.constexpr, PDL: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr,
+    POLL: tl.constexpr, PDL: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr, COUNTERPART: tl.constexpr,
 ):  # fmt: skip
     """CTA c takes rows c, c + CTAs, ..., ``ROWS`` at a time; ``ONCE``: they are no more than that."""
     cta = tl.program_id(0)
@@ -556,6 +572,7 @@ def _qk_norm_rope_kernel(
             cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride,
             k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
             NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL, PACKED, SLOTS,
+            COUNTERPART,
         )  # fmt: skip
     else:
         for first in range(cta, num_tokens, ctas * ROWS):
@@ -564,7 +581,7 @@ def _qk_norm_rope_kernel(
                 positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens,
                 qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id,
                 timeout_ns, NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL,
-                PACKED, SLOTS,
+                PACKED, SLOTS, COUNTERPART,
             )  # fmt: skip
     if RANKS > 1:
         tl.store(epochs_ptr + cta, epoch)

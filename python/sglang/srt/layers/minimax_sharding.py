@@ -124,6 +124,16 @@ def attention_tp_size(tp_size: int, dp_size: int = 1, attn_cp_size: int = 1) -> 
     return tp_size // (dp_size * attn_cp_size)
 
 
+def tp_ranks_per_node(tp_size: int, pp_size: int = 1, nnodes: int = 1) -> int:
+    """Ranks of one TP group that share a node: the engine fills nodes in the order of ranks, stage by stage."""
+    return tp_size // max(nnodes // pp_size, 1)
+
+
+def counterpart_of(rank: int, num_ranks: int) -> int:
+    """The rank at the same place on the other node, of ``num_ranks`` that lie on two nodes, one half each."""
+    return (rank + num_ranks // 2) % num_ranks
+
+
 @dataclass(frozen=True)
 class ExpertShape:
     """What of the experts decides how they can be divided.

@@ -8,6 +8,7 @@ decoder layer, model, causal LM. The rest lies beside it:
     minimax_m2_weights.py, _files.py    loading a checkpoint, and accounting for every tensor of it
     layers/minimax_sharding.py          how heads, experts and layers are divided over ranks
     layers/minimax_qk_norm.py           QK norm in launches of its own
+    layers/minimax_counterpart.py       its sums over two nodes, without a collective between these
     layers/minimax_attention_inputs.py  whether QK norm, RoPE and KV store are one kernel instead; it is in
                                         layers/minimax_qk_norm_rope.py, its exchange between GPUs in
                                         layers/minimax_sum_exchange.py, the rules in layers/minimax_qk_norm_paths.py
@@ -24,7 +25,7 @@ Three groups of ranks carry it, and every place names the one that it means:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from sglang.srt.distributed import (
@@ -42,9 +43,10 @@ from sglang.srt.layers.communicator import (
 )
 from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size, is_dp_attention_enabled
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_attention_inputs import fuse
+from sglang.srt.layers.minimax_counterpart import build_qkv_proj, choose_counterpart
 from sglang.srt.layers.minimax_fp8_linear import choose_projection
 from sglang.srt.layers.minimax_layer_communicator import MiniMaxM2LayerCommunicator, one_launch_for
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
@@ -128,12 +130,22 @@ class MiniMaxM2RMSNormTP(nn.Module):
 
     @staticmethod
     def forward_qk(
-        q_norm: MiniMaxM2RMSNormTP, k_norm: MiniMaxM2RMSNormTP, q: torch.Tensor, k: torch.Tensor
+        q_norm: MiniMaxM2RMSNormTP,
+        k_norm: MiniMaxM2RMSNormTP,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        of_counterpart: Sequence[torch.Tensor] = (),
+        node=None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Norms q and k, [tokens, heads a rank * head_dim] each, rows may be strided, with one all-reduce for both."""
+        """Norms q and k, [tokens, heads a rank * head_dim] each, rows may be strided, with one all-reduce for both.
+
+        ``of_counterpart``: q and k of this rank's counterpart on the other node, if it has one; the all-reduce is then
+        over ``node``, the ranks of this one.
+        """
+        all_reduce = attention_tensor_model_parallel_all_reduce if q_norm.shards.num_ranks > 1 else None
         return norm_qk(
             q, k, q_norm.weight, k_norm.weight, q_norm.reduced_count, k_norm.reduced_count, q_norm.variance_epsilon,
-            attention_tensor_model_parallel_all_reduce if q_norm.shards.num_ranks > 1 else None,
+            all_reduce if node is None else node.all_reduce, of_counterpart,
         )  # fmt: skip
 
 
@@ -150,13 +162,15 @@ class MiniMaxM2Attention(AttentionStages):
         self.q_size = shards.q.heads_per_rank * head_dim
         self.kv_size = shards.kv.heads_per_rank * head_dim
 
-        self.qkv_proj = QKVParallelLinear(
-            config.hidden_size, head_dim, config.num_attention_heads, config.num_key_value_heads,
-            bias=False, quant_config=quant_config, prefix=add_prefix("qkv_proj", prefix),
-            tp_rank=attn_tp_rank, tp_size=attn_tp_size,
+        self.q_norm, self.k_norm = _qk_norms(config, head_dim)
+        qkv_prefix = add_prefix("qkv_proj", prefix)
+        counterpart = choose_counterpart(attn_tp_rank, shards, quant_config, qkv_prefix) if self.q_norm else None
+        self.node = counterpart and counterpart.node  # over which squares are summed, if not over all of attention TP
+        self.qkv_proj = build_qkv_proj(
+            counterpart, config.hidden_size, head_dim, config.num_attention_heads, config.num_key_value_heads,
+            bias=False, quant_config=quant_config, prefix=qkv_prefix, tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
         self.project_qkv = choose_projection(self.qkv_proj)
-        self.q_norm, self.k_norm = _qk_norms(config, head_dim)
         rope_theta, rope_scaling = get_rope_config(config)
         self.rotary_emb = get_rope(
             head_dim,
@@ -165,7 +179,7 @@ class MiniMaxM2Attention(AttentionStages):
             base=rope_theta,
             rope_scaling=rope_scaling,
         )
-        self.fused_inputs = fuse(self.q_norm, self.k_norm, self.rotary_emb, head_dim, layer_id)
+        self.fused_inputs = fuse(self.q_norm, self.k_norm, self.rotary_emb, head_dim, layer_id, self.node)
         self.attn = RadixAttention(
             num_heads=shards.q.heads_per_rank,
             head_dim=head_dim,
@@ -204,9 +218,9 @@ class MiniMaxM2Attention(AttentionStages):
         qkv = self.project_qkv(hidden_states)
         if self.fused_inputs is not None:
             return hidden_states, forward_batch, self.fused_inputs(qkv, positions, forward_batch)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k, v, *of_counterpart = qkv.split(self.qkv_proj.output_partition_sizes, dim=-1)
         if self.q_norm is not None:
-            q, k = MiniMaxM2RMSNormTP.forward_qk(self.q_norm, self.k_norm, q, k)
+            q, k = MiniMaxM2RMSNormTP.forward_qk(self.q_norm, self.k_norm, q, k, of_counterpart, self.node)
         else:
             q, k = q.contiguous(), k.contiguous()
         q, k = self.rotary_emb(positions, q, k)

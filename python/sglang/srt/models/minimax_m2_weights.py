@@ -237,7 +237,7 @@ def full_shape(owner: nn.Module, param: nn.Parameter, target: Target) -> tuple[i
         dim = getattr(param, "output_dim", None)
         if dim is None or target.shard is None:
             return None
-        on_rank = owner.num_heads + 2 * owner.num_kv_heads
+        on_rank = sum(owner.output_partition_sizes) // owner.head_size  # a counterpart's heads too, where it has one
         wanted = owner.total_num_heads if target.shard == "q" else owner.total_num_kv_heads
         if shape[dim] % on_rank != 0:  # scale blocks that straddle heads
             return None

@@ -1,0 +1,125 @@
+"""The tables of docs/scaling.md: what the step model predicts for more GPUs, and what QK norm costs over two nodes.
+
+python -m sglang_minimax.plan.scaling             prints them
+python -m sglang_minimax.plan.scaling --write     puts them into docs/scaling.md, in a checkout
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sglang_minimax.plan import collectives, step
+from sglang_minimax.plan.hardware import GPUS
+from sglang_minimax.plan.launches import ENGINES, GAP_US, QK_NORM
+from sglang_minimax.plan.layout import Flags, settle
+from sglang_minimax.plan.shape import read_model
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "scaling.md"
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+BATCHES = (1, 16, 64)
+CONTEXT = 529  # tokens of a request, as in the measured steps
+_LAYOUTS = (Flags(tp=2), Flags(tp=4), Flags(tp=8), Flags(tp=16, nnodes=2))
+_MODEL, _GPU = read_model("m2.5"), GPUS["h200"]
+
+
+def tables() -> str:
+    """All tables, in Markdown."""
+    parts = {
+        "Assumptions": "\n".join(f"- {assumption}" for assumption in step.ASSUMPTIONS),
+        "A layer's launches": _launches(),
+        "Against measurement": _measured(),
+        "Predictions": _predictions(),
+        "QK norm over two nodes": _two_nodes(),
+    }
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
+
+
+def _table(head: str, rows: list[list[str]]) -> str:
+    columns = head.split(" | ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _launches() -> str:
+    rows = []
+    for stock, ours in zip(ENGINES["stock"], ENGINES["ours"], strict=True):
+        same = ours is stock
+        rows.append(
+            [stock.name, f"{stock.at(16):.2f}", "the same" if same else f"{ours.at(16):.2f}", str(stock.kernels),
+             stock.source if same else f"{stock.source}; ours: {ours.source}"]
+        )  # fmt: skip
+    text = _table("launch | stock, us | ours, us | kernels | from", rows)
+    rest = step.unexplained_us_per_layer()
+    return f"{text}\n\nAt 16 tokens. What no launch explains, fitted: {rest:.1f} us a layer."
+
+
+def _measured() -> str:
+    rows = []
+    for error in step.errors() + step.errors(step.MEASURED_OF_OTHERS):
+        measured = error.measured
+        fitted = " (fitted)" if measured is step.MEASURED[0] else ""
+        rows.append(
+            [f"{measured.engine} TP{measured.tp}, {measured.num_layers} layers", str(measured.batch),
+             f"{measured.ms:.2f}", f"{error.alike_ms:.2f}{fitted}", f"{error.even_ms:.2f}{fitted}", measured.note]
+        )  # fmt: skip
+    head = "server | batch | measured, ms | model, all tokens alike | model, even routing | against the measurement"
+    return _table(head, rows)
+
+
+def _predictions() -> str:
+    rows = []
+    for flags in _LAYOUTS:
+        layout = settle(flags, _MODEL, _GPU)
+        for batch in BATCHES:
+            cells = []
+            for engine in ENGINES:
+                alike, even = (
+                    step.predict(_MODEL, layout, _GPU, batch, CONTEXT, routed_alike=alike, engine=engine)
+                    for alike in (True, False)
+                )
+                cells.append(f"{alike.ms:.2f} to {even.ms:.2f}")
+            rows.append([" ".join(flags.words()), str(batch), *cells, f"{even.collectives_ms:.2f}"])
+    return _table("flags | batch | stock, ms | ours, ms | of ours, collectives", rows)
+
+
+def _two_nodes() -> str:
+    layout = settle(_LAYOUTS[-1], _MODEL, _GPU)
+    extra_us = step.counterpart_bytes(_MODEL, layout) / (_GPU.hbm_gb_per_s * 1e3 * step.HBM_SHARE)
+    rows, ranks = [], layout.tp_ranks_per_node
+    for batch in BATCHES:
+        whole = step.predict(_MODEL, layout, _GPU, batch, CONTEXT, counterpart=False).ms
+        all_ranks = collectives.over_nodes_us(ranks, 2, 8.0 * batch) + GAP_US
+        ways = {
+            f"one all-reduce over {2 * ranks} ranks": all_ranks,
+            "within nodes, then between pairs": collectives.over_nodes_us(1, 2, 8.0 * batch) + 2 * GAP_US,
+            "counterparts projected": extra_us,
+        }
+        for name, us in ways.items():
+            share, saved = (_MODEL.num_hidden_layers * each / 1e3 / whole for each in (us, all_ranks - us))
+            rows.append([str(batch), name, f"{us:.2f}", f"{share:.1%}", f"{saved:.1%}"])
+    return _table(f"batch | how | us a layer beside {QK_NORM} | of the step | saved", rows)
+
+
+def between_marks(text: str) -> str:
+    """What the document has between its marks.
+
+    Raises:
+        ValueError: no such marks.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{DOCUMENT} needs the lines {BEGIN} and {END}, once each")
+    return text.split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> None:
+    """Prints the tables, or writes them."""
+    if "--write" not in sys.argv[1:]:
+        print(tables())
+        return
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(text.replace(between_marks(text), tables().strip()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
