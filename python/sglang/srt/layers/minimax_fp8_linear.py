@@ -76,28 +76,50 @@ class Plan(NamedTuple):
         return triton.cdiv(outputs, self.block_n), triton.cdiv(tokens, self.block_tokens)
 
 
-# Guesses, not measured yet. (inputs, outputs): up to so many tokens. Few tokens are read again by every CTA cheaply, so
-# narrow tiles of outputs and no split; more tokens are quantised once for many outputs, so wide tiles and splits.
-def _guess(block_n: int, width: int, splits: int, wide_splits: int, stages: int = 0) -> dict[int, Plan]:
-    return {
-        8: Plan("half", 8, block_n, splits, width, width, stages, swap=True),
-        16: Plan("half", 16, block_n, splits, width, width, min(stages, 3), swap=True),
-        32: Plan("fp8", 32, 64, wide_splits, 1, 4, 4, swap=True),
-        64: Plan("fp8", 64, 64, wide_splits, 1, 4, 4, swap=True),
-    }
+def _plan(block_tokens: int, block_n: int, splits: int, warps: int, stages: int = 0, swap: bool = True) -> Plan:
+    return Plan("fp8", block_tokens, block_n, splits, 1, warps, stages, swap)
 
 
+# (inputs, outputs): up to so many tokens, as long as the engine's cutlass kernels take longer. Measured on one H200,
+# benchmark/results/fp8_linear_h200.json; those of TP16 are guessed from TP8's.
 PLANS: dict[tuple[int, int], dict[int, Plan]] = {
-    (3072, 2048): _guess(16, 8, 1, 4),  # qkv and o of TP4
-    (1536, 3072): _guess(16, 4, 1, 3),
-    (3072, 4096): _guess(32, 8, 1, 2, 4),  # TP2
-    (3072, 3072): _guess(32, 8, 1, 3, 4),
-    (3072, 8192): _guess(32, 8, 1, 1, 4),  # TP1
-    (6144, 3072): _guess(32, 8, 1, 3, 4),
-    (3072, 1024): _guess(16, 8, 3, 8),  # TP8
-    (768, 3072): _guess(16, 2, 1, 3),
-    (3072, 640): _guess(16, 8, 3, 12),  # TP16
-    (384, 3072): _guess(16, 1, 1, 3),
+    (3072, 2048): {  # qkv and output of TP4
+        16: _plan(16, 64, 6, 4),
+        32: _plan(32, 128, 12, 8),
+        64: _plan(64, 128, 6, 8, stages=3, swap=False),
+        128: _plan(64, 128, 4, 8, stages=3, swap=False),
+    },
+    (1536, 3072): {16: _plan(16, 64, 6, 4), 32: _plan(32, 64, 6, 4), 64: _plan(64, 64, 4, 4)},
+    (3072, 4096): {  # TP2
+        16: _plan(16, 128, 6, 8),
+        32: _plan(32, 128, 8, 8, stages=3),
+        64: _plan(64, 128, 4, 8, stages=3, swap=False),
+    },
+    (3072, 3072): {
+        16: _plan(16, 128, 8, 8),
+        32: _plan(32, 128, 8, 8),
+        64: _plan(64, 128, 8, 8, stages=3, swap=False),
+    },
+    (3072, 8192): {16: _plan(16, 128, 6, 8)},  # TP1
+    (6144, 3072): {
+        16: _plan(16, 64, 8, 4),
+        32: _plan(32, 128, 4, 8, stages=6),
+        64: _plan(64, 128, 8, 8, stages=3, swap=False),
+    },
+    (3072, 1024): {  # TP8
+        16: _plan(16, 128, 12, 8),
+        32: _plan(32, 128, 12, 8),
+        64: _plan(64, 64, 12, 4),
+        128: _plan(64, 128, 12, 8, stages=3, swap=False),
+    },
+    (768, 3072): {
+        16: _plan(16, 64, 4, 4),
+        32: _plan(32, 64, 6, 4),
+        64: _plan(64, 64, 6, 4, stages=3, swap=False),
+        128: _plan(64, 128, 2, 8, stages=3, swap=False),
+    },
+    (3072, 640): {16: _plan(16, 64, 12, 4), 32: _plan(32, 64, 12, 4), 64: _plan(64, 64, 12, 4)},  # TP16
+    (384, 3072): {16: _plan(16, 64, 3, 4), 32: _plan(32, 64, 3, 4), 64: _plan(64, 64, 3, 4)},
 }
 
 
