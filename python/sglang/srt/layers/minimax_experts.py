@@ -1,0 +1,474 @@
+"""The experts of MiniMax-M2 for few tokens: FP8 weights with a float32 scale for each block of 128 x 128.
+
+For token t, its experts e = topk_ids[t] and their weights p = topk_weights[t]:
+
+    gate, up = x[t] @ w13[e].T                          # 2 x [width]
+    out[t]   = sum over e of p[e] * (silu(gate) * up) @ w2[e].T
+
+The engine takes eight launches: two sort routes, two quantise, two multiply, one is the SiLU, one the sum. For few
+tokens all that must be done is to read the weights of the experts that were chosen. So here are three launches, or two:
+gate and up with the SiLU; down; and the sum, which for the fewest tokens the down projection makes itself. Nothing is
+sorted. There is a CTA for each route (a token's choice of an expert) and tile of the output; of the routes that lead to
+one expert the first one's CTA works for all of them, and the others leave.
+
+Activations stay bfloat16, and an FP8 weight is converted to bfloat16, exactly; so the activations are not rounded to
+FP8 as in the engine's experts. A plan may also quantise them as the engine does. Sums, SiLU and routing weights are
+float32; what is rounded, to bfloat16, is silu(gate) * up and the output. No atomics: the same inputs, the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from sglang.srt.compilation.piecewise_context_manager import is_in_piecewise_cuda_graph
+from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
+from sglang.srt.layers.moe.topk import TopKOutput, TopKOutputChecker
+from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+from sglang.srt.server_args import get_global_server_args
+from sglang.srt.utils import is_cuda, log_info_on_rank0
+from sglang.srt.utils.custom_op import register_custom_op
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+logger = logging.getLogger(__name__)
+
+Experts = Callable[[torch.nn.Module, torch.Tensor, TopKOutput], torch.Tensor]
+BLOCK = 128  # of the scales
+MAX_PREFETCH = 96 * 4  # bytes of weights that a thread may hold before its inputs are there
+
+
+class Tile(NamedTuple):
+    """``columns`` of the output are a CTA's, of ``warps`` warps; ``stages`` blocks of 128 inputs are in flight."""
+
+    columns: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """How the two projections divide their work.
+
+    Attributes:
+        routes: of one expert, that a CTA takes at once.
+        quantise: activations to FP8, groups of 128 with scale = absmax / 448, as the engine does.
+        weights_first: weights are the left operand of a product, of which a warp group's instruction takes 64 rows.
+        gate_up: columns are those of silu(gate) * up.
+        down: columns are those of the output.
+        by_token: a CTA of the down projection takes a token with all its experts, and no launch for the sum follows.
+            Weights that tokens share are then read again, from the L2 cache at best. It does not quantise.
+    """
+
+    routes: int
+    quantise: bool
+    weights_first: bool
+    gate_up: Tile
+    down: Tile
+    by_token: bool = False
+
+
+# Guesses until benchmark/experts.py has run: none of these is measured.
+PLANS = {  # up to so many tokens
+    2: Plan(16, False, False, Tile(16, 4, 6), Tile(16, 4, 1), by_token=True),
+    16: Plan(16, False, False, Tile(32, 4, 4), Tile(64, 4, 3)),
+    64: Plan(16, False, False, Tile(32, 4, 4), Tile(64, 4, 3)),
+}
+MAX_TOKENS = max(PLANS)
+"""No more are planned for; above it the engine's experts run."""
+
+
+def plan_for(tokens: int) -> Plan:
+    """The plan for ``tokens`` in 1 to ``MAX_TOKENS``."""
+    return next(plan for limit, plan in PLANS.items() if tokens <= limit)
+
+
+def choose_experts(experts: torch.nn.Module) -> Experts:
+    """What computes a layer's experts, a function of (experts, hidden_states, topk_output): [tokens, hidden_size].
+
+    Called once, when the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
+    """
+    reason = reason_against_plans(experts)
+    _log_once(reason)
+    return few_or_many_tokens if reason is None else engine_experts
+
+
+def engine_experts(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput) -> torch.Tensor:
+    """The engine's kernels."""
+    return experts(hidden_states, topk_output)
+
+
+def few_or_many_tokens(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput) -> torch.Tensor:
+    """The kernels here up to ``MAX_TOKENS`` tokens, and the engine's above."""
+    # Piecewise graphs are for prefill, and the engine has an op for its experts in them.
+    if is_in_piecewise_cuda_graph() or not 0 < hidden_states.shape[0] <= MAX_TOKENS:
+        return experts(hidden_states, topk_output)
+    assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"
+    return minimax_experts(
+        hidden_states, topk_output.topk_weights, topk_output.topk_ids, experts.w13_weight,
+        experts.w13_weight_scale_inv, experts.w2_weight, experts.w2_weight_scale_inv,
+        experts.moe_ep_rank * experts.num_local_experts,
+    )  # fmt: skip
+
+
+def reason_against_plans(experts: torch.nn.Module) -> str | None:
+    """The first condition of the kernels here that does not hold, as a clause, or None."""
+    if not is_cuda() or torch.cuda.get_device_capability() != (9, 0):
+        return "its kernels are planned for NVIDIA GPUs of compute capability 9.0"
+    server_args, method, config = get_global_server_args(), experts.quant_method, experts.moe_runner_config
+    if not get_moe_a2a_backend().is_none() or should_use_flashinfer_cutlass_moe_fp4_allgather():
+        return "a dispatcher moves tokens to their experts"
+    if not isinstance(method, Fp8MoEMethod) or not method.block_quant or method.use_mxfp8:
+        return f"it reads FP8 weights in blocks, and these experts are {type(method).__name__}'s"
+    if list(method.quant_config.weight_block_size) != [BLOCK, BLOCK]:
+        return f"its blocks are {BLOCK} x {BLOCK}, and these are {method.quant_config.weight_block_size}"
+    if not experts.runner.runner_backend.is_triton():
+        return f"--moe-runner-backend {experts.runner.runner_backend.value} asks for other kernels"
+    if experts.hidden_size % BLOCK or experts.intermediate_size_per_partition % BLOCK:
+        return f"a width of {experts.intermediate_size_per_partition} is no multiple of {BLOCK}"
+    if torch.get_default_dtype() != torch.bfloat16:
+        return f"activations are {torch.get_default_dtype()}, and it takes bfloat16"
+    if config.top_k is None or config.top_k & (config.top_k - 1):
+        return f"{config.top_k} experts a token are no power of two"
+    if (
+        config.activation != "silu" or not config.is_gated or config.apply_router_weight_on_input or config.no_combine
+        or config.num_fused_shared_experts or config.gemm1_alpha is not None or config.gemm1_clamp_limit is not None
+        or config.routed_scaling_factor not in (None, 1.0) or experts.reduce_results
+    ):  # fmt: skip
+        return "it knows SiLU(gate) * up, summed with the routing weights on this rank, and these experts do otherwise"
+    if server_args.enable_lora or server_args.lora_paths:
+        return "LoRA adapters have a part in the experts"
+    if server_args.enable_symm_mem:
+        return "--enable-symm-mem wants the output in memory of its own"
+    if server_args.enable_deterministic_inference:
+        return "deterministic inference wants sums in an order that no batch size changes"
+    return None
+
+
+@functools.lru_cache
+def _log_once(reason: str | None) -> None:
+    fused = f"two or three kernels up to {MAX_TOKENS} tokens"
+    what = fused if reason is None else f"the engine's kernels, since {reason}"
+    log_info_on_rank0(logger, f"The experts' output comes from {what}.")
+
+
+def _no_output(
+    hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor,
+    w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, first_expert: int,
+) -> torch.Tensor:  # fmt: skip
+    return hidden_states.new_empty(hidden_states.shape)
+
+
+@register_custom_op(fake_impl=_no_output)
+def minimax_experts(
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    first_expert: int,
+) -> torch.Tensor:
+    """The experts of 0 to ``MAX_TOKENS`` tokens.
+
+    Args:
+        hidden_states: [tokens, hidden_size] bfloat16, rows at any stride.
+        topk_weights: [tokens, top_k] float32, contiguous.
+        topk_ids: [tokens, top_k] int32, contiguous: numbers among all ranks' experts. A token's are distinct, but for
+            those that are not of this rank, -1 too, which count nothing.
+        w13: [experts, 2 * width, hidden_size] float8_e4m3fn: the rows of gate, then those of up.
+        w13_scale: [experts, 2 * width / 128, hidden_size / 128] float32.
+        w2: [experts, hidden_size, width] float8_e4m3fn.
+        w2_scale: [experts, hidden_size / 128, width / 128] float32.
+        first_expert: the number, among all ranks' experts, of this rank's first.
+
+    Returns:
+        [tokens, hidden_size] bfloat16: the sum over the experts of this rank.
+
+    Raises:
+        ValueError: more tokens than there is a plan for.
+    """
+    tokens = hidden_states.shape[0]
+    if tokens == 0:
+        return torch.empty_like(hidden_states)
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{tokens} tokens: there are plans up to {MAX_TOKENS}; call the engine's experts for more")
+    plan = plan_for(tokens)
+    activated = gate_up(hidden_states, topk_ids, w13, w13_scale, first_expert, plan)
+    return down(activated, topk_weights, topk_ids, w2, w2_scale, first_expert, plan)
+
+
+def gate_up(
+    x: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, first_expert: int, plan: Plan
+) -> torch.Tensor:
+    """[tokens * top_k, width] bfloat16: silu(gate) * up of each route; those of other ranks' experts are not written."""
+    _check(x, topk_ids, w13, w13_scale)
+    tokens, hidden_size = x.shape
+    top_k, width, tile = topk_ids.shape[1], w13.shape[1] // 2, plan.gate_up
+    activated = torch.empty(tokens * top_k, width, dtype=x.dtype, device=x.device)
+    pdl = _has_programmatic_launch(x.device)
+    _gate_up_kernel[(width // tile.columns, tokens * top_k)](
+        x, topk_ids, w13, w13_scale, activated, tokens, first_expert, w13.shape[0], x.stride(0), top_k, hidden_size,
+        width, _token_lanes(tokens), plan.routes, tile.columns, tile.stages, plan.quantise, plan.weights_first, pdl,
+        num_warps=tile.warps, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return activated
+
+
+def down(
+    activated: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w2: torch.Tensor,
+    w2_scale: torch.Tensor, first_expert: int, plan: Plan,
+) -> torch.Tensor:  # fmt: skip
+    """[tokens, hidden_size] bfloat16: the down projections of a token's experts, weighted and summed."""
+    _check(activated, topk_ids, w2, w2_scale)
+    assert topk_weights.is_contiguous() and topk_weights.dtype == torch.float32, "float32 weights, [tokens, top_k]"
+    (tokens, top_k), (experts, hidden_size, width), tile = topk_ids.shape, w2.shape, plan.down
+    options = {"launch_pdl": True} if (pdl := _has_programmatic_launch(w2.device)) else {}
+    out = torch.empty(tokens, hidden_size, dtype=activated.dtype, device=activated.device)
+    block = min(width & -width, 512)  # a power of two that divides it
+    threads = 32 * tile.warps
+    if plan.by_token:
+        _down_by_token_kernel[(hidden_size // tile.columns, tokens)](
+            activated, topk_weights, topk_ids, w2, w2_scale, out, first_expert, experts, top_k, hidden_size, width,
+            tile.columns, block, top_k * tile.columns * width <= MAX_PREFETCH * threads, pdl, num_warps=tile.warps,
+            **options,
+        )  # fmt: skip
+        return out
+    parts = torch.empty(tokens * top_k, hidden_size, dtype=torch.float32, device=activated.device)
+    _down_kernel[(hidden_size // tile.columns, tokens * top_k)](
+        activated, topk_weights, topk_ids, w2, w2_scale, parts, tokens, first_expert, experts, top_k, hidden_size,
+        width, _token_lanes(tokens), plan.routes, tile.columns, tile.stages, plan.quantise, plan.weights_first,
+        tile.columns * width <= MAX_PREFETCH * threads, pdl, num_warps=tile.warps, **options,
+    )  # fmt: skip
+    columns = 1024 if hidden_size % 1024 == 0 else BLOCK
+    _sum_kernel[(hidden_size // columns, tokens)](
+        parts, topk_ids, out, first_expert, experts, top_k, hidden_size, columns, pdl, num_warps=4, **options
+    )
+    return out
+
+
+def experts_reference(
+    hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor,
+    w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, first_expert: int,
+) -> torch.Tensor:  # fmt: skip
+    """:func:`minimax_experts` in plain torch and float64, rounded nowhere: [tokens, hidden_size] float64."""
+    out = torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
+    local = topk_ids - first_expert
+    for expert in local[(local >= 0) & (local < w13.shape[0])].unique().tolist():
+        token, choice = (local == expert).nonzero(as_tuple=True)
+        of_gate_up, of_down = (
+            weight[expert].double() * scale[expert].double().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            for weight, scale in ((w13, w13_scale), (w2, w2_scale))
+        )
+        gate, up = (hidden_states[token].double() @ of_gate_up.T).chunk(2, dim=-1)
+        part = (torch.nn.functional.silu(gate) * up) @ of_down.T
+        out.index_add_(0, token, part * topk_weights[token, choice, None].double())
+    return out
+
+
+def _check(x: torch.Tensor, topk_ids: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    assert x.dtype == torch.bfloat16 and x.stride(1) == 1, f"rows of bfloat16, each contiguous, and not {x.dtype}"
+    assert x.stride(0) % 8 == 0, f"rows start at multiples of 16 bytes, and these are {x.stride(0)} values apart"
+    assert topk_ids.dtype == torch.int32 and topk_ids.is_contiguous(), f"int32 ids, and not {topk_ids.dtype}"
+    assert weight.is_contiguous() and scale.is_contiguous(), "weights and their scales must be contiguous"
+    assert weight.shape[1] == scale.shape[1] * BLOCK and weight.shape[2] == scale.shape[2] * BLOCK == x.shape[1], (
+        f"weights {list(weight.shape)} have a scale for each {BLOCK} x {BLOCK}, but these are {list(scale.shape)}, for "
+        f"activations of {x.shape[1]}"
+    )
+
+
+def _token_lanes(tokens: int) -> int:
+    return max(16, triton.next_power_of_2(tokens))
+
+
+@functools.cache
+def _has_programmatic_launch(device: torch.device) -> bool:
+    """Whether a kernel may start while its predecessor in the stream still runs: Hopper and later."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def _routes_alike(topk_ids_ptr, route, tokens, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
+    """The expert of ``route``; for each token its route to that expert, or -1; how many of these precede ``route``."""
+    token = tl.arange(0, TOKENS)
+    choice = tl.arange(0, TOP_K)
+    expert = tl.load(topk_ids_ptr + route)
+    routes = token[:, None] * TOP_K + choice[None, :]
+    ids = tl.load(topk_ids_ptr + routes, mask=token[:, None] < tokens, other=-1)
+    alike = tl.max(tl.where((ids == expert) & (token[:, None] < tokens), routes, -1), axis=1)
+    return expert, alike, tl.sum(((alike >= 0) & (alike < route)).to(tl.int32))
+
+
+@triton.jit
+def _next_routes(alike, earlier, TOKENS: tl.constexpr, ROUTES: tl.constexpr):
+    """Of the routes in ``alike`` those after the first ``earlier``: [ROUTES], -1 where there are no more."""
+    if TOKENS == ROUTES:  # ``earlier`` is 0, and gaps do no harm
+        found = alike
+    else:
+        is_route = alike >= 0
+        place = tl.cumsum(is_route.to(tl.int32), 0) - 1 - earlier
+        chosen = is_route[None, :] & (place[None, :] == tl.arange(0, ROUTES)[:, None])
+        found = tl.max(tl.where(chosen, alike[None, :], -1), axis=1)
+    return found
+
+
+@triton.jit
+def _product(x, weight, QUANTISE: tl.constexpr, WEIGHTS_FIRST: tl.constexpr):
+    """x @ weight.T, or its transpose for ``WEIGHTS_FIRST``, over 128 inputs: x [routes, 128], weight [columns, 128]."""
+    if QUANTISE:
+        value = x.to(tl.float32)
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), axis=1), 1e-10), 448.0)
+        value = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
+        x = tl.clamp(value, -448.0, 448.0).to(tl.float8e4nv)
+    else:
+        weight = weight.to(tl.bfloat16)
+    product = tl.dot(weight, tl.trans(x)) if WEIGHTS_FIRST else tl.dot(x, tl.trans(weight))
+    if QUANTISE:
+        product *= scale[None, :] if WEIGHTS_FIRST else scale[:, None]
+    return product
+
+
+@triton.jit(do_not_specialize=["tokens", "first_expert", "experts"])
+def _gate_up_kernel(
+    x_ptr, topk_ids_ptr, weight_ptr, scale_ptr, activated_ptr, tokens, first_expert, experts, x_stride,
+    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROUTES: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, QUANTISE: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        # From here on the choice of experts is there for the next kernel too, which reads it before its own wait.
+        gdc_launch_dependents()
+    expert, alike, earlier = _routes_alike(topk_ids_ptr, tl.program_id(1), tokens, TOP_K, TOKENS)
+    expert -= first_expert
+    if (expert < 0) | (expert >= experts) | (earlier % ROUTES != 0):
+        return
+    route = _next_routes(alike, earlier, TOKENS, ROUTES)
+    column = tl.program_id(0) * COLUMNS
+    # Rows of gate and up in turn: so their sums end up beside each other, in one thread.
+    row = tl.arange(0, 2 * COLUMNS)
+    is_up = row % 2
+    k = tl.arange(0, 128)
+    rows = expert.to(tl.int64) * (2 * WIDTH) + column + row // 2 + is_up * WIDTH
+    weight_rows = weight_ptr + rows[:, None] * HIDDEN_SIZE + k[None, :]
+    x_rows = x_ptr + (route // TOP_K)[:, None].to(tl.int64) * x_stride + k[None, :]
+    gate_scales = scale_ptr + (expert * (2 * WIDTH // 128) + column // 128) * (HIDDEN_SIZE // 128)
+    up_scales = gate_scales + WIDTH // 128 * (HIDDEN_SIZE // 128)
+    sums = tl.zeros((2 * COLUMNS, ROUTES) if WEIGHTS_FIRST else (ROUTES, 2 * COLUMNS), tl.float32)
+    for block in tl.range(HIDDEN_SIZE // 128, num_stages=STAGES):
+        x = tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0)
+        weight = tl.load(weight_rows + block * 128)
+        scale = tl.where(is_up == 1, tl.load(up_scales + block), tl.load(gate_scales + block))
+        sums += _product(x, weight, QUANTISE, WEIGHTS_FIRST) * (scale[:, None] if WEIGHTS_FIRST else scale[None, :])
+    if WEIGHTS_FIRST:
+        sums = tl.trans(sums)
+    gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
+    activated = gate / (1.0 + tl.exp(-gate)) * up
+    place = activated_ptr + route[:, None] * WIDTH + column + tl.arange(0, COLUMNS)[None, :]
+    tl.store(place, activated.to(activated_ptr.dtype.element_ty), mask=route[:, None] >= 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "first_expert", "experts"])
+def _down_kernel(
+    activated_ptr, topk_weights_ptr, topk_ids_ptr, weight_ptr, scale_ptr, parts_ptr, tokens, first_expert, experts,
+    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROUTES: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, QUANTISE: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    expert, alike, earlier = _routes_alike(topk_ids_ptr, tl.program_id(1), tokens, TOP_K, TOKENS)
+    expert -= first_expert
+    if (expert < 0) | (expert >= experts) | (earlier % ROUTES != 0):
+        return
+    column = tl.program_id(0) * COLUMNS
+    k = tl.arange(0, 128)
+    rows = expert.to(tl.int64) * HIDDEN_SIZE + column + tl.arange(0, COLUMNS)
+    weight_rows = weight_ptr + rows[:, None] * WIDTH + k[None, :]
+    scales = scale_ptr + (expert * (HIDDEN_SIZE // 128) + column // 128) * (WIDTH // 128)
+    weights = ()
+    if PREFETCH:  # while the kernel before this one still runs
+        for block in tl.static_range(WIDTH // 128):
+            weights = weights + (tl.load(weight_rows + block * 128),)
+    route = _next_routes(alike, earlier, TOKENS, ROUTES)
+    x_rows = activated_ptr + route[:, None] * WIDTH + k[None, :]
+    routing_weight = tl.load(topk_weights_ptr + route, mask=route >= 0, other=0.0)
+    if PDL:
+        gdc_wait()
+    sums = tl.zeros((COLUMNS, ROUTES) if WEIGHTS_FIRST else (ROUTES, COLUMNS), tl.float32)
+    if PREFETCH:
+        inputs = ()
+        for block in tl.static_range(WIDTH // 128):
+            inputs = inputs + (tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0),)
+        for block in tl.static_range(WIDTH // 128):
+            sums += _product(inputs[block], weights[block], QUANTISE, WEIGHTS_FIRST) * tl.load(scales + block)
+    else:
+        for block in tl.range(WIDTH // 128, num_stages=STAGES):
+            x = tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0)
+            weight = tl.load(weight_rows + block * 128)
+            sums += _product(x, weight, QUANTISE, WEIGHTS_FIRST) * tl.load(scales + block)
+    if WEIGHTS_FIRST:
+        sums = tl.trans(sums)
+    place = parts_ptr + route[:, None] * HIDDEN_SIZE + column + tl.arange(0, COLUMNS)[None, :]
+    tl.store(place, sums * routing_weight[:, None], mask=route[:, None] >= 0)
+
+
+@triton.jit(do_not_specialize=["first_expert", "experts"])
+def _sum_kernel(
+    parts_ptr, topk_ids_ptr, out_ptr, first_expert, experts, TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        route = token * TOP_K + choice
+        expert = tl.load(topk_ids_ptr + route) - first_expert
+        total += tl.load(parts_ptr + route * HIDDEN_SIZE + column, mask=(expert >= 0) & (expert < experts), other=0.0)
+    tl.store(out_ptr + token * HIDDEN_SIZE + column, total.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["first_expert", "experts"])
+def _down_by_token_kernel(
+    activated_ptr, topk_weights_ptr, topk_ids_ptr, weight_ptr, scale_ptr, out_ptr, first_expert, experts,
+    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    token = tl.program_id(1)
+    column = tl.program_id(0) * COLUMNS
+    row = column + tl.arange(0, COLUMNS)
+    k = tl.arange(0, BLOCK_K)
+    experts_of_token, is_local, weights = (), (), ()
+    for choice in tl.static_range(TOP_K):
+        expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
+        is_local = is_local + ((expert >= 0) & (expert < experts),)
+        experts_of_token = experts_of_token + (tl.where(is_local[choice], expert, 0),)
+        if PREFETCH:  # while the kernel before this one still runs
+            weight_rows = weight_ptr + (experts_of_token[choice].to(tl.int64) * HIDDEN_SIZE + row[:, None]) * WIDTH
+            for start in tl.static_range(0, WIDTH, BLOCK_K):
+                weights = weights + (tl.load(weight_rows + start + k[None, :], mask=is_local[choice], other=0.0),)
+    if PDL:
+        gdc_wait()
+    sums = tl.zeros((COLUMNS, BLOCK_K), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        expert, route = experts_of_token[choice], token * TOP_K + choice
+        weight_rows = weight_ptr + (expert.to(tl.int64) * HIDDEN_SIZE + row[:, None]) * WIDTH
+        scales = scale_ptr + (expert * (HIDDEN_SIZE // 128) + column // 128) * (WIDTH // 128)
+        routing_weight = tl.load(topk_weights_ptr + route)
+        for start in tl.static_range(0, WIDTH, BLOCK_K):
+            if PREFETCH:
+                weight = weights[choice * (WIDTH // BLOCK_K) + start // BLOCK_K]
+            else:
+                weight = tl.load(weight_rows + start + k[None, :], mask=is_local[choice], other=0.0)
+            x = tl.load(activated_ptr + route * WIDTH + start + k, mask=is_local[choice], other=0.0).to(tl.float32)
+            x *= tl.load(scales + (start + k) // 128) * routing_weight
+            sums += weight.to(tl.float32) * x[None, :]
+    tl.store(out_ptr + token * HIDDEN_SIZE + row, tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty))
