@@ -11,9 +11,9 @@ gate and up with the SiLU; down; and the sum, which for the fewest tokens the do
 sorted. There is a CTA for each route (a token's choice of an expert) and tile of the output; of the routes that lead to
 one expert the first one's CTA works for all of them, and the others leave.
 
-Activations stay bfloat16, and an FP8 weight is converted to bfloat16, exactly; so the activations are not rounded to
-FP8 as in the engine's experts. A plan may also quantise them as the engine does. Sums, SiLU and routing weights are
-float32; what is rounded, to bfloat16, is silu(gate) * up and the output. No atomics: the same inputs, the same bits.
+An FP8 weight is converted to bfloat16 or float16, exactly, and so activations need not be rounded to FP8 as they are in
+the engine's experts; a plan may do that too. Sums, SiLU and routing weights are float32; what is rounded, to bfloat16,
+is silu(gate) * up and the output. No atomics: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -42,40 +42,42 @@ BLOCK = 128  # of the scales
 MAX_PREFETCH = 96 * 4  # bytes of weights that a thread may hold before its inputs are there
 
 
-class Tile(NamedTuple):
-    """``columns`` of the output are a CTA's, of ``warps`` warps; ``stages`` blocks of 128 inputs are in flight."""
+class Projection(NamedTuple):
+    """How the CTAs of gate and up, or of down, divide their work.
 
+    Attributes:
+        routes: of one expert, that a CTA takes at once, 16 or more. Of down also 1: a CTA takes a token with all its
+            experts and leaves nothing to sum. Weights that tokens share are read again then, from the L2 cache at best.
+        activations: what they are multiplied as; sums are float32 with each, and with 1 route so are the products.
+            bfloat16    as they are
+            float16     in groups of 128 with a power of two for each, which costs them nothing that float32 sums keep
+            float8      quantised in groups of 128 with scale = absmax / 448, as the engine does
+        weights_first: weights are the left operand of a product, of which a warp group's instruction takes 64 rows.
+        columns: of silu(gate) * up, or of the output, that are a CTA's; a power of two up to 128.
+        warps: of a CTA.
+        stages: blocks of 128 inputs that are in flight.
+    """
+
+    routes: int
+    activations: str
+    weights_first: bool
     columns: int
     warps: int
     stages: int
 
 
 class Plan(NamedTuple):
-    """How the two projections divide their work.
+    """Both projections."""
 
-    Attributes:
-        routes: of one expert, that a CTA takes at once.
-        quantise: activations to FP8, groups of 128 with scale = absmax / 448, as the engine does.
-        weights_first: weights are the left operand of a product, of which a warp group's instruction takes 64 rows.
-        gate_up: columns are those of silu(gate) * up.
-        down: columns are those of the output.
-        by_token: a CTA of the down projection takes a token with all its experts, and no launch for the sum follows.
-            Weights that tokens share are then read again, from the L2 cache at best. It does not quantise.
-    """
-
-    routes: int
-    quantise: bool
-    weights_first: bool
-    gate_up: Tile
-    down: Tile
-    by_token: bool = False
+    gate_up: Projection
+    down: Projection
 
 
 # Guesses until benchmark/experts.py has run: none of these is measured.
 PLANS = {  # up to so many tokens
-    2: Plan(16, False, False, Tile(16, 4, 6), Tile(16, 4, 1), by_token=True),
-    16: Plan(16, False, False, Tile(32, 4, 4), Tile(64, 4, 3)),
-    64: Plan(16, False, False, Tile(32, 4, 4), Tile(64, 4, 3)),
+    2: Plan(Projection(16, "float16", False, 16, 4, 6), Projection(1, "bfloat16", False, 16, 4, 1)),
+    16: Plan(Projection(16, "float16", False, 32, 4, 4), Projection(16, "float16", False, 64, 4, 3)),
+    64: Plan(Projection(16, "float16", False, 32, 4, 4), Projection(16, "float16", False, 64, 4, 3)),
 }
 MAX_TOKENS = max(PLANS)
 """No more are planned for; above it the engine's experts run."""
@@ -198,55 +200,52 @@ def minimax_experts(
     if tokens > MAX_TOKENS:
         raise ValueError(f"{tokens} tokens: there are plans up to {MAX_TOKENS}; call the engine's experts for more")
     plan = plan_for(tokens)
-    activated = gate_up(hidden_states, topk_ids, w13, w13_scale, first_expert, plan)
-    return down(activated, topk_weights, topk_ids, w2, w2_scale, first_expert, plan)
+    activated = gate_up(hidden_states, topk_ids, w13, w13_scale, first_expert, plan.gate_up)
+    return down(activated, topk_weights, topk_ids, w2, w2_scale, first_expert, plan.down)
 
 
 def gate_up(
-    x: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, first_expert: int, plan: Plan
-) -> torch.Tensor:
+    x: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, first_expert: int,
+    plan: Projection,
+) -> torch.Tensor:  # fmt: skip
     """[tokens * top_k, width] bfloat16: silu(gate) * up of each route; those of other ranks' experts are not written."""
     _check(x, topk_ids, w13, w13_scale)
-    tokens, hidden_size = x.shape
-    top_k, width, tile = topk_ids.shape[1], w13.shape[1] // 2, plan.gate_up
+    (tokens, hidden_size), top_k, width = x.shape, topk_ids.shape[1], w13.shape[1] // 2
     activated = torch.empty(tokens * top_k, width, dtype=x.dtype, device=x.device)
     pdl = _has_programmatic_launch(x.device)
-    _gate_up_kernel[(width // tile.columns, tokens * top_k)](
+    _gate_up_kernel[(width // plan.columns, tokens * top_k)](
         x, topk_ids, w13, w13_scale, activated, tokens, first_expert, w13.shape[0], x.stride(0), top_k, hidden_size,
-        width, _token_lanes(tokens), plan.routes, tile.columns, tile.stages, plan.quantise, plan.weights_first, pdl,
-        num_warps=tile.warps, **({"launch_pdl": True} if pdl else {}),
+        width, max(plan.routes, _token_lanes(tokens)), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first, pdl,
+        num_warps=plan.warps, **_options(pdl),
     )  # fmt: skip
     return activated
 
 
 def down(
     activated: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w2: torch.Tensor,
-    w2_scale: torch.Tensor, first_expert: int, plan: Plan,
+    w2_scale: torch.Tensor, first_expert: int, plan: Projection,
 ) -> torch.Tensor:  # fmt: skip
     """[tokens, hidden_size] bfloat16: the down projections of a token's experts, weighted and summed."""
     _check(activated, topk_ids, w2, w2_scale)
     assert topk_weights.is_contiguous() and topk_weights.dtype == torch.float32, "float32 weights, [tokens, top_k]"
-    (tokens, top_k), (experts, hidden_size, width), tile = topk_ids.shape, w2.shape, plan.down
-    options = {"launch_pdl": True} if (pdl := _has_programmatic_launch(w2.device)) else {}
+    (tokens, top_k), (experts, hidden_size, width) = topk_ids.shape, w2.shape
+    pdl, bytes_held = _has_programmatic_launch(w2.device), MAX_PREFETCH * 32 * plan.warps
     out = torch.empty(tokens, hidden_size, dtype=activated.dtype, device=activated.device)
-    block = min(width & -width, 512)  # a power of two that divides it
-    threads = 32 * tile.warps
-    if plan.by_token:
-        _down_by_token_kernel[(hidden_size // tile.columns, tokens)](
+    if plan.routes == 1:
+        _down_by_token_kernel[(hidden_size // plan.columns, tokens)](
             activated, topk_weights, topk_ids, w2, w2_scale, out, first_expert, experts, top_k, hidden_size, width,
-            tile.columns, block, top_k * tile.columns * width <= MAX_PREFETCH * threads, pdl, num_warps=tile.warps,
-            **options,
+            plan.columns, top_k * plan.columns * width <= bytes_held, pdl, num_warps=plan.warps, **_options(pdl),
         )  # fmt: skip
         return out
     parts = torch.empty(tokens * top_k, hidden_size, dtype=torch.float32, device=activated.device)
-    _down_kernel[(hidden_size // tile.columns, tokens * top_k)](
+    _down_kernel[(hidden_size // plan.columns, tokens * top_k)](
         activated, topk_weights, topk_ids, w2, w2_scale, parts, tokens, first_expert, experts, top_k, hidden_size,
-        width, _token_lanes(tokens), plan.routes, tile.columns, tile.stages, plan.quantise, plan.weights_first,
-        tile.columns * width <= MAX_PREFETCH * threads, pdl, num_warps=tile.warps, **options,
+        width, max(plan.routes, _token_lanes(tokens)), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first,
+        plan.columns * width <= bytes_held, pdl, num_warps=plan.warps, **_options(pdl),
     )  # fmt: skip
     columns = 1024 if hidden_size % 1024 == 0 else BLOCK
     _sum_kernel[(hidden_size // columns, tokens)](
-        parts, topk_ids, out, first_expert, experts, top_k, hidden_size, columns, pdl, num_warps=4, **options
+        parts, topk_ids, out, first_expert, experts, top_k, hidden_size, columns, pdl, num_warps=4, **_options(pdl)
     )
     return out
 
@@ -291,6 +290,10 @@ def _has_programmatic_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def _options(pdl: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if pdl else {}  # other platforms do not know the option
+
+
 @triton.jit
 def _routes_alike(topk_ids_ptr, route, tokens, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
     """The expert of ``route``; for each token its route to that expert, or -1; how many of these precede ``route``."""
@@ -317,17 +320,53 @@ def _next_routes(alike, earlier, TOKENS: tl.constexpr, ROUTES: tl.constexpr):
 
 
 @triton.jit
-def _product(x, weight, QUANTISE: tl.constexpr, WEIGHTS_FIRST: tl.constexpr):
-    """x @ weight.T, or its transpose for ``WEIGHTS_FIRST``, over 128 inputs: x [routes, 128], weight [columns, 128]."""
-    if QUANTISE:
-        value = x.to(tl.float32)
-        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(value), axis=1), 1e-10), 448.0)
-        value = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))
-        x = tl.clamp(value, -448.0, 448.0).to(tl.float8e4nv)
+def _to_bfloat16(weight, ASSEMBLY: tl.constexpr):
+    """FP8 to bfloat16, exactly. The compiler's own way converts one value at a time, slower than they arrive."""
+    if ASSEMBLY:
+        # A byte's exponent and mantissa at their places in bfloat16 mean 2^-120 of what they meant; the sign moves up.
+        result = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, sign_low, sign_high;
+            prmt.b32 low, $2, 0, 0x4140;
+            prmt.b32 high, $2, 0, 0x4342;
+            and.b32 sign_low, low, 0x00800080;
+            and.b32 sign_high, high, 0x00800080;
+            mul.lo.u32 low, low, 16;
+            mul.lo.u32 high, high, 16;
+            mad.lo.u32 low, sign_low, 0xF0, low;
+            mad.lo.u32 high, sign_high, 0xF0, high;
+            mov.b32 sign_low, 0x7B807B80;
+            mul.rn.bf16x2 $0, low, sign_low;
+            mul.rn.bf16x2 $1, high, sign_low;
+            }""",
+            "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
     else:
-        weight = weight.to(tl.bfloat16)
+        result = weight.to(tl.bfloat16)
+    return result
+
+
+@triton.jit
+def _product(x, weight, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """x @ weight.T, or its transpose for ``WEIGHTS_FIRST``, over 128 inputs: x [routes, 128], weight [columns, 128]."""
+    scale = tl.full((x.shape[0],), 1.0, tl.float32)
+    if ACTIVATIONS == "bfloat16":
+        weight = _to_bfloat16(weight, ASSEMBLY)
+    else:
+        value = x.to(tl.float32)
+        most = tl.max(tl.abs(value), axis=1)
+        if ACTIVATIONS == "float16":
+            # A power of two that brings the largest below 2^15; the others keep all bits down to 2^-29 of it.
+            exponent = tl.maximum(most.to(tl.int32, bitcast=True) >> 23, 27)
+            scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+            inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+            x = (value * inverse[:, None]).to(tl.float16)
+            weight = weight.to(tl.float16)
+        else:
+            scale = tl.div_rn(tl.maximum(most, 1e-10), 448.0)
+            x = (value * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv)
     product = tl.dot(weight, tl.trans(x)) if WEIGHTS_FIRST else tl.dot(x, tl.trans(weight))
-    if QUANTISE:
+    if ACTIVATIONS != "bfloat16":
         product *= scale[None, :] if WEIGHTS_FIRST else scale[:, None]
     return product
 
@@ -336,7 +375,7 @@ def _product(x, weight, QUANTISE: tl.constexpr, WEIGHTS_FIRST: tl.constexpr):
 def _gate_up_kernel(
     x_ptr, topk_ids_ptr, weight_ptr, scale_ptr, activated_ptr, tokens, first_expert, experts, x_stride,
     TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROUTES: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, QUANTISE: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -362,7 +401,7 @@ def _gate_up_kernel(
         x = tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0)
         weight = tl.load(weight_rows + block * 128)
         scale = tl.where(is_up == 1, tl.load(up_scales + block), tl.load(gate_scales + block))
-        sums += _product(x, weight, QUANTISE, WEIGHTS_FIRST) * (scale[:, None] if WEIGHTS_FIRST else scale[None, :])
+        sums += _product(x, weight, ACTIVATIONS, WEIGHTS_FIRST, PDL) * (scale[:, None] if WEIGHTS_FIRST else scale[None, :])
     if WEIGHTS_FIRST:
         sums = tl.trans(sums)
     gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
@@ -375,7 +414,7 @@ def _gate_up_kernel(
 def _down_kernel(
     activated_ptr, topk_weights_ptr, topk_ids_ptr, weight_ptr, scale_ptr, parts_ptr, tokens, first_expert, experts,
     TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROUTES: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, QUANTISE: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
     PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -404,12 +443,12 @@ def _down_kernel(
         for block in tl.static_range(WIDTH // 128):
             inputs = inputs + (tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0),)
         for block in tl.static_range(WIDTH // 128):
-            sums += _product(inputs[block], weights[block], QUANTISE, WEIGHTS_FIRST) * tl.load(scales + block)
+            sums += _product(inputs[block], weights[block], ACTIVATIONS, WEIGHTS_FIRST, PDL) * tl.load(scales + block)
     else:
         for block in tl.range(WIDTH // 128, num_stages=STAGES):
             x = tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0)
             weight = tl.load(weight_rows + block * 128)
-            sums += _product(x, weight, QUANTISE, WEIGHTS_FIRST) * tl.load(scales + block)
+            sums += _product(x, weight, ACTIVATIONS, WEIGHTS_FIRST, PDL) * tl.load(scales + block)
     if WEIGHTS_FIRST:
         sums = tl.trans(sums)
     place = parts_ptr + route[:, None] * HIDDEN_SIZE + column + tl.arange(0, COLUMNS)[None, :]
@@ -434,41 +473,61 @@ def _sum_kernel(
     tl.store(out_ptr + token * HIDDEN_SIZE + column, total.to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _add_block(sums, weight, x_ptr, scale, is_local, k, COLUMNS: tl.constexpr):
+    """``sums`` [columns, 128] and the products of one block of 128 inputs, not yet summed over these."""
+    # Each thread reads what it multiplies: an address a product, so that nothing passes through shared memory.
+    x = tl.load(x_ptr + tl.zeros((COLUMNS, 1), tl.int32) + k[None, :], mask=is_local, other=0.0)
+    return sums + weight.to(tl.float32) * (x.to(tl.float32) * scale)
+
+
 @triton.jit(do_not_specialize=["first_expert", "experts"])
 def _down_by_token_kernel(
     activated_ptr, topk_weights_ptr, topk_ids_ptr, weight_ptr, scale_ptr, out_ptr, first_expert, experts,
-    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     token = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS
     row = column + tl.arange(0, COLUMNS)
-    k = tl.arange(0, BLOCK_K)
-    experts_of_token, is_local, weights = (), (), ()
-    for choice in tl.static_range(TOP_K):
-        expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
-        is_local = is_local + ((expert >= 0) & (expert < experts),)
-        experts_of_token = experts_of_token + (tl.where(is_local[choice], expert, 0),)
-        if PREFETCH:  # while the kernel before this one still runs
-            weight_rows = weight_ptr + (experts_of_token[choice].to(tl.int64) * HIDDEN_SIZE + row[:, None]) * WIDTH
-            for start in tl.static_range(0, WIDTH, BLOCK_K):
-                weights = weights + (tl.load(weight_rows + start + k[None, :], mask=is_local[choice], other=0.0),)
+    k = tl.arange(0, 128)
+    weight_block = weight_ptr + row[:, None] * WIDTH + k[None, :]
+    scale_row = scale_ptr + column // 128 * (WIDTH // 128)
+    weights, scales, is_local = (), (), ()
+    if PREFETCH:  # while the kernel before this one still runs
+        for choice in tl.static_range(TOP_K):
+            expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
+            is_local = is_local + ((expert >= 0) & (expert < experts),)
+            expert = tl.where(is_local[choice], expert, 0).to(tl.int64)
+            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice)
+            for block in tl.static_range(WIDTH // 128):
+                place = weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128
+                weights = weights + (tl.load(place, mask=is_local[choice], other=0.0),)
+                scale = tl.load(scale_row + expert * (HIDDEN_SIZE // 128 * (WIDTH // 128)) + block)
+                scales = scales + (scale * routing_weight,)
     if PDL:
         gdc_wait()
-    sums = tl.zeros((COLUMNS, BLOCK_K), tl.float32)
-    for choice in tl.static_range(TOP_K):
-        expert, route = experts_of_token[choice], token * TOP_K + choice
-        weight_rows = weight_ptr + (expert.to(tl.int64) * HIDDEN_SIZE + row[:, None]) * WIDTH
-        scales = scale_ptr + (expert * (HIDDEN_SIZE // 128) + column // 128) * (WIDTH // 128)
-        routing_weight = tl.load(topk_weights_ptr + route)
-        for start in tl.static_range(0, WIDTH, BLOCK_K):
-            if PREFETCH:
-                weight = weights[choice * (WIDTH // BLOCK_K) + start // BLOCK_K]
-            else:
-                weight = tl.load(weight_rows + start + k[None, :], mask=is_local[choice], other=0.0)
-            x = tl.load(activated_ptr + route * WIDTH + start + k, mask=is_local[choice], other=0.0).to(tl.float32)
-            x *= tl.load(scales + (start + k) // 128) * routing_weight
-            sums += weight.to(tl.float32) * x[None, :]
+    sums = tl.zeros((COLUMNS, 128), tl.float32)
+    if PREFETCH:
+        for choice in tl.static_range(TOP_K):
+            x_row = activated_ptr + (token * TOP_K + choice) * WIDTH
+            for block in tl.static_range(WIDTH // 128):
+                sums = _add_block(
+                    sums, weights[choice * (WIDTH // 128) + block], x_row + block * 128,
+                    scales[choice * (WIDTH // 128) + block], is_local[choice], k, COLUMNS,
+                )  # fmt: skip
+    else:
+        for choice in range(TOP_K):
+            x_row = activated_ptr + (token * TOP_K + choice) * WIDTH
+            expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
+            local = (expert >= 0) & (expert < experts)
+            expert = tl.where(local, expert, 0).to(tl.int64)
+            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice)
+            for block in tl.static_range(WIDTH // 128):
+                place = weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128
+                weight = tl.load(place, mask=local, other=0.0)
+                scale = tl.load(scale_row + expert * (HIDDEN_SIZE // 128 * (WIDTH // 128)) + block) * routing_weight
+                sums = _add_block(sums, weight, x_row + block * 128, scale, local, k, COLUMNS)
     tl.store(out_ptr + token * HIDDEN_SIZE + row, tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty))
