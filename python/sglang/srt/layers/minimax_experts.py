@@ -143,6 +143,8 @@ def reason_against_plans(experts: torch.nn.Module) -> str | None:
         return "it knows SiLU(gate) * up, summed with the routing weights on this rank, and these experts do otherwise"
     if server_args.enable_lora or server_args.lora_paths:
         return "LoRA adapters have a part in the experts"
+    if server_args.cpu_offload_gb or server_args.offload_group_size > 0:
+        return "weights are offloaded, and come back where the engine's own experts run"
     if server_args.enable_symm_mem:
         return "--enable-symm-mem wants the output in memory of its own"
     if server_args.enable_deterministic_inference:
@@ -364,7 +366,8 @@ def _product(x, weight, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, 
             weight = weight.to(tl.float16)
         else:
             scale = tl.div_rn(tl.maximum(most, 1e-10), 448.0)
-            x = (value * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv)
+            # By division: a product with the inverse may fall on the other side of the middle of two FP8 values.
+            x = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape)).to(tl.float8e4nv)
     product = tl.dot(weight, tl.trans(x)) if WEIGHTS_FIRST else tl.dot(x, tl.trans(weight))
     if ACTIVATIONS != "bfloat16":
         product *= scale[None, :] if WEIGHTS_FIRST else scale[:, None]
