@@ -35,8 +35,9 @@ TORCH = {
 def converted(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarray:
     """Triton's values of one type as another's, in the interpreter's integers, rounded to nearest even as on a GPU."""
     values = torch.from_numpy(np.ascontiguousarray(data).view(f"int{source.primitive_bitwidth}"))
-    found = values.view(TORCH[source.name]).to(TORCH[target.name])
-    return found.view(getattr(torch, f"int{target.primitive_bitwidth}")).numpy().view(f"uint{target.primitive_bitwidth}")
+    bits = target.primitive_bitwidth
+    found = values.view(TORCH[source.name]).to(TORCH[target.name]).view(getattr(torch, f"int{bits}"))
+    return found.numpy().view(f"uint{bits}")
 
 
 @pytest.fixture(autouse=True)
@@ -129,9 +130,7 @@ def check(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize(
-    ("tokens", "routing", "width"), [(1, "uniform", 256), (5, "missing", 384), (20, "same", 128)]
-)
+@pytest.mark.parametrize(("tokens", "routing", "width"), [(1, "uniform", 256), (5, "missing", 384), (20, "same", 128)])
 def test_every_plan_is_right(name, tokens, routing, width):
     arguments = problem(tokens, routing, width)
     check(run(PLANS[name], arguments), exact(PLANS[name], arguments))

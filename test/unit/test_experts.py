@@ -1,4 +1,4 @@
-"""When a layer takes the experts' kernels, for how many tokens, by which plan, and what they compute when interpreted."""
+"""When a layer takes the experts' kernels, for how many tokens, by which plan; what they compute when interpreted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_plan_is_one_that_any_division_of_the_experts_can_run(plan):
     for projection in plan:
         assert 128 % projection.columns == 0, "a tile must lie within a block of scales"
         assert projection.activations in ("bfloat16", "float16", "float8")
-        assert projection.routes >= 16 or projection is plan.down and projection.routes == 1
+        assert projection.routes >= 16 or (projection is plan.down and projection.routes == 1)
 
 
 def layer(**changes):

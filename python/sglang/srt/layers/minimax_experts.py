@@ -16,6 +16,8 @@ the engine's experts; a plan may do that too. Sums, SiLU and routing weights are
 is silu(gate) * up and the output. No atomics: the same inputs give the same bits.
 """
 
+# ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
+
 from __future__ import annotations
 
 import functools
@@ -210,14 +212,14 @@ def gate_up(
     x: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, first_expert: int,
     plan: Projection,
 ) -> torch.Tensor:  # fmt: skip
-    """[tokens * top_k, width] bfloat16: silu(gate) * up of each route; those of other ranks' experts are not written."""
+    """[tokens * top_k, width] bfloat16: silu(gate) * up of each route; other ranks' experts' are not written."""
     _check(x, topk_ids, w13, w13_scale)
     (tokens, hidden_size), top_k, width = x.shape, topk_ids.shape[1], w13.shape[1] // 2
     activated = torch.empty(tokens * top_k, width, dtype=x.dtype, device=x.device)
     pdl = _has_programmatic_launch(x.device)
     _gate_up_kernel[(width // plan.columns, tokens * top_k)](
         x, topk_ids, w13, w13_scale, activated, tokens, first_expert, w13.shape[0], x.stride(0), top_k, hidden_size,
-        width, max(plan.routes, _token_lanes(tokens)), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first, pdl,
+        width, _lanes(tokens, plan), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first, pdl,
         num_warps=plan.warps, **_options(pdl),
     )  # fmt: skip
     return activated
@@ -242,7 +244,7 @@ def down(
     parts = torch.empty(tokens * top_k, hidden_size, dtype=torch.float32, device=activated.device)
     _down_kernel[(hidden_size // plan.columns, tokens * top_k)](
         activated, topk_weights, topk_ids, w2, w2_scale, parts, tokens, first_expert, experts, top_k, hidden_size,
-        width, max(plan.routes, _token_lanes(tokens)), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first,
+        width, _lanes(tokens, plan), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first,
         plan.columns * width <= bytes_held, pdl, num_warps=plan.warps, **_options(pdl),
     )  # fmt: skip
     columns = 1024 if hidden_size % 1024 == 0 else BLOCK
@@ -282,8 +284,9 @@ def _check(x: torch.Tensor, topk_ids: torch.Tensor, weight: torch.Tensor, scale:
     )
 
 
-def _token_lanes(tokens: int) -> int:
-    return max(16, triton.next_power_of_2(tokens))
+def _lanes(tokens: int, plan: Projection) -> int:
+    """How many tokens a CTA looks through for its expert's."""
+    return max(plan.routes, triton.next_power_of_2(tokens))
 
 
 @functools.cache
@@ -378,7 +381,8 @@ def _product(x, weight, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, 
 def _gate_up_kernel(
     x_ptr, topk_ids_ptr, weight_ptr, scale_ptr, activated_ptr, tokens, first_expert, experts, x_stride,
     TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROUTES: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
@@ -404,7 +408,9 @@ def _gate_up_kernel(
         x = tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0)
         weight = tl.load(weight_rows + block * 128)
         scale = tl.where(is_up == 1, tl.load(up_scales + block), tl.load(gate_scales + block))
-        sums += _product(x, weight, ACTIVATIONS, WEIGHTS_FIRST, PDL) * (scale[:, None] if WEIGHTS_FIRST else scale[None, :])
+        sums += _product(x, weight, ACTIVATIONS, WEIGHTS_FIRST, PDL) * (
+            scale[:, None] if WEIGHTS_FIRST else scale[None, :]
+        )
     if WEIGHTS_FIRST:
         sums = tl.trans(sums)
     gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
