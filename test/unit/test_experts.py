@@ -67,7 +67,7 @@ def server(monkeypatch):
     """A server's arguments on an H200, no dispatcher."""
     arguments = SimpleNamespace(
         enable_lora=None, lora_paths=None, enable_symm_mem=False, enable_deterministic_inference=False,
-        cpu_offload_gb=0, offload_group_size=-1,
+        cpu_offload_gb=0, offload_group_size=-1, moe_runner_backend="cutlass",
     )  # fmt: skip
     monkeypatch.setattr(experts, "is_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -94,7 +94,7 @@ def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypa
         ({"block_quant": False}, "FP8 weights in blocks"),
         ({"quant_method": SimpleNamespace()}, "SimpleNamespace"),
         ({"weight_block_size": [64, 128]}, "[64, 128]"),
-        ({"runner": "deep_gemm"}, "deep_gemm"),
+        ({"runner": "deep_gemm"}, "--moe-runner-backend cutlass"),
         ({"intermediate_size_per_partition": 192}, "192"),
         ({"top_k": 6}, "6 experts"),
         ({"activation": "gelu"}, "SiLU"),
@@ -126,6 +126,12 @@ def test_an_option_that_the_kernels_do_not_know_leaves_them_out(server, option, 
     assert experts.reason_against_plans(layer()) is None
     setattr(server, option, value)
     assert reason in experts.reason_against_plans(layer())
+
+
+def test_a_backend_without_a_runner_of_its_own_leaves_them_out(server):
+    without = layer()
+    del without.runner  # as the engine's cutlass experts have it
+    assert "--moe-runner-backend cutlass" in experts.reason_against_plans(without)
 
 
 def test_other_hardware_and_a_dispatcher_leave_them_out(server, monkeypatch):

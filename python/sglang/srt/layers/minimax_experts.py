@@ -129,8 +129,8 @@ def reason_against_plans(experts: torch.nn.Module) -> str | None:
         return f"it reads FP8 weights in blocks, and these experts are {type(method).__name__}'s"
     if list(method.quant_config.weight_block_size) != [BLOCK, BLOCK]:
         return f"its blocks are {BLOCK} x {BLOCK}, and these are {method.quant_config.weight_block_size}"
-    if not experts.runner.runner_backend.is_triton():
-        return f"--moe-runner-backend {experts.runner.runner_backend.value} asks for other kernels"
+    if not hasattr(experts, "runner") or not experts.runner.runner_backend.is_triton():
+        return f"--moe-runner-backend {server_args.moe_runner_backend} asks for other kernels"
     if experts.hidden_size % BLOCK or experts.intermediate_size_per_partition % BLOCK:
         return f"a width of {experts.intermediate_size_per_partition} is no multiple of {BLOCK}"
     if torch.get_default_dtype() != torch.bfloat16:
