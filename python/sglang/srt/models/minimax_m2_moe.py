@@ -19,6 +19,7 @@ from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_r
 from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 from sglang.srt.layers.communicator import LayerCommunicator
 from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.minimax_experts import choose_experts
 from sglang.srt.layers.minimax_router import choose_route, choose_router_logits
 from sglang.srt.layers.minimax_sharding import expert_shape_of
 from sglang.srt.layers.moe import (
@@ -98,13 +99,14 @@ class MiniMaxM2MoE(nn.Module):
             quant_config=quant_config,
             prefix=add_prefix("experts", prefix),
         )
+        self.run_experts = choose_experts(self.experts)
 
     def forward(
         self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction
     ) -> torch.Tensor:
         """From and to [tokens, hidden_size]; with ``ExpertReduction.MODEL`` the sum over all ranks, else my part."""
         topk_output = self._route(hidden_states, forward_batch, reduction)
-        output = self.experts(hidden_states, topk_output)
+        output = self.run_experts(self.experts, hidden_states, topk_output)
         return self._all_reduce(output) if reduction is ExpertReduction.MODEL else output
 
     def _route(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction):
