@@ -5,15 +5,20 @@ For token t, its experts e = topk_ids[t] and their weights p = topk_weights[t]:
     gate, up = x[t] @ w13[e].T                          # 2 x [width]
     out[t]   = sum over e of p[e] * (silu(gate) * up) @ w2[e].T
 
-The engine takes eight launches: two sort routes, two quantise, two multiply, one is the SiLU, one the sum. For few
-tokens all that must be done is to read the weights of the experts that were chosen. So here are three launches, or two:
-gate and up with the SiLU; down; and the sum, which for the fewest tokens the down projection makes itself. Nothing is
-sorted. There is a CTA for each route (a token's choice of an expert) and tile of the output; of the routes that lead to
-one expert the first one's CTA works for all of them, and the others leave.
+The engine takes eight launches: two sort routes, two quantise, two multiply, one is the SiLU, one the sum. Here are
+four, or for one or two tokens two. A *route* is a token's choice of an expert.
 
-An FP8 weight is converted to bfloat16 or float16, exactly, and so activations need not be rounded to FP8 as they are in
-the engine's experts; a plan may do that too. Sums, SiLU and routing weights are float32; what is rounded, to bfloat16,
-is silu(gate) * up and the output. No atomics: the same inputs give the same bits.
+    list    the work: for each expert that was chosen its routes; and x quantised to FP8
+    gate up silu(gate) * up of each route
+    down    its product with w2, weighted, in float32
+    sum     over a token's experts
+
+For the fewest tokens routes seldom share an expert, nothing is listed, and a CTA of the down projection takes all of
+its token's experts and so makes the sum. Else CTAs, as many as fit on the GPU, go through the list: no CTA is started
+only to find that it has no work. A plan may leave x in bfloat16, and then weights are converted, exactly.
+
+Sums, SiLU and routing weights are float32; FP8 sums are those of the engine's kernels, float32 over groups of 128.
+What is rounded, to bfloat16, is silu(gate) * up and the output. No float atomics: the same inputs give the same bits.
 """
 
 # ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
@@ -29,6 +34,8 @@ import torch
 import triton
 import triton.language as tl
 from sglang.srt.compilation.piecewise_context_manager import is_in_piecewise_cuda_graph
+from sglang.srt.layers.minimax_fp8_linear import _prefetch, _quantise
+from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
 from sglang.srt.layers.moe.topk import TopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
@@ -41,55 +48,63 @@ logger = logging.getLogger(__name__)
 
 Experts = Callable[[torch.nn.Module, torch.Tensor, TopKOutput], torch.Tensor]
 BLOCK = 128  # of the scales
-MAX_PREFETCH = 96 * 4  # bytes of weights that a thread may hold before its inputs are there
+MAX_HELD = 96 * 4  # bytes of weights that a thread may hold before its inputs are there
 
 
 class Projection(NamedTuple):
     """How the CTAs of gate and up, or of down, divide their work.
 
     Attributes:
-        routes: of one expert, that a CTA takes at once, 16 or more. Of down also 1: a CTA takes a token with all its
-            experts and leaves nothing to sum. Weights that tokens share are read again then, from the L2 cache at best.
-        activations: what they are multiplied as; sums are float32 with each, and with 1 route so are the products.
-            bfloat16    as they are
-            float16     in groups of 128 with a power of two for each, which costs them nothing that float32 sums keep
-            float8      quantised in groups of 128 with scale = absmax / 448, as the engine does
-        weights_first: weights are the left operand of a product, of which a warp group's instruction takes 64 rows.
+        activations: what they are multiplied as, and so by whom:
+            float32   on the floating-point units, by a CTA for each route (gate and up) or token (down): weights that
+                      tokens share are read again, from the L2 cache at best
+            bfloat16  on tensor cores, in products of which an instruction takes 16 routes
+            float8    on tensor cores, quantised in groups of 128 with scale = absmax / 448, as the engine does; an
+                      instruction takes 64 rows of weights, so no fewer are a CTA's
         columns: of silu(gate) * up, or of the output, that are a CTA's; a power of two up to 128.
         warps: of a CTA.
-        stages: blocks of 128 inputs that are in flight.
+        stages: blocks of 128 inputs that are in flight; with float32 all are.
+        ctas: of an SM, which go through the list.
     """
 
-    routes: int
     activations: str
-    weights_first: bool
     columns: int
     warps: int
-    stages: int
+    stages: int = 1
+    ctas: int = 1
 
 
 class Plan(NamedTuple):
-    """Both projections."""
+    """Both projections, and how many routes of one expert a CTA takes at once: 16 or more, a power of two."""
 
+    routes: int
     gate_up: Projection
     down: Projection
 
+    @property
+    def lists(self) -> bool:
+        """Whether one of the projections goes through the list of work."""
+        return self.gate_up.activations != "float32" or self.down.activations != "float32"
 
-# Measured on one H200, 256 experts of width 384: benchmark/results/experts_h200.json. From 16 tokens on, evenly routed, the
-# engine's kernels are faster.
-PLANS = {  # up to so many tokens
-    1: Plan(Projection(16, "bfloat16", False, 32, 4, 4), Projection(1, "bfloat16", False, 8, 2, 1)),
-    2: Plan(Projection(16, "bfloat16", False, 32, 4, 4), Projection(16, "float16", False, 128, 4, 3)),
-    4: Plan(Projection(16, "bfloat16", False, 32, 4, 6), Projection(16, "float16", False, 128, 4, 3)),
-    8: Plan(Projection(16, "bfloat16", False, 32, 4, 4), Projection(16, "float16", False, 128, 4, 3)),
+
+_FEWEST = Plan(16, Projection("float32", 8, 4), Projection("float32", 8, 2))
+_FEW = Plan(16, Projection("float8", 32, 4, 6, 3), Projection("float8", 128, 4, 3, 4))
+
+# Local width of an expert: up to so many tokens. Guesses, until benchmark/experts.py has timed them.
+PLANS: dict[int, dict[int, Plan]] = {
+    384: {2: _FEWEST, 8: _FEW},
+    768: {2: _FEWEST, 8: _FEW},
 }
-MAX_TOKENS = max(PLANS)
-"""No more are planned for; above it the engine's experts run."""
 
 
-def plan_for(tokens: int) -> Plan:
-    """The plan for ``tokens`` in 1 to ``MAX_TOKENS``."""
-    return next(plan for limit, plan in PLANS.items() if tokens <= limit)
+def plans_for(width: int) -> dict[int, Plan]:
+    """The plans of a width by the most tokens that they are for; those of the width nearest to it."""
+    return PLANS[min(PLANS, key=lambda planned: max(planned / width, width / planned))]
+
+
+def plan_for(tokens: int, width: int) -> Plan | None:
+    """The plan for ``tokens`` of 1 or more; None: no more are planned for, and the engine's experts run."""
+    return next((plan for limit, plan in plans_for(width).items() if tokens <= limit), None)
 
 
 def choose_experts(experts: torch.nn.Module) -> Experts:
@@ -98,7 +113,7 @@ def choose_experts(experts: torch.nn.Module) -> Experts:
     Called once, when the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
     """
     reason = reason_against_plans(experts)
-    _log_once(reason)
+    _log_once(reason, 0 if reason else max(plans_for(experts.intermediate_size_per_partition)))
     return few_or_many_tokens if reason is None else engine_experts
 
 
@@ -108,9 +123,10 @@ def engine_experts(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_o
 
 
 def few_or_many_tokens(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput) -> torch.Tensor:
-    """The kernels here up to ``MAX_TOKENS`` tokens, and the engine's above."""
+    """The kernels here up to as many tokens as there are plans for, and the engine's above."""
+    tokens, width = hidden_states.shape[0], experts.intermediate_size_per_partition
     # Piecewise graphs are for prefill, and the engine has an op for its experts in them.
-    if is_in_piecewise_cuda_graph() or not 0 < hidden_states.shape[0] <= MAX_TOKENS:
+    if is_in_piecewise_cuda_graph() or tokens == 0 or plan_for(tokens, width) is None:
         return experts(hidden_states, topk_output)
     assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"
     return minimax_experts(
@@ -157,8 +173,8 @@ def reason_against_plans(experts: torch.nn.Module) -> str | None:
 
 
 @functools.lru_cache
-def _log_once(reason: str | None) -> None:
-    fused = f"two or three kernels up to {MAX_TOKENS} tokens"
+def _log_once(reason: str | None, limit: int) -> None:
+    fused = f"two or four kernels up to {limit} tokens"
     what = fused if reason is None else f"the engine's kernels, since {reason}"
     log_info_on_rank0(logger, f"The experts' output comes from {what}.")
 
@@ -181,7 +197,7 @@ def minimax_experts(
     w2_scale: torch.Tensor,
     first_expert: int,
 ) -> torch.Tensor:
-    """The experts of 0 to ``MAX_TOKENS`` tokens.
+    """The experts of as many tokens as :func:`plan_for` has a plan for, or none.
 
     Args:
         hidden_states: [tokens, hidden_size] bfloat16, rows at any stride.
@@ -200,58 +216,119 @@ def minimax_experts(
     Raises:
         ValueError: more tokens than there is a plan for.
     """
-    tokens = hidden_states.shape[0]
+    tokens, width = hidden_states.shape[0], w2.shape[2]
     if tokens == 0:
         return torch.empty_like(hidden_states)
-    if tokens > MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens: there are plans up to {MAX_TOKENS}; call the engine's experts for more")
-    plan = plan_for(tokens)
-    activated = gate_up(hidden_states, topk_ids, w13, w13_scale, first_expert, plan.gate_up)
-    return down(activated, topk_weights, topk_ids, w2, w2_scale, first_expert, plan.down)
+    plan = plan_for(tokens, width)
+    if plan is None:
+        limit = max(plans_for(width))
+        raise ValueError(f"{tokens} tokens: there are plans up to {limit}; call the engine's experts for more")
+    return run_plan(plan, hidden_states, topk_weights, topk_ids, w13, w13_scale, w2, w2_scale, first_expert)
+
+
+def run_plan(
+    plan: Plan, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor,
+    w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, first_expert: int,
+) -> torch.Tensor:  # fmt: skip
+    """:func:`minimax_experts` by one plan, for any number of tokens but none."""
+    routing = Routing(topk_ids, topk_weights, first_expert, w13.shape[0])
+    work = list_work(hidden_states, routing, plan) if plan.lists else None
+    activated = gate_up(hidden_states, routing, work, w13, w13_scale, plan)
+    return down(activated, routing, work, w2, w2_scale, plan)
+
+
+class Routing(NamedTuple):
+    """Who goes where: ids and weights [tokens, top_k], and which of all experts are here."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    first_expert: int
+    experts: int
+
+
+class Work(NamedTuple):
+    """What one launch prepares for the tensor cores.
+
+    Attributes:
+        items: [1 + items, 2 + routes] int32. Row 0 begins with the number of items; each row after it is an item: an
+            expert of this rank, the number of its routes, and these. The rest holds anything.
+        x: [tokens, hidden_size] e4m3, where gate and up are multiplied in FP8.
+        x_scale: [tokens, hidden_size / 128] float32.
+    """
+
+    items: torch.Tensor
+    x: torch.Tensor | None
+    x_scale: torch.Tensor | None
+
+
+def list_work(x: torch.Tensor, routing: Routing, plan: Plan) -> Work:
+    """The list of work for ``plan``, whose items are in the order of their experts."""
+    (tokens, hidden_size), routes = x.shape, routing.ids.numel()
+    # Each expert has at most one item that is not full.
+    most = min(routes, routing.experts + routes // plan.routes)
+    items = torch.empty(1 + most, 2 + plan.routes, dtype=torch.int32, device=x.device)
+    quantised = x_scale = None
+    if plan.gate_up.activations == "float8":
+        quantised = torch.empty(tokens, hidden_size, dtype=torch.float8_e4m3fn, device=x.device)
+        x_scale = torch.empty(tokens, hidden_size // BLOCK, dtype=torch.float32, device=x.device)
+    pdl = has_programmatic_launch(x.device)
+    _list_kernel[(tokens,)](
+        x, routing.ids, items, quantised, x_scale, tokens, routing.first_expert, routing.experts, x.stride(0),
+        routing.ids.shape[1], hidden_size, triton.next_power_of_2(max(tokens, 16)),
+        triton.next_power_of_2(routing.experts), plan.routes, quantised is not None, pdl, num_warps=4, **_options(pdl),
+    )  # fmt: skip
+    return Work(items, quantised, x_scale)
 
 
 def gate_up(
-    x: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor, w13_scale: torch.Tensor, first_expert: int,
-    plan: Projection,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor, routing: Routing, work: Work | None, w13: torch.Tensor, w13_scale: torch.Tensor, plan: Plan
+) -> torch.Tensor:
     """[tokens * top_k, width] bfloat16: silu(gate) * up of each route; other ranks' experts' are not written."""
-    _check(x, topk_ids, w13, w13_scale)
-    (tokens, hidden_size), top_k, width = x.shape, topk_ids.shape[1], w13.shape[1] // 2
-    activated = torch.empty(tokens * top_k, width, dtype=x.dtype, device=x.device)
-    pdl = _has_programmatic_launch(x.device)
-    _gate_up_kernel[(width // plan.columns, tokens * top_k)](
-        x, topk_ids, w13, w13_scale, activated, tokens, first_expert, w13.shape[0], x.stride(0), top_k, hidden_size,
-        width, _lanes(tokens, plan), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first, pdl,
-        num_warps=plan.warps, **_options(pdl),
+    _check(x, routing.ids, w13, w13_scale)
+    hidden_size, top_k, width, how = x.shape[1], routing.ids.shape[1], w13.shape[1] // 2, plan.gate_up
+    activated = torch.empty(routing.ids.numel(), width, dtype=x.dtype, device=x.device)
+    pdl, tiles = has_programmatic_launch(x.device), width // how.columns
+    if how.activations == "float32":
+        _gate_up_by_route_kernel[(tiles, routing.ids.numel())](
+            x, routing.ids, w13, w13_scale, activated, routing.first_expert, routing.experts, x.stride(0), top_k,
+            hidden_size, width, how.columns, pdl, num_warps=how.warps, **_options(pdl),
+        )  # fmt: skip
+        return activated
+    assert work is not None, "tensor cores want a list of work: list_work"
+    x = x if work.x is None else work.x
+    _gate_up_kernel[(_ctas(work, tiles, how),)](
+        x, work.x_scale, work.items, w13, w13_scale, activated, x.stride(0), top_k, hidden_size, width, plan.routes,
+        how.columns, how.stages, work.x is not None, pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     return activated
 
 
 def down(
-    activated: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w2: torch.Tensor,
-    w2_scale: torch.Tensor, first_expert: int, plan: Projection,
-) -> torch.Tensor:  # fmt: skip
+    activated: torch.Tensor, routing: Routing, work: Work | None, w2: torch.Tensor, w2_scale: torch.Tensor, plan: Plan
+) -> torch.Tensor:
     """[tokens, hidden_size] bfloat16: the down projections of a token's experts, weighted and summed."""
-    _check(activated, topk_ids, w2, w2_scale)
-    assert topk_weights.is_contiguous() and topk_weights.dtype == torch.float32, "float32 weights, [tokens, top_k]"
-    (tokens, top_k), (experts, hidden_size, width) = topk_ids.shape, w2.shape
-    pdl, bytes_held = _has_programmatic_launch(w2.device), MAX_PREFETCH * 32 * plan.warps
+    ids, weights, first_expert, experts = routing
+    _check(activated, ids, w2, w2_scale)
+    assert weights.is_contiguous() and weights.dtype == torch.float32, "float32 weights, [tokens, top_k]"
+    (tokens, top_k), (hidden_size, width), how = ids.shape, w2.shape[1:], plan.down
+    pdl, tiles = has_programmatic_launch(w2.device), hidden_size // how.columns
     out = torch.empty(tokens, hidden_size, dtype=activated.dtype, device=activated.device)
-    if plan.routes == 1:
-        _down_by_token_kernel[(hidden_size // plan.columns, tokens)](
-            activated, topk_weights, topk_ids, w2, w2_scale, out, first_expert, experts, top_k, hidden_size, width,
-            plan.columns, top_k * plan.columns * width <= bytes_held, pdl, num_warps=plan.warps, **_options(pdl),
+    if how.activations == "float32":
+        fits = top_k * how.columns * width <= MAX_HELD * 32 * how.warps
+        _down_by_token_kernel[(tiles, tokens)](
+            activated, weights, ids, w2, w2_scale, out, first_expert, experts, top_k, hidden_size, width, how.columns,
+            fits, pdl, num_warps=how.warps, **_options(pdl),
         )  # fmt: skip
         return out
+    assert work is not None, "tensor cores want a list of work: list_work"
     parts = torch.empty(tokens * top_k, hidden_size, dtype=torch.float32, device=activated.device)
-    _down_kernel[(hidden_size // plan.columns, tokens * top_k)](
-        activated, topk_weights, topk_ids, w2, w2_scale, parts, tokens, first_expert, experts, top_k, hidden_size,
-        width, _lanes(tokens, plan), plan.routes, plan.columns, plan.stages, plan.activations, plan.weights_first,
-        plan.columns * width <= bytes_held, pdl, num_warps=plan.warps, **_options(pdl),
+    _down_kernel[(_ctas(work, tiles, how),)](
+        activated, weights, work.items, w2, w2_scale, parts, hidden_size, width, plan.routes, how.columns, how.stages,
+        how.activations == "float8", pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     columns = 1024 if hidden_size % 1024 == 0 else BLOCK
     _sum_kernel[(hidden_size // columns, tokens)](
-        parts, topk_ids, out, first_expert, experts, top_k, hidden_size, columns, pdl, num_warps=4, **_options(pdl)
+        parts, ids, out, first_expert, experts, top_k, hidden_size, columns, pdl, num_warps=4, **_options(pdl)
     )
     return out
 
@@ -286,44 +363,70 @@ def _check(x: torch.Tensor, topk_ids: torch.Tensor, weight: torch.Tensor, scale:
     )
 
 
-def _lanes(tokens: int, plan: Projection) -> int:
-    """How many tokens a CTA looks through for its expert's."""
-    return max(plan.routes, triton.next_power_of_2(tokens))
+def _ctas(work: Work, tiles: int, how: Projection) -> int:
+    """CTAs for a list of this length: as many as the GPU holds, or as there is work for."""
+    return min((work.items.shape[0] - 1) * tiles, _sms(work.items.device) * how.ctas)
 
 
 @functools.cache
-def _has_programmatic_launch(device: torch.device) -> bool:
-    """Whether a kernel may start while its predecessor in the stream still runs: Hopper and later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+def _sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _options(pdl: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if pdl else {}  # other platforms do not know the option
 
 
-@triton.jit
-def _routes_alike(topk_ids_ptr, route, tokens, TOP_K: tl.constexpr, TOKENS: tl.constexpr):
-    """The expert of ``route``; for each token its route to that expert, or -1; how many of these precede ``route``."""
-    token = tl.arange(0, TOKENS)
-    choice = tl.arange(0, TOP_K)
-    expert = tl.load(topk_ids_ptr + route)
-    routes = token[:, None] * TOP_K + choice[None, :]
-    ids = tl.load(topk_ids_ptr + routes, mask=token[:, None] < tokens, other=-1)
-    alike = tl.max(tl.where((ids == expert) & (token[:, None] < tokens), routes, -1), axis=1)
-    return expert, alike, tl.sum(((alike >= 0) & (alike < route)).to(tl.int32))
+@triton.jit(do_not_specialize=["tokens", "first_expert", "experts"])
+def _list_kernel(
+    x_ptr, topk_ids_ptr, items_ptr, quantised_ptr, x_scale_ptr, tokens, first_expert, experts, x_stride,
+    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, ROUTES: tl.constexpr,
+    QUANTISE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A CTA for each token finds the places of its routes in the list, and quantises it."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    other = tl.arange(0, TOKENS * TOP_K)
+    others = tl.load(topk_ids_ptr + other, mask=other < tokens * TOP_K, other=-1)
+    is_local = (others >= first_expert) & (others < first_expert + experts)
+    others = tl.where(is_local, others - first_expert, -1)
+    route = token * TOP_K + tl.arange(0, TOP_K)
+    expert = tl.load(topk_ids_ptr + route) - first_expert
+    if QUANTISE:
+        for block in tl.static_range(triton.cdiv(HIDDEN_SIZE, 1024)):
+            group = block * 8 + tl.arange(0, 8)[:, None]
+            place = group * 128 + tl.arange(0, 128)[None, :]
+            x = tl.load(x_ptr + token.to(tl.int64) * x_stride + place, mask=place < HIDDEN_SIZE, other=0.0)
+            quantised, scale = _quantise(x)
+            tl.store(quantised_ptr + token * HIDDEN_SIZE + place, quantised, mask=place < HIDDEN_SIZE)
+            tl.store(x_scale_ptr + token * (HIDDEN_SIZE // 128) + group, scale, mask=group < HIDDEN_SIZE // 128)
+    counts = tl.histogram(tl.where(is_local, others, 0), EXPERTS, mask=is_local)
+    items = (counts + (ROUTES - 1)) // ROUTES
+    firsts = tl.cumsum(items, 0) - items
+    is_expert = expert[:, None] == tl.arange(0, EXPERTS)[None, :]
+    count = tl.sum(tl.where(is_expert, counts[None, :], 0), axis=1)
+    first = tl.sum(tl.where(is_expert, firsts[None, :], 0), axis=1)
+    is_earlier = (expert[:, None] == others[None, :]) & (other[None, :] < route[:, None])
+    earlier = tl.sum(is_earlier.to(tl.int32), axis=1)
+    expert_is_local = (expert >= 0) & (expert < experts)
+    row = items_ptr + (1 + first + earlier // ROUTES) * (2 + ROUTES)
+    tl.store(row + 2 + earlier % ROUTES, route, mask=expert_is_local)
+    leads = expert_is_local & (earlier % ROUTES == 0)
+    tl.store(row, expert, mask=leads)
+    tl.store(row + 1, tl.minimum(count - earlier, ROUTES), mask=leads)
+    if token == 0:
+        tl.store(items_ptr, tl.sum(items))
 
 
 @triton.jit
-def _next_routes(alike, earlier, TOKENS: tl.constexpr, ROUTES: tl.constexpr):
-    """Of the routes in ``alike`` those after the first ``earlier``: [ROUTES], -1 where there are no more."""
-    if TOKENS == ROUTES:  # ``earlier`` is 0, and gaps do no harm
-        found = alike
-    else:
-        is_route = alike >= 0
-        place = tl.cumsum(is_route.to(tl.int32), 0) - 1 - earlier
-        chosen = is_route[None, :] & (place[None, :] == tl.arange(0, ROUTES)[:, None])
-        found = tl.max(tl.where(chosen, alike[None, :], -1), axis=1)
-    return found
+def _item(items_ptr, item, ROUTES: tl.constexpr):
+    """The expert of an item, int64, and its routes: [ROUTES], -1 where there are no more."""
+    row = items_ptr + (1 + item) * (2 + ROUTES)
+    lane = tl.arange(0, ROUTES)
+    route = tl.load(row + 2 + lane)
+    return tl.load(row).to(tl.int64), tl.where(lane < tl.load(row + 1), route, -1)
 
 
 @triton.jit
@@ -354,116 +457,129 @@ def _to_bfloat16(weight, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _product(x, weight, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """x @ weight.T, or its transpose for ``WEIGHTS_FIRST``, over 128 inputs: x [routes, 128], weight [columns, 128]."""
-    scale = tl.full((x.shape[0],), 1.0, tl.float32)
-    if ACTIVATIONS == "bfloat16":
-        weight = _to_bfloat16(weight, ASSEMBLY)
-    else:
-        value = x.to(tl.float32)
-        most = tl.max(tl.abs(value), axis=1)
-        if ACTIVATIONS == "float16":
-            # A power of two that brings the largest below 2^15; the others keep all bits down to 2^-29 of it.
-            exponent = tl.maximum(most.to(tl.int32, bitcast=True) >> 23, 27)
-            scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-            inverse = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-            x = (value * inverse[:, None]).to(tl.float16)
-            weight = weight.to(tl.float16)
-        else:
-            scale = tl.div_rn(tl.maximum(most, 1e-10), 448.0)
-            # By division: a product with the inverse may fall on the other side of the middle of two FP8 values.
-            x = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape)).to(tl.float8e4nv)
-    product = tl.dot(weight, tl.trans(x)) if WEIGHTS_FIRST else tl.dot(x, tl.trans(weight))
-    if ACTIVATIONS != "bfloat16":
-        product *= scale[None, :] if WEIGHTS_FIRST else scale[:, None]
-    return product
+def _silu_and_up(sums, COLUMNS: tl.constexpr, ROUTES: tl.constexpr):
+    """silu(gate) * up [ROUTES, COLUMNS] of sums [ROUTES, 2 * COLUMNS], of gate and up in turn."""
+    gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
+    return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit(do_not_specialize=["tokens", "first_expert", "experts"])
+@triton.jit
 def _gate_up_kernel(
-    x_ptr, topk_ids_ptr, weight_ptr, scale_ptr, activated_ptr, tokens, first_expert, experts, x_stride,
-    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROUTES: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, x_scale_ptr, items_ptr, weight_ptr, scale_ptr, activated_ptr, x_stride, TOP_K: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    FLOAT8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """CTAs take tiles of silu(gate) * up in turn, those of one item after each other."""
     if PDL:
         gdc_wait()
-        # From here on the choice of experts is there for the next kernel too, which reads it before its own wait.
-        gdc_launch_dependents()
-    expert, alike, earlier = _routes_alike(topk_ids_ptr, tl.program_id(1), tokens, TOP_K, TOKENS)
-    expert -= first_expert
-    if (expert < 0) | (expert >= experts) | (earlier % ROUTES != 0):
-        return
-    route = _next_routes(alike, earlier, TOKENS, ROUTES)
-    column = tl.program_id(0) * COLUMNS
-    # Rows of gate and up in turn: so their sums end up beside each other, in one thread.
+        gdc_launch_dependents()  # from here on the list is there for the next kernel too, which reads it before its wait
+    TILES: tl.constexpr = WIDTH // COLUMNS
+    GROUPS: tl.constexpr = HIDDEN_SIZE // 128
+    # Rows of gate and up in turn: so their sums end up beside each other.
     row = tl.arange(0, 2 * COLUMNS)
     is_up = row % 2
     k = tl.arange(0, 128)
-    rows = expert.to(tl.int64) * (2 * WIDTH) + column + row // 2 + is_up * WIDTH
-    weight_rows = weight_ptr + rows[:, None] * HIDDEN_SIZE + k[None, :]
-    x_rows = x_ptr + (route // TOP_K)[:, None].to(tl.int64) * x_stride + k[None, :]
-    gate_scales = scale_ptr + (expert * (2 * WIDTH // 128) + column // 128) * (HIDDEN_SIZE // 128)
-    up_scales = gate_scales + WIDTH // 128 * (HIDDEN_SIZE // 128)
-    sums = tl.zeros((2 * COLUMNS, ROUTES) if WEIGHTS_FIRST else (ROUTES, 2 * COLUMNS), tl.float32)
-    for block in tl.range(HIDDEN_SIZE // 128, num_stages=STAGES):
-        x = tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0)
-        weight = tl.load(weight_rows + block * 128)
-        scale = tl.where(is_up == 1, tl.load(up_scales + block), tl.load(gate_scales + block))
-        sums += _product(x, weight, ACTIVATIONS, WEIGHTS_FIRST, PDL) * (
-            scale[:, None] if WEIGHTS_FIRST else scale[None, :]
-        )
-    if WEIGHTS_FIRST:
-        sums = tl.trans(sums)
-    gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
-    activated = gate / (1.0 + tl.exp(-gate)) * up
-    place = activated_ptr + route[:, None] * WIDTH + column + tl.arange(0, COLUMNS)[None, :]
-    tl.store(place, activated.to(activated_ptr.dtype.element_ty), mask=route[:, None] >= 0)
+    for tile in range(tl.program_id(0), tl.load(items_ptr) * TILES, tl.num_programs(0)):
+        expert, route = _item(items_ptr, tile // TILES, ROUTES)
+        is_route = route >= 0
+        column = tile % TILES * COLUMNS
+        rows = expert * (2 * WIDTH) + column + row // 2 + is_up * WIDTH
+        weight_rows = weight_ptr + rows[:, None] * HIDDEN_SIZE + k[None, :]
+        token = (tl.maximum(route, 0) // TOP_K).to(tl.int64)
+        x_rows = x_ptr + token[:, None] * x_stride + k[None, :]
+        gate_scales = scale_ptr + (expert * (2 * WIDTH // 128) + column // 128) * GROUPS
+        up_scales = gate_scales + WIDTH // 128 * GROUPS
+        sums = tl.zeros((2 * COLUMNS, ROUTES) if FLOAT8 else (ROUTES, 2 * COLUMNS), tl.float32)
+        for block in tl.range(GROUPS, num_stages=STAGES):
+            x = tl.load(x_rows + block * 128, mask=is_route[:, None], other=0.0)
+            weight = tl.load(weight_rows + block * 128)
+            scale = tl.where(is_up == 1, tl.load(up_scales + block), tl.load(gate_scales + block))
+            if FLOAT8:
+                x_scale = tl.load(x_scale_ptr + token * GROUPS + block)
+                sums += tl.dot(weight, tl.trans(x)) * (scale[:, None] * x_scale[None, :])
+            else:
+                sums += tl.dot(x, tl.trans(_to_bfloat16(weight, PDL))) * scale[None, :]
+        activated = _silu_and_up(tl.trans(sums) if FLOAT8 else sums, COLUMNS, ROUTES)
+        place = activated_ptr + route[:, None] * WIDTH + column + tl.arange(0, COLUMNS)[None, :]
+        tl.store(place, activated.to(activated_ptr.dtype.element_ty), mask=is_route[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens", "first_expert", "experts"])
-def _down_kernel(
-    activated_ptr, topk_weights_ptr, topk_ids_ptr, weight_ptr, scale_ptr, parts_ptr, tokens, first_expert, experts,
-    TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROUTES: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, ACTIVATIONS: tl.constexpr, WEIGHTS_FIRST: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(do_not_specialize=["first_expert", "experts"])
+def _gate_up_by_route_kernel(
+    x_ptr, topk_ids_ptr, weight_ptr, scale_ptr, activated_ptr, first_expert, experts, x_stride, TOP_K: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
-    expert, alike, earlier = _routes_alike(topk_ids_ptr, tl.program_id(1), tokens, TOP_K, TOKENS)
-    expert -= first_expert
-    if (expert < 0) | (expert >= experts) | (earlier % ROUTES != 0):
+        gdc_wait()
+        gdc_launch_dependents()  # from here on the choice of experts is there for the next kernel too
+    GROUPS: tl.constexpr = HIDDEN_SIZE // 128
+    route = tl.program_id(1)
+    expert = tl.load(topk_ids_ptr + route).to(tl.int64) - first_expert
+    if (expert < 0) | (expert >= experts):
         return
     column = tl.program_id(0) * COLUMNS
+    row = tl.arange(0, 2 * COLUMNS)
+    is_up = row % 2
     k = tl.arange(0, 128)
-    rows = expert.to(tl.int64) * HIDDEN_SIZE + column + tl.arange(0, COLUMNS)
-    weight_rows = weight_ptr + rows[:, None] * WIDTH + k[None, :]
-    scales = scale_ptr + (expert * (HIDDEN_SIZE // 128) + column // 128) * (WIDTH // 128)
-    weights = ()
-    if PREFETCH:  # while the kernel before this one still runs
-        for block in tl.static_range(WIDTH // 128):
-            weights = weights + (tl.load(weight_rows + block * 128),)
-    route = _next_routes(alike, earlier, TOKENS, ROUTES)
-    x_rows = activated_ptr + route[:, None] * WIDTH + k[None, :]
-    routing_weight = tl.load(topk_weights_ptr + route, mask=route >= 0, other=0.0)
+    rows = expert * (2 * WIDTH) + column + row // 2 + is_up * WIDTH
+    weight_rows = weight_ptr + rows[:, None] * HIDDEN_SIZE + k[None, :]
+    scale_row = scale_ptr + (expert * (2 * WIDTH // 128) + column // 128 + is_up * (WIDTH // 128)) * GROUPS
+    weights, scales = (), ()
+    for block in tl.static_range(GROUPS):  # all in flight at once
+        weights = weights + (tl.load(weight_rows + block * 128),)
+    for block in tl.static_range(GROUPS):
+        scales = scales + (tl.load(scale_row + block),)
+    sums = tl.zeros((2 * COLUMNS, 128), tl.float32)
+    x_row = x_ptr + (route // TOP_K).to(tl.int64) * x_stride
+    for block in tl.static_range(GROUPS):
+        sums = _add_block(sums, weights[block], x_row + block * 128, scales[block][:, None], True, k, 2 * COLUMNS)
+    activated = _silu_and_up(tl.sum(sums, axis=1)[None, :], COLUMNS, 1)
+    place = activated_ptr + route * WIDTH + column + tl.arange(0, COLUMNS)[None, :]
+    tl.store(place, activated.to(activated_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _down_kernel(
+    activated_ptr, topk_weights_ptr, items_ptr, weight_ptr, scale_ptr, parts_ptr, HIDDEN_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, FLOAT8: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """CTAs take tiles of the routes' outputs in turn, those of one item after each other."""
+    TILES: tl.constexpr = HIDDEN_SIZE // COLUMNS
+    GROUPS: tl.constexpr = WIDTH // 128
+    row = tl.arange(0, COLUMNS)
+    k = tl.arange(0, 128)
+    tiles = tl.load(items_ptr) * TILES
     if PDL:
+        gdc_launch_dependents()
+        if tl.program_id(0) < tiles:  # the first tile's weights into the L2 cache, while gate and up still run
+            expert, _ = _item(items_ptr, tl.program_id(0) // TILES, ROUTES)
+            rows = expert * HIDDEN_SIZE + tl.program_id(0) % TILES * COLUMNS + row
+            for block in tl.static_range(GROUPS):
+                _prefetch(weight_ptr + rows * WIDTH + block * 128)
         gdc_wait()
-    sums = tl.zeros((COLUMNS, ROUTES) if WEIGHTS_FIRST else (ROUTES, COLUMNS), tl.float32)
-    if PREFETCH:
-        inputs = ()
-        for block in tl.static_range(WIDTH // 128):
-            inputs = inputs + (tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0),)
-        for block in tl.static_range(WIDTH // 128):
-            sums += _product(inputs[block], weights[block], ACTIVATIONS, WEIGHTS_FIRST, PDL) * tl.load(scales + block)
-    else:
-        for block in tl.range(WIDTH // 128, num_stages=STAGES):
-            x = tl.load(x_rows + block * 128, mask=route[:, None] >= 0, other=0.0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert, route = _item(items_ptr, tile // TILES, ROUTES)
+        is_route = route >= 0
+        column = tile % TILES * COLUMNS
+        weight_rows = weight_ptr + (expert * HIDDEN_SIZE + column + row)[:, None] * WIDTH + k[None, :]
+        x_rows = activated_ptr + tl.maximum(route, 0)[:, None] * WIDTH + k[None, :]
+        scales = scale_ptr + (expert * (HIDDEN_SIZE // 128) + column // 128) * GROUPS
+        routing_weight = tl.load(topk_weights_ptr + tl.maximum(route, 0))
+        sums = tl.zeros((COLUMNS, ROUTES) if FLOAT8 else (ROUTES, COLUMNS), tl.float32)
+        for block in tl.range(GROUPS, num_stages=STAGES):
+            x = tl.load(x_rows + block * 128, mask=is_route[:, None], other=0.0)
             weight = tl.load(weight_rows + block * 128)
-            sums += _product(x, weight, ACTIVATIONS, WEIGHTS_FIRST, PDL) * tl.load(scales + block)
-    if WEIGHTS_FIRST:
-        sums = tl.trans(sums)
-    place = parts_ptr + route[:, None] * HIDDEN_SIZE + column + tl.arange(0, COLUMNS)[None, :]
-    tl.store(place, sums * routing_weight[:, None], mask=route[:, None] >= 0)
+            scale = tl.load(scales + block)
+            if FLOAT8:
+                x, x_scale = _quantise(x)
+                sums += tl.dot(weight, tl.trans(x)) * (tl.trans(x_scale) * scale)
+            else:
+                sums += tl.dot(x, tl.trans(_to_bfloat16(weight, PDL))) * scale
+        if FLOAT8:
+            sums = tl.trans(sums)
+        place = parts_ptr + route[:, None] * HIDDEN_SIZE + column + row[None, :]
+        tl.store(place, sums * routing_weight[:, None], mask=is_route[:, None])
 
 
 @triton.jit(do_not_specialize=["first_expert", "experts"])
