@@ -13,17 +13,19 @@ import torch
 import triton.language as tl
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers.minimax_experts import Plan, Projection
+from sglang.srt.layers.minimax_fp8_linear import quantise_reference
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 HIDDEN_SIZE, WIDTH, EXPERTS, TOP_K = 256, 128, 8, 2
+MOST = max(experts.plans_for(WIDTH))  # tokens
 PLANS = {
-    "by token": Plan(Projection(16, "float16", False, 16, 4, 2), Projection(1, "bfloat16", False, 16, 4, 1)),
-    "bfloat16": Plan(Projection(16, "bfloat16", False, 32, 4, 2), Projection(16, "bfloat16", False, 64, 4, 2)),
-    "float16": Plan(Projection(16, "float16", False, 16, 4, 2), Projection(32, "float16", False, 64, 4, 2)),
-    "float8": Plan(Projection(16, "float8", False, 32, 4, 2), Projection(16, "float8", False, 64, 4, 2)),
-    "weights first": Plan(Projection(32, "float16", True, 32, 4, 2), Projection(16, "bfloat16", True, 64, 4, 2)),
-    "float8, weights first": Plan(Projection(16, "float8", True, 32, 4, 2), Projection(16, "float8", True, 128, 4, 2)),
+    "float32": Plan(16, Projection("float32", 16, 4), Projection("float32", 16, 4)),
+    "float8": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float8", 128, 4, 2, 1)),
+    "float8, 64 routes": Plan(64, Projection("float8", 64, 4, 2, 1), Projection("float8", 64, 4, 2, 3)),
+    "bfloat16": Plan(16, Projection("bfloat16", 32, 4, 2, 2), Projection("bfloat16", 64, 4, 2, 2)),
+    "float32, float8": Plan(32, Projection("float32", 8, 4), Projection("float8", 64, 4, 2, 2)),
+    "float8, float32": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float32", 16, 4)),
 }
 
 
@@ -43,7 +45,7 @@ def converted(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarra
 @pytest.fixture(autouse=True)
 def arithmetic_of_a_gpu(monkeypatch):
     """The interpreter cuts bits off where a GPU rounds, and would multiply the integers that hold small floats."""
-    dot = InterpreterBuilder.create_dot
+    dot, patch_tensor = InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def widened(handle):
         scalar = handle.dtype.scalar
@@ -51,6 +53,11 @@ def arithmetic_of_a_gpu(monkeypatch):
             return handle
         return TensorHandle(converted(handle.data, scalar, tl.float32).view(np.float32), tl.float32)
 
+    def countable(tensor):  # the interpreter's scalars are arrays of one, which NumPy 2.4 takes for no integer
+        patch_tensor(tensor)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", countable)
     monkeypatch.setattr(interpreter, "_convert_float", converted)
     monkeypatch.setattr(
         InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
@@ -88,22 +95,20 @@ def problem(tokens: int, routing: str = "uniform", width: int = WIDTH):
 
 
 def run(plan: Plan, arguments, first_expert: int = 0) -> torch.Tensor:
-    x, routing_weights, ids, w13, w13_scale, w2, w2_scale = arguments
-    activated = experts.gate_up(x, ids, w13, w13_scale, first_expert, plan.gate_up)
-    return experts.down(activated, routing_weights, ids, w2, w2_scale, first_expert, plan.down)
+    return experts.run_plan(plan, *arguments, first_expert)
 
 
 def quantised(x: torch.Tensor) -> torch.Tensor:
     """Float64 of what the engine's FP8 quantisation makes of x [rows, columns]."""
-    groups = x.float().unflatten(-1, (-1, 128))
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448.0
-    return ((groups / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).double() * scale.double()).flatten(-2)
+    q, scale = quantise_reference(x)
+    return q.double() * scale.double().repeat_interleave(128, -1)
 
 
 def exact(plan: Plan, arguments, first_expert: int = 0) -> torch.Tensor:
     """In float64, but for silu(gate) * up, which are bfloat16, and for what a plan quantises."""
     x, routing_weights, ids, w13, w13_scale, w2, w2_scale = arguments
-    small = quantised if plan.down.activations == "float8" else torch.Tensor.double
+    of_x, of_activated = (quantised if how.activations == "float8" else torch.Tensor.double for how in plan[1:])
+    x = of_x(x)
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, choice in np.ndindex(*ids.shape):
         expert = int(ids[token, choice]) - first_expert
@@ -113,10 +118,9 @@ def exact(plan: Plan, arguments, first_expert: int = 0) -> torch.Tensor:
             torch.kron(scale[expert].double(), torch.ones(128, 128)) * weight[expert].double()
             for weight, scale in ((w13, w13_scale), (w2, w2_scale))
         )
-        gate, up = (of_gate_up @ small(x[token])).chunk(2)
-        activated = (torch.nn.functional.silu(gate) * up).bfloat16()
-        down = of_down @ (activated.double() if plan.down.routes == 1 else small(activated))
-        out[token] += routing_weights[token, choice] * down
+        gate, up = (of_gate_up @ x[token]).chunk(2)
+        activated = of_activated((torch.nn.functional.silu(gate) * up).bfloat16()[None])[0]
+        out[token] += routing_weights[token, choice].double() * (of_down @ activated)
     return out
 
 
@@ -136,7 +140,7 @@ def test_every_plan_is_right(name, tokens, routing, width):
     check(run(PLANS[name], arguments), exact(PLANS[name], arguments))
 
 
-@pytest.mark.parametrize("name", ["by token", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "float8", "bfloat16"])
 def test_experts_of_other_ranks_count_nothing(name):
     arguments = problem(9, "global")
     for first in (0, 8, 16):
@@ -145,13 +149,29 @@ def test_experts_of_other_ranks_count_nothing(name):
     assert torch.equal(nowhere, torch.zeros_like(nowhere))
 
 
-@pytest.mark.parametrize(("tokens", "routing"), [(0, "uniform"), (1, "same"), (3, "missing"), (64, "same")])
+@pytest.mark.parametrize(("tokens", "routing"), [(0, "uniform"), (1, "same"), (3, "missing"), (MOST, "same")])
 def test_the_op_takes_any_planned_number_of_tokens_and_repeats_its_bits(tokens, routing):
     arguments = problem(tokens, routing)
     out = experts.minimax_experts(*arguments, 0)
     if tokens:
-        check(out, exact(experts.plan_for(tokens), arguments))
+        check(out, exact(experts.plan_for(tokens, WIDTH), arguments))
     assert out.shape == (tokens, HIDDEN_SIZE) and torch.equal(out, experts.minimax_experts(*arguments, 0))
+
+
+@pytest.mark.parametrize(("tokens", "routing", "first"), [(1, "uniform", 0), (40, "same", 0), (33, "global", 8)])
+def test_the_list_has_every_route_once_and_in_order(tokens, routing, first):
+    x, weights, ids, *_ = problem(tokens, routing)
+    plan = PLANS["float8"]
+    work = experts.list_work(x, experts.Routing(ids, weights, first, EXPERTS), plan)
+    wanted = []
+    for expert in range(EXPERTS):
+        routes = (ids.flatten() == first + expert).nonzero().flatten().tolist()
+        wanted += [[expert, routes[i : i + plan.routes]] for i in range(0, len(routes), plan.routes)]
+    number = int(work.items[0, 0])
+    found = [[row[0], row[2 : 2 + row[1]]] for row in work.items[1 : 1 + number].tolist()]
+    assert found == wanted and number < len(work.items), "in the order of their experts, each item filled first"
+    q, scale = quantise_reference(x)
+    assert torch.equal(work.x.float(), q.float()) and torch.equal(work.x_scale, scale)
 
 
 def test_the_reference_is_what_it_says():
@@ -162,21 +182,23 @@ def test_the_reference_is_what_it_says():
 
 
 def test_more_tokens_than_planned_are_refused():
-    with pytest.raises(ValueError, match=f"{experts.MAX_TOKENS + 1} tokens"):
-        experts.minimax_experts(*problem(experts.MAX_TOKENS + 1), 0)
+    with pytest.raises(ValueError, match=f"{MOST + 1} tokens"):
+        experts.minimax_experts(*problem(MOST + 1), 0)
 
 
-def test_strided_rows_are_read_where_they_are():
+@pytest.mark.parametrize("name", ["float32", "float8", "bfloat16"])
+def test_strided_rows_are_read_where_they_are(name):
     x, *rest = problem(6)
     wide = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :HIDDEN_SIZE]
     assert wide.stride(0) == 2 * HIDDEN_SIZE
-    assert torch.equal(run(PLANS["bfloat16"], (wide, *rest)), run(PLANS["bfloat16"], (x, *rest)))
+    assert torch.equal(run(PLANS[name], (wide, *rest)), run(PLANS[name], (x, *rest)))
 
 
-def test_a_token_does_not_depend_on_the_others():
+@pytest.mark.parametrize("name", ["float8", "bfloat16"])
+def test_a_token_does_not_depend_on_the_others(name):
     """Its experts' other routes hold infinities, and none of them reaches it."""
     x, *rest = problem(20, "same")
-    alone = run(PLANS["bfloat16"], (x, *rest))[3]
+    alone = run(PLANS[name], (x, *rest))[3]
     among = torch.full_like(x, float("inf"))
     among[3] = x[3]
-    assert torch.equal(run(PLANS["bfloat16"], (among, *rest))[3], alone)
+    assert torch.equal(run(PLANS[name], (among, *rest))[3], alone)

@@ -16,6 +16,8 @@ from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 
 from sglang_minimax.cpu_host import has_no_accelerator
 
+MOST = max(experts.PLANS[384])  # tokens
+
 
 @pytest.mark.skipif(not has_no_accelerator(), reason="the op is registered for the GPU here: test/gpu/test_experts.py")
 def test_the_kernels_in_tritons_interpreter():
@@ -28,17 +30,26 @@ def test_the_kernels_in_tritons_interpreter():
     assert "skipped" not in done.stdout
 
 
-def test_every_count_up_to_the_limit_has_the_first_plan_that_is_large_enough():
-    for tokens in range(1, experts.MAX_TOKENS + 1):
-        assert experts.plan_for(tokens) == experts.PLANS[min(limit for limit in experts.PLANS if limit >= tokens)]
+@pytest.mark.parametrize("width", experts.PLANS)
+def test_every_count_up_to_the_limit_has_the_first_plan_that_is_large_enough(width):
+    plans = experts.PLANS[width]
+    for tokens in range(1, max(plans) + 1):
+        assert experts.plan_for(tokens, width) == plans[min(limit for limit in plans if limit >= tokens)]
+    assert experts.plan_for(max(plans) + 1, width) is None
 
 
-@pytest.mark.parametrize("plan", experts.PLANS.values())
+def test_a_width_without_plans_takes_those_of_the_width_nearest_to_it():
+    assert experts.plans_for(128) is experts.PLANS[min(experts.PLANS)]
+    assert experts.plans_for(1536) is experts.PLANS[max(experts.PLANS)]
+
+
+@pytest.mark.parametrize("plan", [plan for plans in experts.PLANS.values() for plan in plans.values()])
 def test_a_plan_is_one_that_any_division_of_the_experts_can_run(plan):
-    for projection in plan:
+    for projection, rows in ((plan.gate_up, 2 * plan.gate_up.columns), (plan.down, plan.down.columns)):
         assert 128 % projection.columns == 0, "a tile must lie within a block of scales"
-        assert projection.activations in ("bfloat16", "float16", "float8")
-        assert projection.routes >= 16 or (projection is plan.down and projection.routes == 1)
+        assert projection.activations in ("float32", "bfloat16", "float8")
+        assert projection.activations != "float8" or rows >= 64
+    assert plan.routes >= 16 and plan.routes & (plan.routes - 1) == 0
 
 
 def layer(**changes):
@@ -85,7 +96,7 @@ def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypa
     monkeypatch.setattr(experts, "log_info_on_rank0", lambda logger, text: said.append(text))
     chosen = {experts.choose_experts(layer()) for _ in range(3)}
     assert chosen == {experts.few_or_many_tokens}
-    assert len(said) == 1 and f"kernels up to {experts.MAX_TOKENS} tokens" in said[0]
+    assert len(said) == 1 and f"kernels up to {MOST} tokens" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +164,8 @@ def test_other_hardware_and_a_dispatcher_leave_them_out(server, monkeypatch):
     [
         (0, False, "engine"),
         (1, False, "ours"),
-        (experts.MAX_TOKENS, False, "ours"),
-        (experts.MAX_TOKENS + 1, False, "engine"),
+        (MOST, False, "ours"),
+        (MOST + 1, False, "engine"),
         (1, True, "engine"),
     ],
 )
@@ -165,7 +176,7 @@ def test_many_tokens_and_piecewise_graphs_are_the_engines(monkeypatch, tokens, p
 
     class Layer(torch.nn.Module):
         w13_weight = w13_weight_scale_inv = w2_weight = w2_weight_scale_inv = None
-        moe_ep_rank, num_local_experts = 3, 64
+        moe_ep_rank, num_local_experts, intermediate_size_per_partition = 3, 64, 384
 
         def forward(self, hidden_states, topk_output):
             calls.append(("engine", None))

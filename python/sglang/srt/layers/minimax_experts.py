@@ -88,7 +88,7 @@ class Plan(NamedTuple):
 
 
 _FEWEST = Plan(16, Projection("float32", 8, 4), Projection("float32", 8, 2))
-_FEW = Plan(16, Projection("float8", 32, 4, 6, 3), Projection("float8", 128, 4, 3, 4))
+_FEW = Plan(16, Projection("float8", 32, 4, 6, 3), Projection("float8", 128, 4, 3, 3))
 
 # Local width of an expert: up to so many tokens. Guesses, until benchmark/experts.py has timed them.
 PLANS: dict[int, dict[int, Plan]] = {
@@ -504,6 +504,16 @@ def _gate_up_kernel(
         tl.store(place, activated.to(activated_ptr.dtype.element_ty), mask=is_route[:, None])
 
 
+@triton.jit
+def _add_block(sums, weight, x_ptr, scale, is_local, k, COLUMNS: tl.constexpr):
+    """``sums`` [columns, 8] and the products of one block of 128 inputs, each summed over 16 of these."""
+    # Each thread reads what it multiplies: an address a product, so that nothing passes through shared memory. It has
+    # 16 inputs beside each other.
+    x = tl.load(x_ptr + tl.zeros((COLUMNS, 1), tl.int32) + k[None, :], mask=is_local, other=0.0)
+    product = weight.to(tl.float32) * x.to(tl.float32)
+    return sums + tl.sum(tl.reshape(product, (COLUMNS, 8, 16)), axis=2) * scale
+
+
 @triton.jit(do_not_specialize=["first_expert", "experts"])
 def _gate_up_by_route_kernel(
     x_ptr, topk_ids_ptr, weight_ptr, scale_ptr, activated_ptr, first_expert, experts, x_stride, TOP_K: tl.constexpr,
@@ -525,11 +535,13 @@ def _gate_up_by_route_kernel(
     weight_rows = weight_ptr + rows[:, None] * HIDDEN_SIZE + k[None, :]
     scale_row = scale_ptr + (expert * (2 * WIDTH // 128) + column // 128 + is_up * (WIDTH // 128)) * GROUPS
     weights, scales = (), ()
-    for block in tl.static_range(GROUPS):  # all in flight at once
+    for block in tl.static_range(GROUPS):
         weights = weights + (tl.load(weight_rows + block * 128),)
     for block in tl.static_range(GROUPS):
         scales = scales + (tl.load(scale_row + block),)
-    sums = tl.zeros((2 * COLUMNS, 128), tl.float32)
+    # All are in flight at once, since no load moves down past a barrier: the assembler would put each before its use.
+    tl.debug_barrier()
+    sums = tl.zeros((2 * COLUMNS, 8), tl.float32)
     x_row = x_ptr + (route // TOP_K).to(tl.int64) * x_stride
     for block in tl.static_range(GROUPS):
         sums = _add_block(sums, weights[block], x_row + block * 128, scales[block][:, None], True, k, 2 * COLUMNS)
@@ -600,14 +612,6 @@ def _sum_kernel(
     tl.store(out_ptr + token * HIDDEN_SIZE + column, total.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _add_block(sums, weight, x_ptr, scale, is_local, k, COLUMNS: tl.constexpr):
-    """``sums`` [columns, 128] and the products of one block of 128 inputs, not yet summed over these."""
-    # Each thread reads what it multiplies: an address a product, so that nothing passes through shared memory.
-    x = tl.load(x_ptr + tl.zeros((COLUMNS, 1), tl.int32) + k[None, :], mask=is_local, other=0.0)
-    return sums + weight.to(tl.float32) * (x.to(tl.float32) * scale)
-
-
 @triton.jit(do_not_specialize=["first_expert", "experts"])
 def _down_by_token_kernel(
     activated_ptr, topk_weights_ptr, topk_ids_ptr, weight_ptr, scale_ptr, out_ptr, first_expert, experts,
@@ -636,7 +640,7 @@ def _down_by_token_kernel(
                 scales = scales + (scale * routing_weight,)
     if PDL:
         gdc_wait()
-    sums = tl.zeros((COLUMNS, 128), tl.float32)
+    sums = tl.zeros((COLUMNS, 8), tl.float32)
     if PREFETCH:
         for choice in tl.static_range(TOP_K):
             x_row = activated_ptr + (token * TOP_K + choice) * WIDTH
