@@ -15,28 +15,28 @@ if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
 from sglang.srt.layers import minimax_experts as experts  # noqa: E402  (only after the overlay)
-from sglang.srt.layers.minimax_experts import Projection  # noqa: E402
+from sglang.srt.layers.minimax_experts import Plan, Projection, Routing  # noqa: E402
+from sglang.srt.layers.minimax_fp8_linear import quantise_reference  # noqa: E402
 
 HIDDEN_SIZE, TOP_K, EXPERTS = 3072, 8, 256
 SHAPES = [(256, 384), (64, 768), (32, 1536)]  # experts of a rank, and their width: enough of each for a GPU's memory
-GATE_UP = [
-    Projection(16, "bfloat16", False, 32, 4, 4), Projection(16, "float16", False, 16, 4, 6),
-    Projection(16, "float16", False, 64, 8, 4), Projection(32, "float16", False, 32, 4, 4),
-    Projection(16, "float16", True, 32, 4, 5), Projection(16, "bfloat16", True, 32, 4, 5),
-    Projection(16, "float8", False, 32, 4, 5), Projection(16, "float8", True, 64, 4, 4),
+GATE_UP = [  # routes of one expert that are taken at once, and how
+    (16, Projection("float32", 8, 4)), (16, Projection("float32", 4, 2)),
+    (16, Projection("float8", 32, 4, 7, 3)), (16, Projection("float8", 64, 4, 4, 3)),
+    (32, Projection("float8", 32, 4, 5, 2)), (64, Projection("float8", 64, 8, 4, 1)),
+    (16, Projection("bfloat16", 32, 4, 4, 5)), (32, Projection("bfloat16", 32, 4, 4, 2)),
 ]  # fmt: skip
 DOWN = [
-    Projection(1, "bfloat16", False, 16, 4, 1), Projection(1, "bfloat16", False, 32, 8, 1),
-    Projection(16, "bfloat16", False, 64, 4, 4), Projection(16, "float16", False, 32, 4, 4),
-    Projection(32, "float16", False, 128, 8, 3), Projection(16, "float16", True, 64, 4, 4),
-    Projection(16, "float8", False, 64, 4, 4), Projection(16, "float8", True, 128, 4, 4),
+    (16, Projection("float32", 8, 2)), (16, Projection("float32", 16, 4)),
+    (16, Projection("float8", 128, 4, 3, 3)), (16, Projection("float8", 64, 4, 3, 5)),
+    (32, Projection("float8", 128, 4, 2, 2)), (64, Projection("float8", 128, 8, 2, 2)),
+    (16, Projection("bfloat16", 128, 4, 3, 3)), (32, Projection("bfloat16", 64, 4, 3, 2)),
 ]  # fmt: skip
-GATE_UP += [plan.gate_up for plan in experts.PLANS.values() if plan.gate_up not in GATE_UP]
-DOWN += [plan.down for plan in experts.PLANS.values() if plan.down not in DOWN]
-
-
-def name(plan: Projection) -> str:
-    return "/".join(map(str, plan))
+for plan in dict.fromkeys(plan for plans in experts.PLANS.values() for plan in plans.values()):
+    GATE_UP += [one for one in [(plan.routes, plan.gate_up)] if one not in GATE_UP]
+    DOWN += [one for one in [(plan.routes, plan.down)] if one not in DOWN]
+MOST = max(experts.plans_for(384))  # tokens
+COUNTS = [tokens for tokens in (1, 2, 3, 8, 16, 17, 33, 64) if tokens <= MOST]
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,57 +77,66 @@ def exact_activated(x, ids, w13, w13_scale) -> torch.Tensor:
     return out
 
 
-def tolerance(plan: Projection) -> float:
-    """Of the relative norm: bfloat16's rounding of what comes out, or FP8's of what goes in."""
-    return 0.05 if plan.activations == "float8" and plan.routes > 1 else 0.0025
+def taken_as(how: Projection, x: torch.Tensor) -> torch.Tensor:
+    """Float64 of x as a projection multiplies it."""
+    if how.activations != "float8":
+        return x.double()
+    q, scale = quantise_reference(x)
+    return q.double() * scale.double().repeat_interleave(128, -1)
 
 
-@pytest.mark.parametrize("plan", GATE_UP, ids=name)
+TOLERANCE = 0.0025  # of the relative norm: bfloat16's rounding of what comes out
+
+
+@pytest.mark.parametrize(("routes", "how"), GATE_UP, ids=str)
 @pytest.mark.parametrize(("count", "width"), SHAPES)
 @pytest.mark.parametrize(("tokens", "routing"), [(1, "uniform"), (16, "uniform"), (40, "same"), (64, "uniform")])
-def test_gate_and_up_by_every_plan(plan, count, width, tokens, routing):
+def test_gate_and_up_by_every_plan(routes, how, count, width, tokens, routing):
     w13, w13_scale, _, _ = weights(count, width)
-    x, _, ids = inputs(tokens, count, routing)
-    found = experts.gate_up(x, ids, w13, w13_scale, 0, plan)
-    exact = exact_activated(x, ids, w13, w13_scale)
-    assert relative(found, exact) < tolerance(plan)
+    x, routing_weights, ids = inputs(tokens, count, routing)
+    plan, where = Plan(routes, how, how), Routing(ids, routing_weights, 0, count)
+    found = experts.gate_up(x, where, experts.list_work(x, where, plan), w13, w13_scale, plan)
+    exact = exact_activated(taken_as(how, x), ids, w13, w13_scale)
+    assert relative(found, exact) < TOLERANCE
     worst = (found.double() - exact).norm(dim=1) / exact.norm(dim=1)
-    assert worst.max() < 1.5 * tolerance(plan), f"a route has {worst.max():.1e}"
+    assert worst.max() < 1.5 * TOLERANCE, f"a route has {worst.max():.1e}"
 
 
-@pytest.mark.parametrize("plan", DOWN, ids=name)
+@pytest.mark.parametrize(("routes", "how"), DOWN, ids=str)
 @pytest.mark.parametrize(("count", "width"), SHAPES)
 @pytest.mark.parametrize(("tokens", "routing"), [(1, "uniform"), (16, "uniform"), (40, "same"), (64, "uniform")])
-def test_down_by_every_plan(plan, count, width, tokens, routing):
+def test_down_by_every_plan(routes, how, count, width, tokens, routing):
     _, _, w2, w2_scale = weights(count, width)
-    _, routing_weights, ids = inputs(tokens, count, routing)
+    x, routing_weights, ids = inputs(tokens, count, routing)
     activated = torch.randn(tokens * TOP_K, width, device="cuda").bfloat16()
-    found = experts.down(activated, routing_weights, ids, w2, w2_scale, 0, plan)
+    plan, where = Plan(routes, how, how), Routing(ids, routing_weights, 0, count)
+    found = experts.down(activated, where, experts.list_work(x, where, plan), w2, w2_scale, plan)
     exact = torch.zeros(tokens, HIDDEN_SIZE, device="cuda", dtype=torch.float64)
     for expert in ids.unique().tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
         weight = w2[expert].double() * w2_scale[expert].double().repeat_interleave(128, 0).repeat_interleave(128, 1)
-        part = activated[token * TOP_K + choice].double() @ weight.T
+        part = taken_as(how, activated[token * TOP_K + choice]) @ weight.T
         exact.index_add_(0, token, part * routing_weights[token, choice, None].double())
-    assert relative(found, exact) < tolerance(plan)
+    assert relative(found, exact) < TOLERANCE
     worst = (found.double() - exact).norm(dim=1) / exact.norm(dim=1)
-    assert worst.max() < 1.5 * tolerance(plan), f"a token has {worst.max():.1e}"
+    assert worst.max() < 1.5 * TOLERANCE, f"a token has {worst.max():.1e}"
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16, 17, 33, 64])
+@pytest.mark.parametrize("tokens", COUNTS)
 @pytest.mark.parametrize("routing", ["uniform", "same"])
 def test_the_op_is_right_repeats_its_bits_and_reads_strided_rows(tokens, routing):
     tensors = weights(256, 384)
     x, routing_weights, ids = inputs(tokens, EXPERTS, routing)
     out = experts.minimax_experts(x, routing_weights, ids, *tensors, 0)
-    assert relative(out, experts.experts_reference(x, routing_weights, ids, *tensors, 0)) < 0.004
+    # FP8's rounding of activations where the plan has it: that of the engine, below.
+    assert relative(out, experts.experts_reference(x, routing_weights, ids, *tensors, 0)) < 0.06
     for _ in range(3):
         assert torch.equal(out, experts.minimax_experts(x, routing_weights, ids, *tensors, 0))
     wide = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :HIDDEN_SIZE]
     assert torch.equal(out, experts.minimax_experts(wide, routing_weights, ids, *tensors, 0))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 16, 64])
+@pytest.mark.parametrize("tokens", COUNTS)
 def test_the_parts_of_all_ep_ranks_sum_to_the_whole(tokens):
     """Four ranks with 64 of 256 experts each; memory that nobody wrote holds NaN, and none of it is read."""
     w13, w13_scale, w2, w2_scale = weights(256, 384)
@@ -141,12 +150,14 @@ def test_the_parts_of_all_ep_ranks_sum_to_the_whole(tokens):
         del dirty
         out = experts.minimax_experts(x, routing_weights, ids, *part, 64 * rank)
         exact = experts.experts_reference(x, routing_weights, ids, *part, 64 * rank)
-        torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=float(exact.abs().max()) * 2**-7)
+        assert relative(out, exact) < 0.06 or not exact.any()
+        assert torch.equal(out[~exact.any(dim=1)], torch.zeros_like(out[~exact.any(dim=1)]))
         total += out.double()
-    assert relative(total, experts.experts_reference(x, routing_weights, ids, w13, w13_scale, w2, w2_scale, 0)) < 0.006
+    whole = experts.minimax_experts(x, routing_weights, ids, w13, w13_scale, w2, w2_scale, 0)
+    assert relative(total, whole.double()) < 0.006  # each part is rounded to bfloat16
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("tokens", COUNTS)
 def test_the_error_is_no_larger_than_the_engines(tokens):
     from sglang.srt import server_args
     from sglang.srt.layers.moe.fused_moe_triton import fused_moe
@@ -164,11 +175,12 @@ def test_the_error_is_no_larger_than_the_engines(tokens):
         block_shape=[128, 128], filter_expert=False,
     )  # fmt: skip
     ours = experts.minimax_experts(x, routing_weights, ids, w13, w13_scale, w2, w2_scale, 0)
-    assert relative(ours, exact) <= relative(engine, exact)
+    # Both round the same activations to FP8; the engine also gate, up and each expert's output to bfloat16.
+    assert relative(ours, exact) <= 1.01 * relative(engine, exact)
 
 
 def test_graphs_of_several_sizes_replay_in_any_order_on_new_inputs():
-    tensors, sizes = weights(256, 384), [64, 16, 2, 1]
+    tensors, sizes = weights(256, 384), COUNTS
     graphs = {}
     for tokens in sizes:
         held = inputs(tokens, EXPERTS)
@@ -180,7 +192,7 @@ def test_graphs_of_several_sizes_replay_in_any_order_on_new_inputs():
             first = experts.minimax_experts(*held, *tensors, 0)
             second = experts.minimax_experts(first, *held[1:], *tensors, 0)
         graphs[tokens] = graph, held, first, second
-    for seed, tokens in enumerate([1, 64, 2, 16, 64, 1, 16]):
+    for seed, tokens in enumerate([*COUNTS[::-1], *COUNTS, COUNTS[-1]]):
         graph, held, first, second = graphs[tokens]
         for place, value in zip(held, inputs(tokens, EXPERTS, seed=seed), strict=True):
             place.copy_(value)
@@ -204,17 +216,18 @@ def test_every_fp8_value_becomes_the_same_bfloat16():
     x[0, 0] = 1
     ids = torch.arange(8, device="cuda", dtype=torch.int32)[None]
     silu_of_one = torch.nn.functional.silu(torch.ones((), dtype=torch.float64))
-    for plan in GATE_UP:
-        if plan.activations != "float8":
-            found = experts.gate_up(x, ids, w13, scale, 0, plan)
-            torch.testing.assert_close(found.cpu().double(), up.cpu().double() * silu_of_one, rtol=2**-8, atol=0)
+    where = Routing(ids, torch.ones(1, 8, device="cuda"), 0, 8)
+    for routes, how in GATE_UP:  # in FP8 the activations are exact too: 448 and zeros
+        plan = Plan(routes, how, how)
+        found = experts.gate_up(x, where, experts.list_work(x, where, plan), w13, scale, plan)
+        torch.testing.assert_close(found.cpu().double(), up.cpu().double() * silu_of_one, rtol=2**-8, atol=0)
 
 
 def test_compiled_whole():
     """As the engine compiles the decode step for torch.compile: no graph break."""
     tensors = weights(256, 384)
     compiled = torch.compile(lambda *given: experts.minimax_experts(*given, *tensors, 0) + 1, fullgraph=True)
-    for tokens in (1, 16):
+    for tokens in (1, MOST):
         given = inputs(tokens, EXPERTS)
         with torch.no_grad():
             assert torch.equal(compiled(*given), experts.minimax_experts(*given, *tensors, 0) + 1)

@@ -472,7 +472,7 @@ def _gate_up_kernel(
     """CTAs take tiles of silu(gate) * up in turn, those of one item after each other."""
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()  # from here on the list is there for the next kernel too, which reads it before its wait
+        gdc_launch_dependents()  # from here on the list is there for the next kernel, which reads it before its wait
     TILES: tl.constexpr = WIDTH // COLUMNS
     GROUPS: tl.constexpr = HIDDEN_SIZE // 128
     # Rows of gate and up in turn: so their sums end up beside each other.
