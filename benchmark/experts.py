@@ -64,8 +64,8 @@ def candidates(tokens: int) -> dict[str, list[Candidate]]:
         tensor(16, "float8", 64, 4, 4, 3), tensor(16, "bfloat16", 32, 4, 4, 5),
     ]  # fmt: skip
     down = [
-        tensor(16, "float8", 128, 4, 3, 3), tensor(16, "float8", 128, 4, 2, 4), tensor(16, "float8", 64, 4, 3, 5),
-        tensor(16, "float8", 128, 8, 3, 3), tensor(16, "bfloat16", 128, 4, 3, 3),
+        tensor(16, "float8", 128, 4, 3, 3), tensor(16, "float8", 128, 4, 4, 2), tensor(16, "float8", 64, 4, 4, 4),
+        tensor(16, "float8", 128, 8, 4, 2), tensor(16, "bfloat16", 128, 4, 4, 3),
     ]  # fmt: skip
     if tokens <= 4:
         gate_up = [Candidate(16, Projection("float32", columns, columns // 2)) for columns in (8, 4)] + gate_up
@@ -298,9 +298,15 @@ def measure(batch: Batch, compilation: Compilation) -> dict:
                 one["us"] = batch.time(layer, QUICK)
             except Exception as error:  # too much shared memory, mostly
                 one["failed"] = f"{type(error).__name__}: {error}"[:300]
+    lists = next(one for one in candidates(problem.tokens)["gate_up"] if one.how.activations == "float8")
+    plan = plan_of(lists, lists)
+    row["list"] = batch.time(lambda ids: experts.list_work(batch.x, batch.routing(ids), plan), QUICK)
     timed = [[one for one in row[projection] if "us" in one] for projection in ("gate_up", "down")]
-    pairs = sorted(itertools.product(*timed), key=lambda pair: sum(one["us"] for one in pair))
-    plans = [plan for pair in pairs if (plan := plan_of(*(one["candidate"] for one in pair)))][:PAIRS]
+    pairs = []
+    for gate_up, down in itertools.product(*timed):
+        if plan := plan_of(gate_up["candidate"], down["candidate"]):
+            pairs.append((gate_up["us"] + down["us"] + row["list"] * plan.lists, plan))
+    plans = [plan for _, plan in sorted(pairs, key=lambda pair: pair[0])[:PAIRS]]
     for plan in dict.fromkeys([*plans, *([served] if served else [])]):
         ours = lambda ids, plan=plan: batch.whole(ids, plan)  # noqa: E731
         try:
@@ -329,7 +335,9 @@ def text(plan) -> str:
 
 
 def print_rows(results: dict) -> None:
-    print("microseconds a layer; a projection is activations/routes/columns/warps/stages/CTAs of an SM")
+    print(
+        "microseconds a layer; a projection is activations/routes (but for float32)/columns/warps/stages/CTAs of an SM"
+    )
     print(f"{'shape':>9} {'tokens':>6} {'routing':>8} {'engine':>7} {'best':>7} {'ratio':>5} {'served':>7} errors")
     for key, row in results.items():
         shape, tokens, routing = key.split()
@@ -354,6 +362,7 @@ def print_candidates(key: str, row: dict) -> None:
         for one in row[projection]:
             if one.get("failed"):
                 print(f"    {one['text']} left out: {one['failed'][:120]}")
+    print(f"  list: {row['list']:.2f}")
     print("  whole: " + ", ".join(f"{text(one['plan'])} {one.get('us', float('nan')):.2f}" for one in row["whole"]))
     for one in row["whole"]:
         if "failed" in one:

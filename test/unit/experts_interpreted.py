@@ -20,12 +20,12 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 HIDDEN_SIZE, WIDTH, EXPERTS, TOP_K = 256, 128, 8, 2
 MOST = max(experts.plans_for(WIDTH))  # tokens
 PLANS = {
-    "float32": Plan(16, Projection("float32", 16, 4), Projection("float32", 16, 4)),
+    "float32": Plan(16, Projection("float32", 64, 4), Projection("float32", 128, 4)),
     "float8": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float8", 128, 4, 2, 1)),
     "float8, 64 routes": Plan(64, Projection("float8", 64, 4, 2, 1), Projection("float8", 64, 4, 2, 3)),
     "bfloat16": Plan(16, Projection("bfloat16", 32, 4, 2, 2), Projection("bfloat16", 64, 4, 2, 2)),
-    "float32, float8": Plan(32, Projection("float32", 8, 4), Projection("float8", 64, 4, 2, 2)),
-    "float8, float32": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float32", 16, 4)),
+    "float32, float8": Plan(32, Projection("float32", 32, 4), Projection("float8", 64, 4, 2, 2)),
+    "float8, float32": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float32", 64, 4)),
 }
 
 
