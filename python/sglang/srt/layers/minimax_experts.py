@@ -88,12 +88,12 @@ class Plan(NamedTuple):
 
 
 _FEWEST = Plan(16, Projection("float32", 8, 4), Projection("float32", 8, 2))
-_FEW = Plan(16, Projection("float8", 32, 4, 6, 3), Projection("float8", 128, 4, 3, 3))
+_FEW = Plan(16, Projection("float8", 32, 4, 7, 3), Projection("float8", 128, 4, 3, 3))
 
 # Local width of an expert: up to so many tokens. Guesses, until benchmark/experts.py has timed them.
 PLANS: dict[int, dict[int, Plan]] = {
     384: {2: _FEWEST, 8: _FEW},
-    768: {2: _FEWEST, 8: _FEW},
+    768: {2: _FEWEST._replace(down=Projection("float8", 64, 4, 4, 4)), 8: _FEW},
 }
 
 
