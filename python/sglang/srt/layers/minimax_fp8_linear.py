@@ -303,7 +303,7 @@ def _keep_here(weight):
 
 @triton.jit
 def _scaled_product(x, weight, weight_scale, SWAP: tl.constexpr):
-    """x [tokens, 128] and weight [outputs, 128] e4m3 under one scale: [tokens, outputs] float32; swapped, transposed."""
+    """x [tokens, 128], weight [outputs, 128] e4m3 under one scale: [tokens, outputs] float32; swapped, its transpose."""
     q, x_scale = _quantise(x)
     if SWAP:
         return tl.dot(weight, tl.trans(q)) * (tl.trans(x_scale) * weight_scale)
