@@ -98,7 +98,7 @@ def test_the_published_layer_on_hopper_takes_the_kernel(chosen):
     projection, said = chosen(layer())
     assert isinstance(projection, fp8.Fp8Linear)
     limit = max(fp8.plans_for(384, 160))
-    assert said == [f"The qkv and output projections are one kernel up to {limit} tokens."]
+    assert said == [f"Projections of 384 to 160 quantise and multiply in one kernel up to {limit} tokens."]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def choose_projection(linear: torch.nn.Module) -> Projection:
     if reason is not None:
         _log_once(reason)
         return lambda x: linear(x)[0]
-    _log_once(None, max(plans_for(*reversed(linear.weight.shape))))
+    _log_once(None, *reversed(linear.weight.shape))
     return Fp8Linear(linear)
 
 
@@ -173,9 +173,12 @@ def reason_against_layer(linear: torch.nn.Module) -> str | None:
 
 
 @functools.lru_cache
-def _log_once(reason: str | None, limit: int = 0) -> None:
-    what = f"one kernel up to {limit} tokens" if reason is None else f"the engine's linear layers, since {reason}"
-    log_info_on_rank0(logger, f"The qkv and output projections are {what}.")
+def _log_once(reason: str | None, inputs: int = 0, outputs: int = 0) -> None:
+    said = f"The qkv and output projections are the engine's linear layers, since {reason}."
+    if reason is None:
+        limit = max(plans_for(inputs, outputs))
+        said = f"Projections of {inputs} to {outputs} quantise and multiply in one kernel up to {limit} tokens."
+    log_info_on_rank0(logger, said)
 
 
 class Fp8Linear:
@@ -303,7 +306,7 @@ def _keep_here(weight):
 
 @triton.jit
 def _scaled_product(x, weight, weight_scale, SWAP: tl.constexpr):
-    """x [tokens, 128], weight [outputs, 128] e4m3 under one scale: [tokens, outputs] float32; swapped, its transpose."""
+    """x [tokens, 128], e4m3 weights [outputs, 128], their one scale: [tokens, outputs] float32; swapped, transposed."""
     q, x_scale = _quantise(x)
     if SWAP:
         return tl.dot(weight, tl.trans(q)) * (tl.trans(x_scale) * weight_scale)
