@@ -145,7 +145,9 @@ def test_experts_of_other_ranks_count_nothing(name):
     assert torch.equal(nowhere, torch.zeros_like(nowhere))
 
 
-@pytest.mark.parametrize(("tokens", "routing"), [(0, "uniform"), (1, "same"), (3, "missing"), (64, "same")])
+@pytest.mark.parametrize(
+    ("tokens", "routing"), [(0, "uniform"), (1, "same"), (3, "missing"), (experts.MAX_TOKENS, "same")]
+)
 def test_the_op_takes_any_planned_number_of_tokens_and_repeats_its_bits(tokens, routing):
     arguments = problem(tokens, routing)
     out = experts.minimax_experts(*arguments, 0)

@@ -75,8 +75,8 @@ class Plan(NamedTuple):
     down: Projection
 
 
-# Measured on one H200, 256 experts of width 384: benchmark/results/experts_h200.json. From 16 tokens on, evenly routed, the
-# engine's kernels are faster.
+# Measured on one H200, 256 experts of width 384: benchmark/results/experts_h200.json. From 16 tokens on, evenly
+# routed, the engine's kernels are faster.
 PLANS = {  # up to so many tokens
     1: Plan(Projection(16, "bfloat16", False, 32, 4, 4), Projection(1, "bfloat16", False, 8, 2, 1)),
     2: Plan(Projection(16, "bfloat16", False, 32, 4, 4), Projection(16, "float16", False, 128, 4, 3)),
