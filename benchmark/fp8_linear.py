@@ -8,15 +8,16 @@ A backend is a value of the engine's --fp8-gemm-backend, and what is timed is th
 activations' quantisation and the GEMM. ``quantise`` is the quantisation alone, as that backend does it. Each backend
 runs in a process of its own, since some compile, or are not there. Protocol: a CUDA graph of 24 layers, each with its
 own weights; 10 replays to warm up, then 60, each between two events. Reported: the median, in microseconds a layer; and
-the relative error of the norm against the same FP8 values in float32. A backend that runs out of its time keeps what it
+the relative error of the norm against the same FP8 values in float64. A backend that runs out of its time keeps what it
 had by then.
 
 ``--plans`` times the backends of ``--stock`` and all plans of ``minimax_fp8_linear.py`` worth it in one process, and
 other processes compile ahead of it. The graph has a copy of the activations before each layer: no kernel before ours
 lets it start early, as none does in a model, and its weights are not read while another layer computes. The copy's own
 time, of a graph of copies, is subtracted. 24 layers or 160 MB of weights, whichever is more, since the L2 cache holds
-50; 10 replays to warm up, then 20, and 100 for stock and for the 8 best plans. A plan is timed if its output has the
-bits of a second run and is as near to float64 of the same FP8 values as bfloat16 allows.
+50; 10 replays to warm up, then 20, and 100 for stock, for the 8 best plans and for the one that a server has. A plan is
+timed if its output has the bits of a second run and is as near to float64 of the same FP8 values as bfloat16 allows.
+Written: stock, the plan that a server has, and the 3 best of each kind (``kind_of``); a plan is named by its fields.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from compilers import compilers
 HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 3072, 48, 8, 128, 128
 TOKENS, LAYERS, WARM_UP, REPLAYS = [1, 4, 16, 32, 64, 128, 256, 1024], 24, 10, 60
 PLAN_RANKS, PLAN_TOKENS, L2_BYTES = [4, 2, 8, 1, 16], [1, 16, 64, 8, 32, 4, 2, 128], 160_000_000
-QUICK, LONG, LONG_PLANS = 20, 100, 8  # replays for every plan, and once more for the best of them
+QUICK, LONG, LONG_PLANS, KEPT = 20, 100, 8, 3  # replays for every plan, and once more for the best of them
 ALLOWED_ERROR = 2.5e-3  # relative, of the norm: rounding to bfloat16 makes 1.7e-3
 ROW = "row: "
 # The engine's name of the function behind a backend, and how that one lays the activations' scales out.
@@ -96,12 +97,7 @@ def measure(backend: str, ranks: list[int]) -> None:
                 for tokens in TOKENS:
                     x = torch.randn(tokens, inputs, device="cuda").bfloat16()
                     arguments = [(x, weight, [BLOCK, BLOCK], scale) for weight, scale in weights]
-                    q, row_scale = quantise(x, BLOCK)
-                    weight, scale = weights[0]
-                    exact_x = q.float() * row_scale.repeat_interleave(BLOCK, 1)
-                    exact_w = weight.float() * scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-                    exact = exact_x @ exact_w.T
-                    error = float((linear(*arguments[0]).float() - exact).norm() / exact.norm())
+                    error = relative_error(linear(*arguments[0]), *quantise(x, BLOCK), *weights[0])
                     row = {"us": graph_time(linear, arguments), "error": error}
                     if scales is not None:
                         row["quantise"] = graph_time(lambda x, s=scales: quantise(x, BLOCK, **s), [(x,)] * LAYERS)
@@ -115,39 +111,35 @@ def candidates(tokens: int, inputs: int, outputs: int) -> list:
     groups, splits_tried = inputs // BLOCK, (1, 2, 3, 4, 6, 8, 12)
     found = [plan for plan in [plan_for(tokens, inputs, outputs)] if plan is not None]
 
-    def add(method: str, rows: int, block_n: int, splits: int, width: int, warps: int, stages: int, swap: bool) -> None:
-        ctas = -(-outputs // block_n) * splits * -(-tokens // rows)
-        fewest = min(90, -(-outputs // block_n) * max(1, groups // 2))
-        for finish in ("kernel", "last")[: 1 + (splits > 1)]:
-            plan = Plan(method, rows, block_n, splits, width, warps, stages, swap, finish)
-            if plan not in found and fewest <= ctas <= max(400, -(-outputs // block_n)) and splits * width <= groups:
-                found.append(plan)
+    def add(plan: Plan) -> None:
+        tiles = -(-outputs // plan.block_n)
+        ctas = tiles * plan.splits * -(-tokens // plan.block_tokens)
+        fewest = min(90, tiles * max(1, groups // 2))
+        if plan not in found and fewest <= ctas <= max(400, tiles) and plan.splits <= groups:
+            found.append(plan)
 
-    rows = next(rows for rows in (8, 16, 32, 64, 128) if tokens <= rows)
-    if rows <= 16:  # each warp its own groups
-        for block_n, width, warps in ((16, 8, 8), (16, 4, 4), (32, 4, 4), (32, 8, 8)):
-            for splits in (1, 2, 3, 4, 6):
-                steps = -(-groups // splits // width)
-                add("half", rows, block_n, splits, width, warps, 0 if steps <= 3 else 4, True)
-                if splits == 1 and 1 < steps <= 3:
-                    add("half", rows, block_n, splits, width, warps, 4, True)
-    if tokens <= 2:
-        for block_n, width, warps in ((16, 8, 8), (8, 8, 4), (16, 4, 4)):
-            for splits in (1, 2):
-                add("reduce", tokens, block_n, splits, width, warps, 0, False)
-    rows = max(rows, 16)
-    for block_n, warps in ((64, 4), (128, 8)):  # all warps one group; the weights are the 64 rows of wgmma
+    rows = next(rows for rows in (16, 32, 64, 128) if tokens <= rows)
+    for block_n, warps in ((64, 4), (128, 8)):  # the weights are the 64 rows of wgmma
         for splits in splits_tried:
             steps = -(-groups // splits)
             if steps <= 6 and rows * steps <= 192:
-                add("fp8", rows, block_n, splits, 1, warps, 0, True)
+                add(Plan(rows, block_n, splits, warps))
             if steps > 2 and rows <= 64:
-                add("fp8", rows, block_n, splits, 1, warps, min(steps, 6 if rows <= 32 else 4), True)
-    if rows >= 64:  # tokens are the 64 rows
+                add(Plan(rows, block_n, splits, warps, stages=min(steps, 6 if rows <= 32 else 4)))
+    if rows >= 64:  # tokens are
         for block_n, warps in ((32, 4), (64, 4), (128, 8)):
             for splits in splits_tried[1:]:
-                add("fp8", 64, block_n, splits, 1, warps, 3, False)
+                add(Plan(64, block_n, splits, warps, stages=3, swap=False))
     return found
+
+
+def name_of(plan) -> str:
+    return "/".join(map(str, plan))
+
+
+def kind_of(plan) -> str:
+    """What is the rows of the tensor cores' product, and for weights whether all are loaded before the activations."""
+    return ("weights, pipelined" if plan.stages else "weights, all ahead") if plan.swap else "tokens"
 
 
 def compile_plan(plan, inputs: int, outputs: int) -> None:
@@ -159,13 +151,11 @@ def compile_plan(plan, inputs: int, outputs: int) -> None:
         return torch.empty(size, device="meta", dtype=dtype)
 
     x, weight = meta(16, inputs, dtype=torch.bfloat16), meta(outputs, inputs, dtype=torch.float8_e4m3fn)
-    out, last = meta(16, outputs, dtype=torch.bfloat16), plan.splits > 1 and plan.finish == "last"
-    groups = inputs // BLOCK
+    parts, groups = meta(16, outputs, dtype=torch.float32 if plan.splits > 1 else torch.bfloat16), inputs // BLOCK
     with contextlib.suppress(Exception):
         fp8._fp8_linear_kernel.warmup(
-            x, weight, meta(-(-outputs // BLOCK), groups), out, meta(1) if plan.splits > 1 else out,
-            meta(1, dtype=torch.int32) if last else None, 16, inputs, outputs, groups, plan.method, plan.swap,
-            plan.block_tokens, plan.block_n, plan.splits, plan.width, plan.steps(groups), plan.stages == 0, last, True,
+            x, weight, meta(-(-outputs // BLOCK), groups), parts, 16, inputs, outputs, groups, plan.block_tokens,
+            plan.block_n, plan.splits, plan.steps(groups), plan.swap, plan.stages == 0, True,
             num_warps=plan.warps, num_stages=max(plan.stages, 1), launch_pdl=True, grid=(1,),
         )  # fmt: skip
 
@@ -180,6 +170,7 @@ def cases(ranks: list[int], tokens: list[int]) -> list[tuple[int, str, int]]:
 def measure_plans(options: argparse.Namespace) -> None:
     """Times stock and plans case by case, until the time is up, and writes what there is after each."""
     import torch
+    import triton
     import tune_experts as tuner
 
     from sglang_minimax import overlay
@@ -196,7 +187,7 @@ def measure_plans(options: argparse.Namespace) -> None:
             if (plan, inputs, outputs) not in compiling:
                 compiling[plan, inputs, outputs] = workers.submit(compile_plan, plan, inputs, outputs)
     print(f"{len(todo)} cases, {len(compiling)} plans of a shape to compile", flush=True)
-    results: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "stock": options.stock}
+    results: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     results["us_a_layer"] = rows = {}
     weights: dict = {}
     torch.manual_seed(0)
@@ -212,14 +203,13 @@ def measure_plans(options: argparse.Namespace) -> None:
             plans = candidates(tokens, inputs, outputs)
             row = measure_case(tokens, weights[shape], plans, compiling, options.stock, deadline)
             rows[f"TP{rank} {name} {tokens}"] = row
-            print_case(f"TP{rank} {name} {tokens}", row, best=3)
+            print_case(f"TP{rank} {name} {tokens}", row)
             if options.json:
-                with open(options.json, "w", encoding="utf-8") as stream:
-                    json.dump(results, stream, indent=1)
+                write(options.json, results)
     workers.shutdown(wait=False, cancel_futures=True)
     print("\nthe best of each case")
     for key, row in rows.items():
-        print_case(key, row, best=1)
+        print_case(key, row)
     sys.stdout.flush()
     os._exit(0)  # a worker that still compiles is not waited for
 
@@ -235,42 +225,43 @@ def random_weights(outputs: int, inputs: int) -> list:
     return made
 
 
+def relative_error(out, q, row_scale, weight, weight_scale) -> float:
+    """Of the norm, against float64 of the same FP8 values."""
+    wide = weight_scale.double().repeat_interleave(BLOCK, 0)[: len(weight)].repeat_interleave(BLOCK, 1)
+    exact = (q.double() * row_scale.double().repeat_interleave(BLOCK, 1)) @ (weight.double() * wide).T
+    return float((out.double() - exact).norm() / exact.norm())
+
+
 def measure_case(tokens: int, weights: list, plans: list, compiling: dict, stock: list[str], deadline: float) -> dict:
     import torch
     from sglang.srt.layers import minimax_fp8_linear as fp8
-    from sglang.srt.layers.quantization import fp8_utils
+    from sglang.srt.layers.quantization import fp8_kernel, fp8_utils
 
     outputs, inputs = weights[0][0].shape
     source = torch.randn(tokens, inputs, device="cuda").bfloat16()
     x = torch.empty_like(source)
     x.copy_(source)
-    q, x_scale = fp8.quantise_reference(x)
-    weight, scale = weights[0]
-    wide = scale.double().repeat_interleave(BLOCK, 0)[:outputs].repeat_interleave(BLOCK, 1)
-    exact = (q.double() * x_scale.double().repeat_interleave(BLOCK, 1)) @ (weight.double() * wide).T
     copies = graph_time(lambda *_: x.copy_(source), weights, LONG)
-    counters = fp8.new_counters(outputs, "cuda")
-    row: dict = {"copy": copies, "served": fp8.plan_for(tokens, inputs, outputs), "plans": []}
-
-    def error_of(out: torch.Tensor) -> float:
-        return float((out.double() - exact).norm() / exact.norm())
 
     def time_of(function, replays: int) -> float:
         def copy_and_multiply(weight, scale):
             x.copy_(source)
             function(weight, scale)
 
-        return graph_time(copy_and_multiply, weights, replays) - copies
+        return round(graph_time(copy_and_multiply, weights, replays) - copies, 2)
 
+    row: dict = {"copy": round(copies, 2)}
     for backend in stock:
         linear = getattr(fp8_utils, BACKENDS[backend][0])
         try:
-            row[backend] = {
-                "error": error_of(linear(x, weight, [BLOCK, BLOCK], scale)),
-                "us": time_of(lambda w, s, linear=linear: linear(x, w, [BLOCK, BLOCK], s), LONG),
-            }
+            out = linear(x, weights[0][0], [BLOCK, BLOCK], weights[0][1])
+            # The engine rounds to FP8 its own way: a value between two may go to the other.
+            error = relative_error(out, *fp8_kernel.sglang_per_token_group_quant_fp8(x, BLOCK), *weights[0])
+            us = time_of(lambda w, s, linear=linear: linear(x, w, [BLOCK, BLOCK], s), LONG)
+            row[backend] = {"us": us, "error": float(f"{error:.1e}")}
         except Exception as reason:  # a backend that this host does not have
             row[backend] = {"failed": f"{type(reason).__name__}: {reason}"[:200]}
+    served, failed, times, errors = fp8.plan_for(tokens, inputs, outputs), [], {}, {}
     for plan in plans:
         if time.monotonic() > deadline:
             row["cut off"] = True
@@ -278,38 +269,40 @@ def measure_case(tokens: int, weights: list, plans: list, compiling: dict, stock
         try:
             compiling[plan, inputs, outputs].result(timeout=max(1.0, deadline - time.monotonic()))
             torch.cuda.synchronize()
-            out = fp8.fp8_linear(x, weight, scale, plan, counters)
-            again = fp8.fp8_linear(x, weight, scale, plan, counters)
-            error, same = error_of(out), torch.equal(out, again) and not counters.any().item()
-            one = {"plan": plan, "error": error}
-            if not (error < ALLOWED_ERROR and same):
-                counters.zero_()
-                one["failed"] = f"wrong: error {error:.1e}, same bits and counters at zero: {same}"
-            else:
-                one["quick us"] = time_of(lambda w, s, plan=plan: fp8.fp8_linear(x, w, s, plan, counters), QUICK)
+            out, again = (fp8.fp8_linear(x, *weights[0], plan) for _ in range(2))
+            errors[plan] = relative_error(out, *fp8.quantise_reference(x), *weights[0])
+            assert errors[plan] < ALLOWED_ERROR, f"wrong by {errors[plan]:.1e}"
+            assert torch.equal(out, again), "other bits in a second run"
+            times[plan] = time_of(lambda w, s, plan=plan: fp8.fp8_linear(x, w, s, plan), QUICK)
         except Exception as reason:  # too much shared memory, a shape that the compiler does not take
-            one = {"plan": plan, "failed": f"{type(reason).__name__}: {reason}"[:200]}
-        row["plans"].append(one)
-    timed = sorted((one for one in row["plans"] if "quick us" in one), key=lambda one: one["quick us"])
-    for one in timed[:LONG_PLANS] + [one for one in timed[LONG_PLANS:] if one["plan"] == row["served"]]:
-        one["us"] = time_of(lambda w, s, plan=one["plan"]: fp8.fp8_linear(x, w, s, plan, counters), LONG)
+            failed.append(f"{name_of(plan)}: {type(reason).__name__}: {reason}"[:200])
+    for plan in {*sorted(times, key=times.__getitem__)[:LONG_PLANS], *({served} & times.keys())}:
+        times[plan] = time_of(lambda w, s, plan=plan: fp8.fp8_linear(x, w, s, plan), LONG)
+    if served in times:
+        row["served"] = {"plan": name_of(served), "us": times[served], "error": float(f"{errors[served]:.1e}")}
+    row |= {"tried": len(times) + len(failed), "failed": failed, "best": {}}
+    for plan in sorted(times, key=times.__getitem__):
+        of_kind = row["best"].setdefault(kind_of(plan), {})
+        if len(of_kind) < KEPT:
+            of_kind[name_of(plan)] = times[plan]
     return row
 
 
-def print_case(name: str, row: dict, best: int) -> None:
-    timed = sorted((one for one in row["plans"] if "us" in one), key=lambda one: one["us"])
-    stock = {key: one for key, one in row.items() if key in BACKENDS}
-    said = [
-        f"{key} {one['us']:.2f} {one['error']:.1e}" if "us" in one else f"{key} failed" for key, one in stock.items()
-    ]
-    failed = [one for one in row["plans"] if "failed" in one]
-    print(f"{name:<14} {', '.join(said)}; {len(row['plans'])} plans, {len(failed)} failed", flush=True)
-    for one in timed[:best] + [one for one in timed[best:] if one["plan"] == row["served"]]:
-        served = "  (served)" if one["plan"] == row["served"] else ""
-        print(f"    {'/'.join(map(str, one['plan'])):<36} {one['us']:6.2f} {one['error']:.1e}{served}", flush=True)
-    if best > 1:
-        for reason in sorted({one["failed"] for one in failed})[:3]:
-            print(f"    failed: {reason[:110]}", flush=True)
+def write(path: str, results: dict) -> None:
+    """As JSON, a line a case."""
+    head = json.dumps({key: value for key, value in results.items() if key != "us_a_layer"})
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in results["us_a_layer"].items())
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(f'{head[:-1]}, "us_a_layer": {{\n{lines}\n}}}}\n')
+
+
+def print_case(name: str, row: dict) -> None:
+    stock = [f"{key} {one.get('us', 'failed')}" for key, one in row.items() if key in BACKENDS]
+    served = "served {plan} {us}, error {error:.1e}".format(**row["served"]) if "served" in row else "none served"
+    best = [f"{kind}: {plan} {us}" for kind, of_kind in row["best"].items() for plan, us in list(of_kind.items())[:1]]
+    print(f"{name:<12} {', '.join(stock)}; {served}; of {row['tried']}: {'; '.join(best)}", flush=True)
+    if row["failed"]:
+        print(f"    {len(row['failed'])} failed: {row['failed'][0][:110]}", flush=True)
 
 
 def rows_of(output: bytes | str | None) -> dict[str, dict]:

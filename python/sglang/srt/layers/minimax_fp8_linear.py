@@ -6,8 +6,8 @@
 For few tokens the engine launches one kernel that quantises and one that multiplies, made for many rows. Here one
 kernel reads the activations as they are: a tile of 128 inputs of a token is one group, so whoever multiplies can
 quantise. Each group's product is summed over its 128 inputs, as in the engine's kernels, and only then scaled and added
-in float32. Where the inputs are divided over several CTAs, float32 parts are added in a fixed order: no atomics on
-values, the same inputs give the same bits.
+in float32. Where the inputs are divided over several CTAs, a second kernel adds their float32 parts in a fixed order:
+no atomics, the same inputs give the same bits.
 
 Weights do not depend on the kernel before: they are read, or fetched into the L2 cache, before the wait for it
 (programmatic dependent launch). So whatever writes weights must be done two launches earlier, as it is in a model.
@@ -44,82 +44,68 @@ EPS = 1e-10  # the engine's: what a group of zeros is scaled by, times 448
 
 
 class Plan(NamedTuple):
-    """How the kernel divides its work.
+    """How the kernel divides its work: a CTA makes a tile of ``block_tokens`` x ``block_n`` outputs.
 
-    ``method`` is how a tile is multiplied, exact but for the sums in each case:
-        fp8     e4m3 on tensor cores, in the accumulators that the engine's kernels use for a group
-        half    the same values in float16, in float32 accumulators
-        reduce  float32 products and a sum over lanes
-    ``splits``: CTAs that share the inputs of one tile of outputs.
-    ``width``: groups that a CTA takes at once, divided over its warps; 1: all warps multiply one group.
+    ``splits``: CTAs that share the inputs of a tile; a second kernel adds their parts.
     ``stages``: of the pipeline of loads; 0: all weights of a CTA are in registers before the wait for the activations.
-    ``swap``: weights are the rows of the tensor cores' product, and not tokens.
-    ``finish``: who adds the parts of several splits: ``last``, the CTA that is the last of its tile; or a second
-    ``kernel``.
+    ``swap``: weights are the rows of the tensor cores' product, of which there are 64 at least, and not tokens.
     """
 
-    method: str
     block_tokens: int
     block_n: int
     splits: int
-    width: int
     warps: int
-    stages: int
-    swap: bool = False
-    finish: str = "kernel"
+    stages: int = 0
+    swap: bool = True
 
     def steps(self, groups: int) -> int:
-        """How often a CTA takes ``width`` of its part of ``groups``."""
-        return triton.cdiv(triton.cdiv(groups, self.splits), self.width)
+        """How many of ``groups`` a CTA multiplies, one after the other."""
+        return triton.cdiv(groups, self.splits)
 
     def tiles(self, tokens: int, outputs: int) -> tuple[int, int]:
         return triton.cdiv(outputs, self.block_n), triton.cdiv(tokens, self.block_tokens)
-
-
-def _plan(block_tokens: int, block_n: int, splits: int, warps: int, stages: int = 0, swap: bool = True) -> Plan:
-    return Plan("fp8", block_tokens, block_n, splits, 1, warps, stages, swap)
 
 
 # (inputs, outputs): up to so many tokens, as long as the engine's cutlass kernels take longer. Measured on one H200,
 # benchmark/results/fp8_linear_h200.json; those of TP16 are guessed from TP8's.
 PLANS: dict[tuple[int, int], dict[int, Plan]] = {
     (3072, 2048): {  # qkv and output of TP4
-        16: _plan(16, 64, 6, 4),
-        32: _plan(32, 128, 12, 8),
-        64: _plan(64, 128, 6, 8, stages=3, swap=False),
-        128: _plan(64, 128, 4, 8, stages=3, swap=False),
+        16: Plan(16, 64, 6, 4),
+        32: Plan(32, 128, 12, 8),
+        64: Plan(64, 128, 6, 8, stages=3, swap=False),
+        128: Plan(64, 128, 4, 8, stages=3, swap=False),
     },
-    (1536, 3072): {16: _plan(16, 64, 6, 4), 32: _plan(32, 64, 6, 4), 64: _plan(64, 64, 4, 4)},
+    (1536, 3072): {16: Plan(16, 64, 6, 4), 32: Plan(32, 64, 6, 4), 64: Plan(64, 64, 4, 4)},
     (3072, 4096): {  # TP2
-        16: _plan(16, 128, 6, 8),
-        32: _plan(32, 128, 8, 8, stages=3),
-        64: _plan(64, 128, 4, 8, stages=3, swap=False),
+        16: Plan(16, 128, 6, 8),
+        32: Plan(32, 128, 8, 8, stages=3),
+        64: Plan(64, 128, 4, 8, stages=3, swap=False),
     },
     (3072, 3072): {
-        16: _plan(16, 128, 8, 8),
-        32: _plan(32, 128, 8, 8),
-        64: _plan(64, 128, 8, 8, stages=3, swap=False),
+        16: Plan(16, 128, 8, 8),
+        32: Plan(32, 128, 8, 8),
+        64: Plan(64, 128, 8, 8, stages=3, swap=False),
     },
-    (3072, 8192): {16: _plan(16, 128, 6, 8)},  # TP1
+    (3072, 8192): {16: Plan(16, 128, 6, 8)},  # TP1
     (6144, 3072): {
-        16: _plan(16, 64, 8, 4),
-        32: _plan(32, 128, 4, 8, stages=6),
-        64: _plan(64, 128, 8, 8, stages=3, swap=False),
+        16: Plan(16, 64, 8, 4),
+        32: Plan(32, 128, 4, 8, stages=6),
+        64: Plan(64, 128, 8, 8, stages=3, swap=False),
     },
     (3072, 1024): {  # TP8
-        16: _plan(16, 128, 12, 8),
-        32: _plan(32, 128, 12, 8),
-        64: _plan(64, 64, 12, 4),
-        128: _plan(64, 128, 12, 8, stages=3, swap=False),
+        16: Plan(16, 128, 12, 8),
+        32: Plan(32, 128, 12, 8),
+        64: Plan(64, 64, 12, 4),
+        128: Plan(64, 128, 12, 8, stages=3, swap=False),
     },
     (768, 3072): {
-        16: _plan(16, 64, 4, 4),
-        32: _plan(32, 64, 6, 4),
-        64: _plan(64, 64, 6, 4, stages=3, swap=False),
-        128: _plan(64, 128, 2, 8, stages=3, swap=False),
+        16: Plan(16, 64, 4, 4),
+        32: Plan(32, 64, 6, 4),
+        64: Plan(64, 64, 6, 4, stages=3, swap=False),
+        128: Plan(64, 128, 2, 8, stages=3, swap=False),
     },
-    (3072, 640): {16: _plan(16, 64, 12, 4), 32: _plan(32, 64, 12, 4), 64: _plan(64, 64, 12, 4)},  # TP16
-    (384, 3072): {16: _plan(16, 64, 3, 4), 32: _plan(32, 64, 3, 4), 64: _plan(64, 64, 3, 4)},
+    (3072, 640): {16: Plan(16, 64, 12, 4), 32: Plan(32, 64, 12, 4), 64: Plan(64, 64, 12, 4)},  # TP16
+    (384, 3072): {16: Plan(16, 64, 3, 4), 32: Plan(32, 64, 3, 4), 64: Plan(64, 64, 3, 4)},
 }
 
 
@@ -146,7 +132,7 @@ def choose_projection(linear: torch.nn.Module) -> Projection:
     if reason is not None:
         _log_once(reason)
         return lambda x: linear(x)[0]
-    _log_once(None, max(plans_for(*reversed(linear.weight.shape))))
+    _log_once(None, *reversed(linear.weight.shape))
     return Fp8Linear(linear)
 
 
@@ -163,8 +149,6 @@ def reason_against_server() -> str | None:
         return "deterministic inference wants sums in an order that no batch size changes"
     if arguments.enable_lora or arguments.lora_paths:
         return "LoRA wraps the layer"
-    if arguments.enable_two_batch_overlap or arguments.enable_pdmux:
-        return "a layer may run on two streams at once, and its counters are for one"
     if arguments.enable_symm_mem:
         return "--enable-symm-mem wants outputs in its own memory"
     return None
@@ -189,9 +173,12 @@ def reason_against_layer(linear: torch.nn.Module) -> str | None:
 
 
 @functools.lru_cache
-def _log_once(reason: str | None, limit: int = 0) -> None:
-    what = f"one kernel up to {limit} tokens" if reason is None else f"the engine's linear layers, since {reason}"
-    log_info_on_rank0(logger, f"The qkv and output projections are {what}.")
+def _log_once(reason: str | None, inputs: int = 0, outputs: int = 0) -> None:
+    said = f"The qkv and output projections are the engine's linear layers, since {reason}."
+    if reason is None:
+        limit = max(plans_for(inputs, outputs))
+        said = f"Projections of {inputs} to {outputs} quantise and multiply in one kernel up to {limit} tokens."
+    log_info_on_rank0(logger, said)
 
 
 class Fp8Linear:
@@ -204,7 +191,6 @@ class Fp8Linear:
     def __init__(self, linear: torch.nn.Module) -> None:
         self.linear = linear
         self.outputs = linear.weight.shape[0]
-        self.counters = new_counters(self.outputs, linear.weight.device)
         self.weights_fit: bool | None = None
         self._handle = len(_layers)
         _layers.append(self)
@@ -226,7 +212,7 @@ class Fp8Linear:
         plan = plan_for(tokens, inputs, self.outputs)
         if not self.weights_fit or plan is None:
             return self.linear(x)[0]
-        return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan, self.counters)
+        return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan)
 
 
 _layers: list[Fp8Linear] = []  # a compiled graph names a layer by its place here
@@ -239,13 +225,8 @@ def _no_outputs(layer: int, x: torch.Tensor) -> torch.Tensor:
 # An op of its own, so that torch.compile, to which the number of tokens is a symbol, does not look at the branch.
 @register_custom_op(fake_impl=_no_outputs)
 def minimax_fp8_linear(layer: int, x: torch.Tensor) -> torch.Tensor:
-    """:meth:`Fp8Linear.run` as a torch operator. The layer's counters are zeros before it and after it."""
+    """:meth:`Fp8Linear.run` as a torch operator."""
     return _layers[layer].run(x)
-
-
-def new_counters(outputs: int, device: torch.device | str) -> torch.Tensor:
-    """Zeros for the tiles of any plan, 8 of the tokens at most; a launch leaves zeros. One at a time may use them."""
-    return torch.zeros(triton.cdiv(outputs, 8) * 8, dtype=torch.int32, device=device)
 
 
 def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,20 +244,13 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (groups * scale.reciprocal()).to(torch.float8_e4m3fn).flatten(1), scale.squeeze(-1)
 
 
-def fp8_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    plan: Plan,
-    counters: torch.Tensor | None = None,
-) -> torch.Tensor:
+def fp8_linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, plan: Plan) -> torch.Tensor:
     """The product by one plan.
 
     Args:
         x: [tokens, inputs] bfloat16, rows at any stride; at least one token.
         weight: [outputs, inputs] e4m3, contiguous, inputs a multiple of ``GROUP``.
         weight_scale: [ceil(outputs / GROUP), inputs / GROUP] float32, contiguous.
-        counters: of :func:`new_counters`; needed where the last CTA of several adds their parts.
 
     Returns:
         [tokens, outputs] bfloat16.
@@ -287,21 +261,18 @@ def fp8_linear(
     assert weight.is_contiguous() and weight_scale.is_contiguous(), "weights and their scales must be contiguous"
     assert GROUP % plan.block_n == 0, f"a tile of {plan.block_n} outputs would have more than one scale"
     out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
-    tiles, steps = plan.tiles(tokens, outputs), plan.steps(groups)
     parts = out
     if plan.splits > 1:
         parts = torch.empty(plan.splits, tokens, outputs, dtype=torch.float32, device=x.device)
-    last = plan.splits > 1 and plan.finish == "last"
-    if last:
-        assert counters is not None and counters.numel() >= tiles[0] * tiles[1], "one counter a tile: new_counters"
+    tiles = plan.tiles(tokens, outputs)
     pdl = has_programmatic_launch(x.device)
     options = {"launch_pdl": True} if pdl else {}
     _fp8_linear_kernel[(tiles[0], plan.splits, tiles[1])](
-        x, weight, weight_scale, out, parts, counters if last else None, tokens, x.stride(0), outputs, groups,
-        plan.method, plan.swap, plan.block_tokens, plan.block_n, plan.splits, plan.width, steps, plan.stages == 0,
-        last, pdl, num_warps=plan.warps, num_stages=max(plan.stages, 1), **options,
+        x, weight, weight_scale, parts, tokens, x.stride(0), outputs, groups, plan.block_tokens, plan.block_n,
+        plan.splits, plan.steps(groups), plan.swap, plan.stages == 0, pdl,
+        num_warps=plan.warps, num_stages=max(plan.stages, 1), **options,
     )  # fmt: skip
-    if plan.splits > 1 and not last:
+    if plan.splits > 1:
         block = 512
         _add_parts_kernel[(triton.cdiv(tokens * outputs, block),)](
             parts, out, tokens * outputs, plan.splits, block, pdl, num_warps=4, **options
@@ -311,9 +282,9 @@ def fp8_linear(
 
 @triton.jit
 def _quantise(x):
-    """[..., tokens, 128] of any float to e4m3 and its scales [..., tokens, 1]: those of :func:`quantise_reference`."""
+    """[tokens, 128] of any float to e4m3 and its scales [tokens, 1]: those of :func:`quantise_reference`."""
     x = x.to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=len(x.shape) - 1, keep_dims=True), 1e-10), 448.0)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-10), 448.0)
     # Largest is 448 but for the last bit, so nothing is clamped.
     return (x * tl.div_rn(1.0, scale)).to(tl.float8e4nv), scale
 
@@ -334,31 +305,13 @@ def _keep_here(weight):
 
 
 @triton.jit
-def _scaled_product(x, weight, weight_scale, METHOD: tl.constexpr, SWAP: tl.constexpr):
-    """x and weight [(groups,) rows, 128], weight_scale a number for each group: [(groups,) tokens, outputs] float32,
-    or, swapped, [(groups,) outputs, tokens]."""
+def _scaled_product(x, weight, weight_scale, SWAP: tl.constexpr):
+    """x [tokens, 128], e4m3 weights [outputs, 128], their one scale: [tokens, outputs] float32; swapped, transposed."""
     q, x_scale = _quantise(x)
-    rank: tl.constexpr = len(x.shape)
-    if METHOD == "reduce":
-        product = tl.sum(q.to(tl.float32)[:, :, None, :] * weight.to(tl.float32)[:, None, :, :], axis=3)
-    else:
-        if METHOD == "half":
-            q, weight = q.to(tl.float16), weight.to(tl.float16)
-        product = tl.dot(weight, _transposed(q)) if SWAP else tl.dot(q, _transposed(weight))
     if SWAP:
-        x_scale = _transposed(x_scale)
-    if rank == 3:
-        weight_scale = weight_scale[:, None, None]
-    return product * (x_scale * weight_scale)
-
-
-@triton.jit
-def _transposed(x):
-    """With its last two axes exchanged."""
-    if len(x.shape) == 3:
-        return tl.permute(x, (0, 2, 1))
+        return tl.dot(weight, tl.trans(q)) * (tl.trans(x_scale) * weight_scale)
     else:
-        return tl.trans(x)
+        return tl.dot(q, tl.trans(weight)) * (x_scale * weight_scale)
 
 
 @triton.jit
@@ -370,110 +323,70 @@ def _load(pointers, mask, WHOLE: tl.constexpr):
         return tl.load(pointers, mask=mask, other=0.0)
 
 
-@triton.jit
-def _is_group(group, GROUPS: tl.constexpr, FLAT: tl.constexpr):
-    """Whether there is such a group, in the shape of a tile."""
-    if FLAT:
-        return group < GROUPS
-    else:
-        return (group < GROUPS)[:, None, None]
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _fp8_linear_kernel(
-    x_ptr, weight_ptr, scale_ptr, out_ptr, parts_ptr, counters_ptr, tokens, x_stride,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, METHOD: tl.constexpr, SWAP: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, AHEAD: tl.constexpr,
-    LAST: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, scale_ptr, parts_ptr, tokens, x_stride, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, SWAP: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """CTA (i, j, t): tile i of the outputs, part j of the inputs, tile t of the tokens."""
+    """CTA (i, j, t): tile i of the outputs, part j of the inputs, tile t of the tokens; to [splits, tokens, outputs],
+    in the dtype of ``parts_ptr``."""
     INPUTS: tl.constexpr = GROUPS * 128
-    FLAT: tl.constexpr = (WIDTH == 1) & (METHOD != "reduce")
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     k = tl.arange(0, 128)
-    first = split * (STEPS * WIDTH)
-    # Pointers to the first of this part's groups. A flat tile is one group; else the first axis is WIDTH groups.
-    if FLAT:
-        lane = 0
-        x_pointers = x_ptr + token[:, None].to(tl.int64) * x_stride + first * 128 + k[None, :]
-        weight_pointers = weight_ptr + n[:, None] * INPUTS + first * 128 + k[None, :]
-        is_token, is_n = token[:, None] < tokens, n[:, None] < OUTPUTS
-    else:
-        lane = tl.arange(0, WIDTH)
-        column = (first + lane)[:, None, None] * 128 + k[None, None, :]
-        x_pointers = x_ptr + token[None, :, None].to(tl.int64) * x_stride + column
-        weight_pointers = weight_ptr + n[None, :, None] * INPUTS + column
-        is_token, is_n = token[None, :, None] < tokens, n[None, :, None] < OUTPUTS
-    scale_pointers = scale_ptr + (tile * BLOCK_N // 128) * GROUPS + first + lane
-
-    ROWS: tl.constexpr = BLOCK_N if SWAP else BLOCK_TOKENS
-    COLUMNS: tl.constexpr = BLOCK_TOKENS if SWAP else BLOCK_N
-    sums = tl.zeros((ROWS, COLUMNS) if FLAT else (WIDTH, ROWS, COLUMNS), tl.float32)
+    first = split * STEPS
+    # Pointers to the first of this part's groups.
+    x_pointers = x_ptr + token[:, None].to(tl.int64) * x_stride + first * 128 + k[None, :]
+    weight_pointers = weight_ptr + n[:, None] * INPUTS + first * 128 + k[None, :]
+    scale_pointer = scale_ptr + (tile * BLOCK_N // 128) * GROUPS + first
+    is_token, is_n = token[:, None] < tokens, n[:, None] < OUTPUTS
     # Masks that always hold cost instructions and layouts.
-    WHOLE: tl.constexpr = (SPLITS * STEPS * WIDTH == GROUPS) & (OUTPUTS % BLOCK_N == 0)
+    WHOLE: tl.constexpr = (SPLITS * STEPS == GROUPS) & (OUTPUTS % BLOCK_N == 0)
+    sums = tl.zeros((BLOCK_N, BLOCK_TOKENS) if SWAP else (BLOCK_TOKENS, BLOCK_N), tl.float32)
     if AHEAD:
         weights, scales = (), ()
         for step in tl.static_range(STEPS):
-            is_group = _is_group(first + step * WIDTH + lane, GROUPS, FLAT)
-            weights = weights + (_load(weight_pointers + step * WIDTH * 128, is_n & is_group, WHOLE),)
+            weights = weights + (_load(weight_pointers + step * 128, is_n & (first + step < GROUPS), WHOLE),)
         # After all of the weights: what becomes of a number may wait for it.
         for step in tl.static_range(STEPS):
-            is_group = first + step * WIDTH + lane < GROUPS
-            scales = scales + (_load(scale_pointers + step * WIDTH, is_group, WHOLE),)
+            scales = scales + (_load(scale_pointer + step, first + step < GROUPS, WHOLE),)
         if PDL:
             gdc_wait()  # before the first read of x, and the first write of what the launch before may still read
             gdc_launch_dependents()
-        next_x = tl.load(x_pointers, mask=is_token & _is_group(first + lane, GROUPS, FLAT), other=0.0)
+        next_x = tl.load(x_pointers, mask=is_token & (first < GROUPS), other=0.0)
         for step in tl.static_range(STEPS):
             x = next_x
             if step + 1 < STEPS:
-                is_group = _is_group(first + (step + 1) * WIDTH + lane, GROUPS, FLAT)
-                next_x = tl.load(x_pointers + (step + 1) * WIDTH * 128, mask=is_token & is_group, other=0.0)
+                is_next = is_token & (first + (step + 1) < GROUPS)
+                next_x = tl.load(x_pointers + (step + 1) * 128, mask=is_next, other=0.0)
             weight = _keep_here(weights[step]) if PDL else weights[step]
-            sums += _scaled_product(x, weight, scales[step], METHOD, SWAP)
+            sums += _scaled_product(x, weight, scales[step], SWAP)
     else:
         if PDL:
             row = tl.minimum(n, OUTPUTS - 1)
-            for step in range(STEPS * WIDTH):
+            for step in range(STEPS):
                 _prefetch(weight_ptr + row * INPUTS + tl.minimum(first + step, GROUPS - 1) * 128)
             gdc_wait()
             gdc_launch_dependents()
         for step in range(STEPS):
-            is_group = _is_group(first + step * WIDTH + lane, GROUPS, FLAT)
-            x = tl.load(x_pointers + step * WIDTH * 128, mask=is_token & is_group, other=0.0)
-            weight = _load(weight_pointers + step * WIDTH * 128, is_n & is_group, WHOLE)
-            scale = _load(scale_pointers + step * WIDTH, first + step * WIDTH + lane < GROUPS, WHOLE)
-            sums += _scaled_product(x, weight, scale, METHOD, SWAP)
-    if not FLAT:
-        sums = tl.sum(sums, axis=0)
+            is_group = first + step < GROUPS
+            x = tl.load(x_pointers + step * 128, mask=is_token & is_group, other=0.0)
+            weight = _load(weight_pointers + step * 128, is_n & is_group, WHOLE)
+            sums += _scaled_product(x, weight, _load(scale_pointer + step, is_group, WHOLE), SWAP)
     if SWAP:
         sums = tl.trans(sums)
-
     place = token[:, None] * OUTPUTS + n[None, :]
     wanted = (token[:, None] < tokens) & (n[None, :] < OUTPUTS)
-    if SPLITS == 1:
-        tl.store(out_ptr + place, sums.to(tl.bfloat16), mask=wanted)
-    else:
-        tl.store(parts_ptr + split * tokens * OUTPUTS + place, sums, mask=wanted)
-        if LAST:
-            counter = counters_ptr + tl.program_id(2) * tl.num_programs(0) + tile
-            tl.debug_barrier()  # one thread counts for all, after the stores of all
-            if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:
-                # From the L2 cache, where the other CTAs' parts are; always in the same order.
-                total = tl.load(parts_ptr + place, mask=wanted, other=0.0, cache_modifier=".cg")
-                for part in tl.static_range(1, SPLITS):
-                    part_ptr = parts_ptr + part * tokens * OUTPUTS
-                    total += tl.load(part_ptr + place, mask=wanted, other=0.0, cache_modifier=".cg")
-                tl.store(out_ptr + place, total.to(tl.bfloat16), mask=wanted)
-                tl.store(counter, 0)  # for the next launch
+    tl.store(parts_ptr + split * tokens * OUTPUTS + place, sums.to(parts_ptr.dtype.element_ty), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["count"])
 def _add_parts_kernel(
     parts_ptr, out_ptr, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    """[splits, count] float32 to their sums in bfloat16."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = place < count
     if PDL:
