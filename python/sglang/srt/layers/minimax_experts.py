@@ -90,9 +90,9 @@ class Plan(NamedTuple):
 _FEWEST = Plan(16, Projection("float32", 8, 4), Projection("float32", 16, 4))
 _FEW = Plan(16, Projection("float8", 32, 4, 7, 3), Projection("float8", 128, 4, 3, 3))
 
-# Local width of an expert: up to so many tokens. Measured on one H200: benchmark/results/experts_h200.json. At 16 and 64
-# evenly routed tokens the engine's kernels, with their table for width 384, take 3 to 4% less, and where all tokens go
-# to the same experts 26 to 37% more.
+# Local width of an expert: up to so many tokens. Measured on one H200: benchmark/results/experts_h200.json. At 16 and
+# 64 tokens of width 384, for which the engine's kernels have a table, they take 3 to 4% less where routing is even, and
+# 26 to 37% more where all tokens go to the same experts.
 PLANS: dict[int, dict[int, Plan]] = {384: {2: _FEWEST, 64: _FEW}, 768: {64: _FEW}}
 
 
