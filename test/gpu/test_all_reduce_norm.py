@@ -195,8 +195,9 @@ def virtual_ranks(num_ranks: int, num_gpus: int, replays: int) -> None:
                 if order.random() < 0.3:
                     torch.cuda._sleep(order.randrange(1, 40_000))
                 graphs[tokens, rank][0].replay()
-        # Ranks of one GPU fill it: the wide CTAs of one replay may find no place beside those of the next.
-        if replay % 20 == 19 or ranks.ranks_per_gpu > 2:
+        # A rank that is through may put narrow CTAs of the next replay on every multiprocessor, and wide ones of this
+        # replay, of a rank on the same GPU, for which those wait, then find no whole place.
+        if replay % 20 == 19 or ranks.ranks_per_gpu > 1:
             ranks.synchronize()
     ranks.synchronize()
     ran = {key: (int(turn), int(wrong)) for key, (_, turn, wrong, _) in graphs.items()}

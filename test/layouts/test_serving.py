@@ -110,7 +110,7 @@ def check_who_sums(path: dict, passes: list[dict], layout: dict) -> None:
 def test_one_kernel_for_qk_norm_is_named(stores, reason, taken):
     norm = SimpleNamespace(shards=SimpleNamespace(num_ranks=4))
     fused = SimpleNamespace(stores=stores, operator=SimpleNamespace(reason_against_exchange=reason))
-    path = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=fused))
+    path = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=fused, node=None))
     assert path.taken == taken
     assert path.why == (reason or "NVLink peers swap two float32 sums of squares a token in it")
 

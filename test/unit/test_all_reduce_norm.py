@@ -273,6 +273,33 @@ def test_the_one_launch_goes_before_flashinfers_unless_a_person_asked(
     assert args.enable_flashinfer_allreduce_fusion == flashinfer
 
 
+@pytest.mark.parametrize(
+    ("wrong_by", "said"),
+    [(lambda total: total, None), (lambda total: total * 1.05, "the sum of 1 rows is"), (torch.zeros_like, "off in")],
+)
+def test_an_operator_is_tried_out_before_it_serves(wrong_by, said):
+    """A group of one rank: its own part is the sum."""
+    from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
+
+    group = SimpleNamespace(world_size=1, rank_in_group=0, all_reduce=wrong_by)
+    found = AllReduceNorm(group, None, max_tokens=9).check(torch.empty(HIDDEN_SIZE, dtype=torch.bfloat16))
+    assert found is None if said is None else said in found
+
+
+def test_a_wrong_operator_ends_every_rank_with_the_way_out(monkeypatch):
+    from sglang.srt.layers import minimax_layer_communicator as module
+
+    def gather(said, mine, group):
+        said[:] = [mine, "the sum of 7 rows is 3 off"]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    group = SimpleNamespace(world_size=2, cpu_group=None)
+    with pytest.raises(RuntimeError, match=r"rank 1: the sum of 7 rows is 3 off.*--disable-custom-all-reduce"):
+        module.raise_if_wrong(group, None)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda said, mine, group: None)
+    module.raise_if_wrong(group, None)
+
+
 class Recorded:
     """Stands in for the operator."""
 

@@ -304,7 +304,7 @@ def build_layer(q_heads: int, kv_heads: int, tp: int, dp: int, experts: int, wid
     with on_rank(minimax_m2, 0, attn_tp), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(minimax_m2_moe, "get_global_server_args", lambda: arguments)
         monkeypatch.setattr(minimax_m2_moe, "get_tensor_model_parallel_world_size", lambda: tp)
-        monkeypatch.setattr(minimax_m2, "QKVParallelLinear", allocate)
+        monkeypatch.setattr(minimax_m2, "_qk_norms", allocate)
         minimax_m2_moe.check_experts(config)
         minimax_m2.MiniMaxM2Attention(config, 0, None, "")
 

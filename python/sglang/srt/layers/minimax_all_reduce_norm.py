@@ -225,6 +225,38 @@ class AllReduceNorm:
                     f"must be {tuple(shape)}, contiguous, of {dtype}: all-reduce and norm it apart otherwise"
                 )
 
+    def check(self, weight: torch.Tensor) -> str | None:
+        """What is wrong with the launch between these GPUs, or None: random rows, against plain torch.
+
+        Every rank draws the parts of all of them, so what is expected takes no exchange. Few rows and as many as there
+        may be, four launches each: both halves of the inboxes, and each half over what was in it before.
+
+        Args:
+            weight: whose hidden size, dtype and device the rows have.
+        """
+        group, (hidden_size,), ones = self.group, weight.shape, torch.ones_like(weight)
+        generator = torch.Generator("cpu").manual_seed(20)
+
+        def draw(*shape: int) -> torch.Tensor:
+            values = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
+            return values.to(device=weight.device, dtype=weight.dtype)
+
+        for tokens in sorted({1, min(7, self.max_tokens), self.max_tokens}):
+            for turn in range(4):
+                parts, residual = draw(group.world_size, tokens, hidden_size), draw(tokens, hidden_size)
+                wanted_sum = residual.clone()
+                wanted_norm = add_and_norm(parts.float().sum(0), wanted_sum, ones, CHECKED_EPS)
+                normed, summed = self(parts[group.rank_in_group].clone(), residual, ones, CHECKED_EPS, layer_id=-1)
+                for name, got, wanted in (("sum", summed, wanted_sum), ("norm", normed, wanted_norm)):
+                    # Float32 sums in another order may lie across a tie of bfloat16, and so a rounding apart.
+                    if not torch.allclose(got.float(), wanted.float(), rtol=2**-7, atol=2**-7):
+                        worst = (got.float() - wanted.float()).abs().max().item()
+                        return f"the {name} of {tokens} rows is {worst:.3g} off in launch {turn + 1}"
+        return None
+
+
+CHECKED_EPS = 1e-6
+
 
 def add_and_norm(total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """What the kernel does once it has the sum over ranks, in plain torch: float32, each result rounded once."""
