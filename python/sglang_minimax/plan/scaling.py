@@ -46,7 +46,8 @@ def _launches() -> str:
     for stock, ours in zip(ENGINES["stock"], ENGINES["ours"], strict=True):
         same = ours is stock
         rows.append(
-            [stock.name, f"{stock.at(16):.2f}", "the same" if same else f"{ours.at(16):.2f}", str(stock.kernels),
+            [stock.name, f"{stock.at(16):.2f}", "the same" if same else f"{ours.at(16):.2f}",
+             str(stock.kernels) if same else f"{stock.kernels}, {ours.kernels}",
              stock.source if same else f"{stock.source}; ours: {ours.source}"]
         )  # fmt: skip
     text = _table("launch | stock, us | ours, us | kernels | from", rows)
