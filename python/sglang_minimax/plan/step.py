@@ -35,8 +35,8 @@ ASSUMPTIONS = (
     f"HBM gives {HBM_SHARE:.0%} of the datasheet's rate (a copy on an H200 was measured at 4.3 of 4.8 TB/s)",
     "weights of an expert are read once where a token of the batch goes to it; routing is even and independent, "
     "and the ranks wait for the EP group to which most experts of a batch fall",
-    "stock's expert products take what their weights' bytes take, ours so much and what the table says (stock's measured at TP4, batch 16, dummy weights: 27.8 us, in which "
-    "HBM reads 34 of 256 experts)",
+    "stock's expert products take what their weights' bytes take, ours so much and what the table says (stock's were "
+    "measured at TP4, batch 16, dummy weights: 27.8 us, in which HBM reads 34 of 256 experts)",
     "every other launch takes what plan/launches.py has for TP4 on H200, on every GPU and in every layout; of a "
     "projection and the router, the part that their weights' bytes do not explain",
     f"{GAP_US} us are lost before each kernel of a CUDA graph (measured: 0.7 to 1)",

@@ -47,7 +47,6 @@ class Plan(NamedTuple):
     """How the first kernel divides its work.
 
     ``method`` is how a tile is multiplied:
-        fma     ``tl.dot`` on the floating-point units
         reduce  float32 products and a sum over lanes
         parts   on tensor cores. A float32 weight is the sum of three bfloat16 values, exactly: 24 bits are three
                 times 8. A product of two bfloat16 values is exact in the accumulators, which are float32. So nothing
@@ -350,9 +349,7 @@ def _partial_logits_kernel(
             gdc_wait()
             gdc_launch_dependents()
         x = tl.load(x_rows + k[None, :], mask=(token[:, None] < tokens) & inside, other=0.0)
-        if METHOD == "fma":
-            sums = tl.dot(x.to(tl.float32), tl.trans(weight), sums, input_precision="ieee")
-        elif METHOD == "reduce":
+        if METHOD == "reduce":
             sums += tl.sum(x.to(tl.float32)[:, None, :] * weight[None, :, :], axis=2)
         else:
             first = weight.to(tl.bfloat16)
