@@ -302,12 +302,12 @@ def check_kernels(torch: Torch, engine: Engine, failure: str | None) -> Finding:
 
 
 def check_flashinfer(torch: Torch, engine: Engine, failure: str | None) -> Finding:
-    """FlashInfer: attention on Blackwell by default, and the fused all-reduce + norm on Hopper and Blackwell."""
+    """FlashInfer: attention on Blackwell by default, and a fused all-reduce + norm where ours cannot run."""
     name = "FlashInfer"
     if not torch.gpus:
         return Finding(name, "not applicable", _without_gpus(torch))
     status: Status = "error" if torch.gpus[0].capability[0] >= 10 else "warning"
-    means = "no attention by default" if status == "error" else "no fused all-reduce + norm"
+    means = "no attention by default" if status == "error" else "no fused all-reduce + norm where GPUs are no NVLink peers"
     both = [engine.pin(package) for package in ("flashinfer-python", "flashinfer-cubin")]
     install = "python -m pip install " + " ".join(both)
     version, cubin = (engine.packages.get(package) for package in ("flashinfer-python", "flashinfer-cubin"))
