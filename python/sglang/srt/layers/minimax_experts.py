@@ -15,7 +15,7 @@ four, or for one or two tokens two. A *route* is a token's choice of an expert.
 
 For the fewest tokens routes seldom share an expert, nothing is listed, and a CTA of the down projection takes all of
 its token's experts and so makes the sum. Else CTAs, as many as fit on the GPU, go through the list: no CTA is started
-only to find that it has no work. A plan may leave x in bfloat16, and then weights are converted, exactly.
+only to find that it has no work.
 
 Sums, SiLU and routing weights are float32; FP8 sums are those of the engine's kernels, float32 over groups of 128.
 What is rounded, to bfloat16, is silu(gate) * up and the output. No float atomics: the same inputs give the same bits.
@@ -58,7 +58,6 @@ class Projection(NamedTuple):
         activations: what they are multiplied as, and so by whom:
             float32   on the floating-point units, by a CTA for each route (gate and up) or token (down): weights that
                       tokens share are read again, from the L2 cache at best
-            bfloat16  on tensor cores, in products of which an instruction takes 16 routes
             float8    on tensor cores, quantised in groups of 128 with scale = absmax / 448, as the engine does; an
                       instruction takes 64 rows of weights, so no fewer are a CTA's
         columns: of silu(gate) * up, or of the output, that are a CTA's; a power of two up to 128.
@@ -187,15 +186,9 @@ def _no_output(
 
 @register_custom_op(fake_impl=_no_output)
 def minimax_experts(
-    hidden_states: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    first_expert: int,
-) -> torch.Tensor:
+    hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor,
+    w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, first_expert: int,
+) -> torch.Tensor:  # fmt: skip
     """The experts of as many tokens as :func:`plan_for` has a plan for, or none.
 
     Args:
@@ -293,11 +286,10 @@ def gate_up(
             hidden_size, width, how.columns, pdl, num_warps=how.warps, **_options(pdl),
         )  # fmt: skip
         return activated
-    assert work is not None, "tensor cores want a list of work: list_work"
-    x = x if work.x is None else work.x
+    assert work is not None and work.x is not None, "tensor cores want a list of work and FP8 activations: list_work"
     _gate_up_kernel[(_ctas(work, tiles, how),)](
-        x, work.x_scale, work.items, w13, w13_scale, activated, x.stride(0), top_k, hidden_size, width, plan.routes,
-        how.columns, how.stages, work.x is not None, pdl, num_warps=how.warps, **_options(pdl),
+        work.x, work.x_scale, work.items, w13, w13_scale, activated, work.x.stride(0), top_k, hidden_size, width,
+        plan.routes, how.columns, how.stages, pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     return activated
 
@@ -323,7 +315,7 @@ def down(
     parts = torch.empty(tokens * top_k, hidden_size, dtype=torch.float32, device=activated.device)
     _down_kernel[(_ctas(work, tiles, how),)](
         activated, weights, work.items, w2, w2_scale, parts, hidden_size, width, plan.routes, how.columns, how.stages,
-        how.activations == "float8", pdl, num_warps=how.warps, **_options(pdl),
+        pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     columns = 1024 if hidden_size % 1024 == 0 else BLOCK
     _sum_kernel[(hidden_size // columns, tokens)](
@@ -429,33 +421,6 @@ def _item(items_ptr, item, ROUTES: tl.constexpr):
 
 
 @triton.jit
-def _to_bfloat16(weight, ASSEMBLY: tl.constexpr):
-    """FP8 to bfloat16, exactly. The compiler's own way converts one value at a time, slower than they arrive."""
-    if ASSEMBLY:
-        # A byte's exponent and mantissa at their places in bfloat16 mean 2^-120 of what they meant; the sign moves up.
-        result = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, sign_low, sign_high;
-            prmt.b32 low, $2, 0, 0x4140;
-            prmt.b32 high, $2, 0, 0x4342;
-            and.b32 sign_low, low, 0x00800080;
-            and.b32 sign_high, high, 0x00800080;
-            mul.lo.u32 low, low, 16;
-            mul.lo.u32 high, high, 16;
-            mad.lo.u32 low, sign_low, 0xF0, low;
-            mad.lo.u32 high, sign_high, 0xF0, high;
-            mov.b32 sign_low, 0x7B807B80;
-            mul.rn.bf16x2 $0, low, sign_low;
-            mul.rn.bf16x2 $1, high, sign_low;
-            }""",
-            "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        result = weight.to(tl.bfloat16)
-    return result
-
-
-@triton.jit
 def _silu_and_up(sums, COLUMNS: tl.constexpr, ROUTES: tl.constexpr):
     """silu(gate) * up [ROUTES, COLUMNS] of sums [ROUTES, 2 * COLUMNS], of gate and up in turn."""
     gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
@@ -466,7 +431,7 @@ def _silu_and_up(sums, COLUMNS: tl.constexpr, ROUTES: tl.constexpr):
 def _gate_up_kernel(
     x_ptr, x_scale_ptr, items_ptr, weight_ptr, scale_ptr, activated_ptr, x_stride, TOP_K: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    FLOAT8: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """CTAs take tiles of silu(gate) * up in turn, those of one item after each other."""
     if PDL:
@@ -488,17 +453,14 @@ def _gate_up_kernel(
         x_rows = x_ptr + token[:, None] * x_stride + k[None, :]
         gate_scales = scale_ptr + (expert * (2 * WIDTH // 128) + column // 128) * GROUPS
         up_scales = gate_scales + WIDTH // 128 * GROUPS
-        sums = tl.zeros((2 * COLUMNS, ROUTES) if FLOAT8 else (ROUTES, 2 * COLUMNS), tl.float32)
+        sums = tl.zeros((2 * COLUMNS, ROUTES), tl.float32)
         for block in tl.range(GROUPS, num_stages=STAGES):
             x = tl.load(x_rows + block * 128, mask=is_route[:, None], other=0.0)
             weight = tl.load(weight_rows + block * 128)
             scale = tl.where(is_up == 1, tl.load(up_scales + block), tl.load(gate_scales + block))
-            if FLOAT8:
-                x_scale = tl.load(x_scale_ptr + token * GROUPS + block)
-                sums += tl.dot(weight, tl.trans(x)) * (scale[:, None] * x_scale[None, :])
-            else:
-                sums += tl.dot(x, tl.trans(_to_bfloat16(weight, PDL))) * scale[None, :]
-        activated = _silu_and_up(tl.trans(sums) if FLOAT8 else sums, COLUMNS, ROUTES)
+            x_scale = tl.load(x_scale_ptr + token * GROUPS + block)
+            sums += tl.dot(weight, tl.trans(x)) * (scale[:, None] * x_scale[None, :])
+        activated = _silu_and_up(tl.trans(sums), COLUMNS, ROUTES)
         place = activated_ptr + route[:, None] * WIDTH + column + tl.arange(0, COLUMNS)[None, :]
         tl.store(place, activated.to(activated_ptr.dtype.element_ty), mask=is_route[:, None])
 
@@ -552,8 +514,7 @@ def _gate_up_by_route_kernel(
 @triton.jit
 def _down_kernel(
     activated_ptr, topk_weights_ptr, items_ptr, weight_ptr, scale_ptr, parts_ptr, HIDDEN_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, FLOAT8: tl.constexpr,
-    PDL: tl.constexpr,
+    WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """CTAs take tiles of the routes' outputs in turn, those of one item after each other."""
     TILES: tl.constexpr = HIDDEN_SIZE // COLUMNS
@@ -577,20 +538,15 @@ def _down_kernel(
         x_rows = activated_ptr + tl.maximum(route, 0)[:, None] * WIDTH + k[None, :]
         scales = scale_ptr + (expert * (HIDDEN_SIZE // 128) + column // 128) * GROUPS
         routing_weight = tl.load(topk_weights_ptr + tl.maximum(route, 0))
-        sums = tl.zeros((COLUMNS, ROUTES) if FLOAT8 else (ROUTES, COLUMNS), tl.float32)
+        sums = tl.zeros((COLUMNS, ROUTES), tl.float32)
         for block in tl.range(GROUPS, num_stages=STAGES):
             x = tl.load(x_rows + block * 128, mask=is_route[:, None], other=0.0)
             weight = tl.load(weight_rows + block * 128)
             scale = tl.load(scales + block)
-            if FLOAT8:
-                x, x_scale = _quantise(x)
-                sums += tl.dot(weight, tl.trans(x)) * (tl.trans(x_scale) * scale)
-            else:
-                sums += tl.dot(x, tl.trans(_to_bfloat16(weight, PDL))) * scale
-        if FLOAT8:
-            sums = tl.trans(sums)
+            x, x_scale = _quantise(x)
+            sums += tl.dot(weight, tl.trans(x)) * (tl.trans(x_scale) * scale)
         place = parts_ptr + route[:, None] * HIDDEN_SIZE + column + row[None, :]
-        tl.store(place, sums * routing_weight[:, None], mask=is_route[:, None])
+        tl.store(place, tl.trans(sums) * routing_weight[:, None], mask=is_route[:, None])
 
 
 @triton.jit(do_not_specialize=["first_expert", "experts"])
