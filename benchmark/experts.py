@@ -61,11 +61,11 @@ def candidates(tokens: int) -> dict[str, list[Candidate]]:
 
     gate_up = [
         tensor(16, "float8", 32, 4, 7, 3), tensor(16, "float8", 32, 4, 10, 2), tensor(16, "float8", 32, 4, 4, 5),
-        tensor(16, "float8", 64, 4, 4, 3), tensor(16, "bfloat16", 32, 4, 4, 5),
+        tensor(16, "float8", 64, 4, 4, 3),
     ]  # fmt: skip
     down = [
         tensor(16, "float8", 128, 4, 3, 3), tensor(16, "float8", 128, 4, 4, 2), tensor(16, "float8", 64, 4, 4, 4),
-        tensor(16, "float8", 128, 8, 4, 2), tensor(16, "bfloat16", 128, 4, 4, 3),
+        tensor(16, "float8", 128, 8, 4, 2),
     ]  # fmt: skip
     if tokens <= 4:
         gate_up = [Candidate(16, Projection("float32", columns, columns // 2)) for columns in (8, 4)] + gate_up
@@ -195,7 +195,7 @@ class Batch:
 
         if not plan.lists:
             return None
-        key = ids.data_ptr(), plan.routes, plan.gate_up.activations
+        key = ids.data_ptr(), plan.routes
         if key not in self.works:
             self.works[key] = list_work(self.x, self.routing(ids), plan)
         return self.works[key]

@@ -23,7 +23,6 @@ PLANS = {
     "float32": Plan(16, Projection("float32", 64, 4), Projection("float32", 128, 4)),
     "float8": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float8", 128, 4, 2, 1)),
     "float8, 64 routes": Plan(64, Projection("float8", 64, 4, 2, 1), Projection("float8", 64, 4, 2, 3)),
-    "bfloat16": Plan(16, Projection("bfloat16", 32, 4, 2, 2), Projection("bfloat16", 64, 4, 2, 2)),
     "float32, float8": Plan(32, Projection("float32", 32, 4), Projection("float8", 64, 4, 2, 2)),
     "float8, float32": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float32", 64, 4)),
 }
@@ -140,7 +139,7 @@ def test_every_plan_is_right(name, tokens, routing, width):
     check(run(PLANS[name], arguments), exact(PLANS[name], arguments))
 
 
-@pytest.mark.parametrize("name", ["float32", "float8", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "float8"])
 def test_experts_of_other_ranks_count_nothing(name):
     arguments = problem(9, "global")
     for first in (0, 8, 16):
@@ -176,7 +175,7 @@ def test_the_list_has_every_route_once_and_in_order(tokens, routing, first):
 
 def test_the_reference_is_what_it_says():
     arguments = problem(12, "global")
-    expected = exact(PLANS["bfloat16"], arguments, 8)
+    expected = exact(PLANS["float32"], arguments, 8)
     difference = (experts.experts_reference(*arguments, 8) - expected).norm() / expected.norm()
     assert 0 < difference < 2**-8  # what is rounded here, and nothing else
 
@@ -186,7 +185,7 @@ def test_more_tokens_than_planned_are_refused():
         experts.minimax_experts(*problem(MOST + 1), 0)
 
 
-@pytest.mark.parametrize("name", ["float32", "float8", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "float8"])
 def test_strided_rows_are_read_where_they_are(name):
     x, *rest = problem(6)
     wide = torch.cat([x, torch.full_like(x, float("nan"))], dim=1)[:, :HIDDEN_SIZE]
@@ -194,11 +193,10 @@ def test_strided_rows_are_read_where_they_are(name):
     assert torch.equal(run(PLANS[name], (wide, *rest)), run(PLANS[name], (x, *rest)))
 
 
-@pytest.mark.parametrize("name", ["float8", "bfloat16"])
-def test_a_token_does_not_depend_on_the_others(name):
+def test_a_token_does_not_depend_on_the_others():
     """Its experts' other routes hold infinities, and none of them reaches it."""
     x, *rest = problem(20, "same")
-    alone = run(PLANS[name], (x, *rest))[3]
+    alone = run(PLANS["float8"], (x, *rest))[3]
     among = torch.full_like(x, float("inf"))
     among[3] = x[3]
-    assert torch.equal(run(PLANS[name], (among, *rest))[3], alone)
+    assert torch.equal(run(PLANS["float8"], (among, *rest))[3], alone)

@@ -13,9 +13,9 @@ four, or for one or two tokens two. A *route* is a token's choice of an expert.
     down    its product with w2, weighted, in float32
     sum     over a token's experts
 
-For the fewest tokens routes seldom share an expert, nothing is listed, and a CTA of the down projection takes all of
-its token's experts and so makes the sum. Else CTAs, as many as fit on the GPU, go through the list: no CTA is started
-only to find that it has no work. A plan may leave x in bfloat16, and then weights are converted, exactly.
+For the fewest tokens, whose routes seldom share an expert, nothing is listed, and a CTA of the down projection takes
+all of its token's experts and so makes the sum. Else as many CTAs as fit on the GPU go through the list: none is
+started only to find that it has no work.
 
 Sums, SiLU and routing weights are float32; FP8 sums are those of the engine's kernels, float32 over groups of 128.
 What is rounded, to bfloat16, is silu(gate) * up and the output. No float atomics: the same inputs give the same bits.
@@ -46,7 +46,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 logger = logging.getLogger(__name__)
 
-Experts = Callable[[torch.nn.Module, torch.Tensor, TopKOutput], torch.Tensor]
 BLOCK = 128  # of the scales
 MAX_HELD = 96 * 4  # bytes of weights that a thread may hold before its inputs are there
 
@@ -58,7 +57,6 @@ class Projection(NamedTuple):
         activations: what they are multiplied as, and so by whom:
             float32   on the floating-point units, by a CTA for each route (gate and up) or token (down): weights that
                       tokens share are read again, from the L2 cache at best
-            bfloat16  on tensor cores, in products of which an instruction takes 16 routes
             float8    on tensor cores, quantised in groups of 128 with scale = absmax / 448, as the engine does; an
                       instruction takes 64 rows of weights, so no fewer are a CTA's
         columns: of silu(gate) * up, or of the output, that are a CTA's; a power of two up to 128.
@@ -84,15 +82,14 @@ class Plan(NamedTuple):
     @property
     def lists(self) -> bool:
         """Whether one of the projections goes through the list of work."""
-        return self.gate_up.activations != "float32" or self.down.activations != "float32"
+        return "float8" in (self.gate_up.activations, self.down.activations)
 
 
 _FEWEST = Plan(16, Projection("float32", 8, 4), Projection("float32", 16, 4))
 _FEW = Plan(16, Projection("float8", 32, 4, 7, 3), Projection("float8", 128, 4, 3, 3))
 
-# Local width of an expert: up to so many tokens. Measured on one H200: benchmark/results/experts_h200.json. At 16 and
-# 64 tokens of width 384, for which the engine's kernels have a table, they take 3 to 4% less where routing is even, and
-# 26 to 37% more where all tokens go to the same experts.
+# Local width of an expert: up to so many tokens. docs/performance.md has what was measured on one H200, and at which
+# counts the engine's kernels take less.
 PLANS: dict[int, dict[int, Plan]] = {384: {2: _FEWEST, 64: _FEW}, 768: {64: _FEW}}
 
 
@@ -106,7 +103,7 @@ def plan_for(tokens: int, width: int) -> Plan | None:
     return next((plan for limit, plan in plans_for(width).items() if tokens <= limit), None)
 
 
-def choose_experts(experts: torch.nn.Module) -> Experts:
+def choose_experts(experts: torch.nn.Module) -> Callable[[torch.nn.Module, torch.Tensor, TopKOutput], torch.Tensor]:
     """What computes a layer's experts, a function of (experts, hidden_states, topk_output): [tokens, hidden_size].
 
     Called once, when the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
@@ -173,29 +170,15 @@ def reason_against_plans(experts: torch.nn.Module) -> str | None:
 
 @functools.lru_cache
 def _log_once(reason: str | None, limit: int) -> None:
-    fused = f"two or four kernels up to {limit} tokens"
-    what = fused if reason is None else f"the engine's kernels, since {reason}"
+    what = f"the engine's kernels, since {reason}" if reason else f"two or four kernels up to {limit} tokens"
     log_info_on_rank0(logger, f"The experts' output comes from {what}.")
 
 
-def _no_output(
+@register_custom_op(out_shape="hidden_states")
+def minimax_experts(
     hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor,
     w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, first_expert: int,
 ) -> torch.Tensor:  # fmt: skip
-    return hidden_states.new_empty(hidden_states.shape)
-
-
-@register_custom_op(fake_impl=_no_output)
-def minimax_experts(
-    hidden_states: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    first_expert: int,
-) -> torch.Tensor:
     """The experts of as many tokens as :func:`plan_for` has a plan for, or none.
 
     Args:
@@ -218,10 +201,8 @@ def minimax_experts(
     tokens, width = hidden_states.shape[0], w2.shape[2]
     if tokens == 0:
         return torch.empty_like(hidden_states)
-    plan = plan_for(tokens, width)
-    if plan is None:
-        limit = max(plans_for(width))
-        raise ValueError(f"{tokens} tokens: there are plans up to {limit}; call the engine's experts for more")
+    if (plan := plan_for(tokens, width)) is None:
+        raise ValueError(f"{tokens} tokens: plans go up to {max(plans_for(width))}; call the engine's experts for more")
     return run_plan(plan, hidden_states, topk_weights, topk_ids, w13, w13_scale, w2, w2_scale, first_expert)
 
 
@@ -251,30 +232,26 @@ class Work(NamedTuple):
     Attributes:
         items: [1 + items, 2 + routes] int32. Row 0 begins with the number of items; each row after it is an item: an
             expert of this rank, the number of its routes, and these. The rest holds anything.
-        x: [tokens, hidden_size] e4m3, where gate and up are multiplied in FP8.
-        x_scale: [tokens, hidden_size / 128] float32.
+        x, x_scale: the activations in FP8, [tokens, hidden_size] e4m3 and [tokens, hidden_size / 128] float32.
     """
 
     items: torch.Tensor
-    x: torch.Tensor | None
-    x_scale: torch.Tensor | None
+    x: torch.Tensor
+    x_scale: torch.Tensor
 
 
 def list_work(x: torch.Tensor, routing: Routing, plan: Plan) -> Work:
     """The list of work for ``plan``, whose items are in the order of their experts."""
     (tokens, hidden_size), routes = x.shape, routing.ids.numel()
-    # Each expert has at most one item that is not full.
-    most = min(routes, routing.experts + routes // plan.routes)
+    most = min(routes, routing.experts + routes // plan.routes)  # an expert has at most one item that is not full
     items = torch.empty(1 + most, 2 + plan.routes, dtype=torch.int32, device=x.device)
-    quantised = x_scale = None
-    if plan.gate_up.activations == "float8":
-        quantised = torch.empty(tokens, hidden_size, dtype=torch.float8_e4m3fn, device=x.device)
-        x_scale = torch.empty(tokens, hidden_size // BLOCK, dtype=torch.float32, device=x.device)
+    quantised = torch.empty(tokens, hidden_size, dtype=torch.float8_e4m3fn, device=x.device)
+    x_scale = torch.empty(tokens, hidden_size // BLOCK, dtype=torch.float32, device=x.device)
     pdl = has_programmatic_launch(x.device)
     _list_kernel[(tokens,)](
         x, routing.ids, items, quantised, x_scale, tokens, routing.first_expert, routing.experts, x.stride(0),
         routing.ids.shape[1], hidden_size, triton.next_power_of_2(max(tokens, 16)),
-        triton.next_power_of_2(routing.experts), plan.routes, quantised is not None, pdl, num_warps=4, **_options(pdl),
+        triton.next_power_of_2(routing.experts), plan.routes, pdl, num_warps=4, **_options(pdl),
     )  # fmt: skip
     return Work(items, quantised, x_scale)
 
@@ -294,10 +271,9 @@ def gate_up(
         )  # fmt: skip
         return activated
     assert work is not None, "tensor cores want a list of work: list_work"
-    x = x if work.x is None else work.x
     _gate_up_kernel[(_ctas(work, tiles, how),)](
-        x, work.x_scale, work.items, w13, w13_scale, activated, x.stride(0), top_k, hidden_size, width, plan.routes,
-        how.columns, how.stages, work.x is not None, pdl, num_warps=how.warps, **_options(pdl),
+        work.x, work.x_scale, work.items, w13, w13_scale, activated, work.x.stride(0), top_k, hidden_size, width,
+        plan.routes, how.columns, how.stages, pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     return activated
 
@@ -323,7 +299,7 @@ def down(
     parts = torch.empty(tokens * top_k, hidden_size, dtype=torch.float32, device=activated.device)
     _down_kernel[(_ctas(work, tiles, how),)](
         activated, weights, work.items, w2, w2_scale, parts, hidden_size, width, plan.routes, how.columns, how.stages,
-        how.activations == "float8", pdl, num_warps=how.warps, **_options(pdl),
+        pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     columns = 1024 if hidden_size % 1024 == 0 else BLOCK
     _sum_kernel[(hidden_size // columns, tokens)](
@@ -357,8 +333,7 @@ def _check(x: torch.Tensor, topk_ids: torch.Tensor, weight: torch.Tensor, scale:
     assert topk_ids.dtype == torch.int32 and topk_ids.is_contiguous(), f"int32 ids, and not {topk_ids.dtype}"
     assert weight.is_contiguous() and scale.is_contiguous(), "weights and their scales must be contiguous"
     assert weight.shape[1] == scale.shape[1] * BLOCK and weight.shape[2] == scale.shape[2] * BLOCK == x.shape[1], (
-        f"weights {list(weight.shape)} have a scale for each {BLOCK} x {BLOCK}, but these are {list(scale.shape)}, for "
-        f"activations of {x.shape[1]}"
+        f"weights {list(weight.shape)}, scales {list(scale.shape)} of {BLOCK} x {BLOCK}, activations of {x.shape[1]}"
     )
 
 
@@ -380,7 +355,7 @@ def _options(pdl: bool) -> dict[str, bool]:
 def _list_kernel(
     x_ptr, topk_ids_ptr, items_ptr, quantised_ptr, x_scale_ptr, tokens, first_expert, experts, x_stride,
     TOP_K: tl.constexpr, HIDDEN_SIZE: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, ROUTES: tl.constexpr,
-    QUANTISE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A CTA for each token finds the places of its routes in the list, and quantises it."""
     if PDL:
@@ -393,14 +368,13 @@ def _list_kernel(
     others = tl.where(is_local, others - first_expert, -1)
     route = token * TOP_K + tl.arange(0, TOP_K)
     expert = tl.load(topk_ids_ptr + route) - first_expert
-    if QUANTISE:
-        for block in tl.static_range(triton.cdiv(HIDDEN_SIZE, 1024)):
-            group = block * 8 + tl.arange(0, 8)[:, None]
-            place = group * 128 + tl.arange(0, 128)[None, :]
-            x = tl.load(x_ptr + token.to(tl.int64) * x_stride + place, mask=place < HIDDEN_SIZE, other=0.0)
-            quantised, scale = _quantise(x)
-            tl.store(quantised_ptr + token * HIDDEN_SIZE + place, quantised, mask=place < HIDDEN_SIZE)
-            tl.store(x_scale_ptr + token * (HIDDEN_SIZE // 128) + group, scale, mask=group < HIDDEN_SIZE // 128)
+    for block in tl.static_range(triton.cdiv(HIDDEN_SIZE, 1024)):
+        group = block * 8 + tl.arange(0, 8)[:, None]
+        place = group * 128 + tl.arange(0, 128)[None, :]
+        x = tl.load(x_ptr + token.to(tl.int64) * x_stride + place, mask=place < HIDDEN_SIZE, other=0.0)
+        quantised, scale = _quantise(x)
+        tl.store(quantised_ptr + token * HIDDEN_SIZE + place, quantised, mask=place < HIDDEN_SIZE)
+        tl.store(x_scale_ptr + token * (HIDDEN_SIZE // 128) + group, scale, mask=group < HIDDEN_SIZE // 128)
     counts = tl.histogram(tl.where(is_local, others, 0), EXPERTS, mask=is_local)
     items = (counts + (ROUTES - 1)) // ROUTES
     firsts = tl.cumsum(items, 0) - items
@@ -429,33 +403,6 @@ def _item(items_ptr, item, ROUTES: tl.constexpr):
 
 
 @triton.jit
-def _to_bfloat16(weight, ASSEMBLY: tl.constexpr):
-    """FP8 to bfloat16, exactly. The compiler's own way converts one value at a time, slower than they arrive."""
-    if ASSEMBLY:
-        # A byte's exponent and mantissa at their places in bfloat16 mean 2^-120 of what they meant; the sign moves up.
-        result = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, sign_low, sign_high;
-            prmt.b32 low, $2, 0, 0x4140;
-            prmt.b32 high, $2, 0, 0x4342;
-            and.b32 sign_low, low, 0x00800080;
-            and.b32 sign_high, high, 0x00800080;
-            mul.lo.u32 low, low, 16;
-            mul.lo.u32 high, high, 16;
-            mad.lo.u32 low, sign_low, 0xF0, low;
-            mad.lo.u32 high, sign_high, 0xF0, high;
-            mov.b32 sign_low, 0x7B807B80;
-            mul.rn.bf16x2 $0, low, sign_low;
-            mul.rn.bf16x2 $1, high, sign_low;
-            }""",
-            "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        result = weight.to(tl.bfloat16)
-    return result
-
-
-@triton.jit
 def _silu_and_up(sums, COLUMNS: tl.constexpr, ROUTES: tl.constexpr):
     """silu(gate) * up [ROUTES, COLUMNS] of sums [ROUTES, 2 * COLUMNS], of gate and up in turn."""
     gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
@@ -466,7 +413,7 @@ def _silu_and_up(sums, COLUMNS: tl.constexpr, ROUTES: tl.constexpr):
 def _gate_up_kernel(
     x_ptr, x_scale_ptr, items_ptr, weight_ptr, scale_ptr, activated_ptr, x_stride, TOP_K: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    FLOAT8: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """CTAs take tiles of silu(gate) * up in turn, those of one item after each other."""
     if PDL:
@@ -488,17 +435,14 @@ def _gate_up_kernel(
         x_rows = x_ptr + token[:, None] * x_stride + k[None, :]
         gate_scales = scale_ptr + (expert * (2 * WIDTH // 128) + column // 128) * GROUPS
         up_scales = gate_scales + WIDTH // 128 * GROUPS
-        sums = tl.zeros((2 * COLUMNS, ROUTES) if FLOAT8 else (ROUTES, 2 * COLUMNS), tl.float32)
+        sums = tl.zeros((2 * COLUMNS, ROUTES), tl.float32)
         for block in tl.range(GROUPS, num_stages=STAGES):
             x = tl.load(x_rows + block * 128, mask=is_route[:, None], other=0.0)
             weight = tl.load(weight_rows + block * 128)
             scale = tl.where(is_up == 1, tl.load(up_scales + block), tl.load(gate_scales + block))
-            if FLOAT8:
-                x_scale = tl.load(x_scale_ptr + token * GROUPS + block)
-                sums += tl.dot(weight, tl.trans(x)) * (scale[:, None] * x_scale[None, :])
-            else:
-                sums += tl.dot(x, tl.trans(_to_bfloat16(weight, PDL))) * scale[None, :]
-        activated = _silu_and_up(tl.trans(sums) if FLOAT8 else sums, COLUMNS, ROUTES)
+            x_scale = tl.load(x_scale_ptr + token * GROUPS + block)
+            sums += tl.dot(weight, tl.trans(x)) * (scale[:, None] * x_scale[None, :])
+        activated = _silu_and_up(tl.trans(sums), COLUMNS, ROUTES)
         place = activated_ptr + route[:, None] * WIDTH + column + tl.arange(0, COLUMNS)[None, :]
         tl.store(place, activated.to(activated_ptr.dtype.element_ty), mask=is_route[:, None])
 
@@ -506,8 +450,7 @@ def _gate_up_kernel(
 @triton.jit
 def _add_block(sums, weight, x_ptr, scale, is_local, k, COLUMNS: tl.constexpr):
     """``sums`` [columns, 8] and the products of one block of 128 inputs, each summed over 16 of these."""
-    # Each thread reads what it multiplies: an address a product, so that nothing passes through shared memory. It has
-    # 16 inputs beside each other.
+    # A thread has 16 inputs beside each other, and reads what it multiplies: nothing passes through shared memory.
     x = tl.load(x_ptr + tl.zeros((COLUMNS, 1), tl.int32) + k[None, :], mask=is_local, other=0.0)
     product = weight.to(tl.float32) * x.to(tl.float32)
     return sums + tl.sum(tl.reshape(product, (COLUMNS, 8, 16)), axis=2) * scale
@@ -552,8 +495,7 @@ def _gate_up_by_route_kernel(
 @triton.jit
 def _down_kernel(
     activated_ptr, topk_weights_ptr, items_ptr, weight_ptr, scale_ptr, parts_ptr, HIDDEN_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, FLOAT8: tl.constexpr,
-    PDL: tl.constexpr,
+    WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """CTAs take tiles of the routes' outputs in turn, those of one item after each other."""
     TILES: tl.constexpr = HIDDEN_SIZE // COLUMNS
@@ -577,20 +519,15 @@ def _down_kernel(
         x_rows = activated_ptr + tl.maximum(route, 0)[:, None] * WIDTH + k[None, :]
         scales = scale_ptr + (expert * (HIDDEN_SIZE // 128) + column // 128) * GROUPS
         routing_weight = tl.load(topk_weights_ptr + tl.maximum(route, 0))
-        sums = tl.zeros((COLUMNS, ROUTES) if FLOAT8 else (ROUTES, COLUMNS), tl.float32)
+        sums = tl.zeros((COLUMNS, ROUTES), tl.float32)
         for block in tl.range(GROUPS, num_stages=STAGES):
             x = tl.load(x_rows + block * 128, mask=is_route[:, None], other=0.0)
             weight = tl.load(weight_rows + block * 128)
             scale = tl.load(scales + block)
-            if FLOAT8:
-                x, x_scale = _quantise(x)
-                sums += tl.dot(weight, tl.trans(x)) * (tl.trans(x_scale) * scale)
-            else:
-                sums += tl.dot(x, tl.trans(_to_bfloat16(weight, PDL))) * scale
-        if FLOAT8:
-            sums = tl.trans(sums)
+            x, x_scale = _quantise(x)
+            sums += tl.dot(weight, tl.trans(x)) * (tl.trans(x_scale) * scale)
         place = parts_ptr + route[:, None] * HIDDEN_SIZE + column + row[None, :]
-        tl.store(place, sums * routing_weight[:, None], mask=is_route[:, None])
+        tl.store(place, tl.trans(sums) * routing_weight[:, None], mask=is_route[:, None])
 
 
 @triton.jit(do_not_specialize=["first_expert", "experts"])
@@ -656,8 +593,7 @@ def _down_by_token_kernel(
             expert = tl.where(local, expert, 0).to(tl.int64)
             routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice)
             for block in tl.static_range(WIDTH // 128):
-                place = weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128
-                weight = tl.load(place, mask=local, other=0.0)
+                weight = tl.load(weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128, mask=local, other=0.0)
                 scale = tl.load(scale_row + expert * (HIDDEN_SIZE // 128 * (WIDTH // 128)) + block) * routing_weight
                 sums = _add_block(sums, weight, x_row + block * 128, scale, local, k, COLUMNS)
     tl.store(out_ptr + token * HIDDEN_SIZE + row, tl.sum(sums, axis=1).to(out_ptr.dtype.element_ty))
