@@ -307,7 +307,9 @@ def check_flashinfer(torch: Torch, engine: Engine, failure: str | None) -> Findi
     if not torch.gpus:
         return Finding(name, "not applicable", _without_gpus(torch))
     status: Status = "error" if torch.gpus[0].capability[0] >= 10 else "warning"
-    means = "no attention by default" if status == "error" else "no fused all-reduce + norm where GPUs are no NVLink peers"
+    means = (
+        "no attention by default" if status == "error" else "no fused all-reduce + norm where GPUs are no NVLink peers"
+    )
     both = [engine.pin(package) for package in ("flashinfer-python", "flashinfer-cubin")]
     install = "python -m pip install " + " ".join(both)
     version, cubin = (engine.packages.get(package) for package in ("flashinfer-python", "flashinfer-cubin"))

@@ -90,7 +90,10 @@ _FEW = Plan(16, Projection("float8", 32, 4, 7, 3), Projection("float8", 128, 4, 
 
 # Local width of an expert: up to so many tokens. docs/performance.md has what was measured on one H200, and at which
 # counts the engine's kernels take less.
-PLANS: dict[int, dict[int, Plan]] = {384: {2: _FEWEST, 64: _FEW}, 768: {64: _FEW}}
+PLANS: dict[int, dict[int, Plan]] = {
+    384: {2: _FEWEST, 64: _FEW},
+    768: {16: _FEW, 64: _FEW._replace(gate_up=Projection("float8", 64, 4, 4, 3))},
+}
 
 
 def plans_for(width: int) -> dict[int, Plan]:
