@@ -23,7 +23,8 @@ others() {
   export CUDA_VISIBLE_DEVICES=$last
   step 100 experts_profile "$here/experts_profile.py" --orders server ascending --json "$out/experts_profile.json"
   step 95 router "$here/router.py" --time-limit 85 --json "$out/router.json"
-  step 100 fp8_linear "$here/fp8_linear.py" --json "$out/fp8_linear.json" --ranks 4 --seconds 24
+  step 170 fp8_linear "$here/fp8_linear.py" --plans --time-limit 150 --json "$out/fp8_linear.json" --ranks 4 2
+  step 120 experts "$here/experts.py" --time-limit 100 --json "$out/experts.json"
 }
 if ((last > 0)); then
   tune >"$out/tune.txt" &
