@@ -83,12 +83,19 @@ def taken_as(how: Projection, x: torch.Tensor) -> torch.Tensor:
     return q.double() * scale.double().repeat_interleave(128, -1)
 
 
+def every_problem(test):
+    """For tests of (count, width, tokens, routing)."""
+    routings = [(1, "uniform"), (16, "uniform"), (40, "same"), (64, "uniform")]
+    return pytest.mark.parametrize(("count", "width"), SHAPES)(
+        pytest.mark.parametrize(("tokens", "routing"), routings)(test)
+    )
+
+
 TOLERANCE = 0.0025  # of the relative norm: bfloat16's rounding of what comes out
 
 
 @pytest.mark.parametrize(("routes", "how"), GATE_UP, ids=str)
-@pytest.mark.parametrize(("count", "width"), SHAPES)
-@pytest.mark.parametrize(("tokens", "routing"), [(1, "uniform"), (16, "uniform"), (40, "same"), (64, "uniform")])
+@every_problem
 def test_gate_and_up_by_every_plan(routes, how, count, width, tokens, routing):
     w13, w13_scale, _, _ = weights(count, width)
     x, routing_weights, ids = inputs(tokens, count, routing)
@@ -101,8 +108,7 @@ def test_gate_and_up_by_every_plan(routes, how, count, width, tokens, routing):
 
 
 @pytest.mark.parametrize(("routes", "how"), DOWN, ids=str)
-@pytest.mark.parametrize(("count", "width"), SHAPES)
-@pytest.mark.parametrize(("tokens", "routing"), [(1, "uniform"), (16, "uniform"), (40, "same"), (64, "uniform")])
+@every_problem
 def test_down_by_every_plan(routes, how, count, width, tokens, routing):
     _, _, w2, w2_scale = weights(count, width)
     x, routing_weights, ids = inputs(tokens, count, routing)

@@ -13,6 +13,7 @@ from sglang.srt.layers import minimax_fp8_linear as fp8
 from sglang.srt.layers.minimax_fp8_linear import Plan
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from unit.fp8_layers import Layer, check, problem
+from unit.interpreted import compile_whole
 
 PLANS = [
     Plan(16, 64, 1, 4),
@@ -68,17 +69,9 @@ def test_a_layer_takes_any_number_of_tokens(tokens):
 
 def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):
     """As the engine compiles the forward: no graph break, and one graph for both sides of the limit."""
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a host without a GPU is set up
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph
-
     _, weight, scale = problem(1, 160, 384)
     project = fp8.Fp8Linear(Layer(weight, scale))
-    compiled = torch.compile(lambda x: project(x) * 1, fullgraph=True, dynamic=True, backend=backend)
+    compiled, graphs = compile_whole(lambda x: project(x) * 1, monkeypatch)
     with torch.no_grad():
         for tokens in (5, 17, 65, 70):
             x, _, _ = problem(tokens, 160, 384)

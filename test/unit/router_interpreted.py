@@ -11,6 +11,7 @@ import torch
 from sglang.srt.layers import minimax_router as router
 from sglang.srt.layers.minimax_router import Plan
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from unit.interpreted import compile_whole
 
 PLANS = [Plan("reduce", 2, 8, 64, 3, 4), Plan("parts", 16, 16, 64, 2, 4)]
 
@@ -156,20 +157,12 @@ def test_strided_rows_are_read_where_they_are():
 def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):
     """As the engine compiles the forward: no graph break, and one graph for both sides of the limit."""
     monkeypatch.setattr(router, "fused_topk", lambda x, logits, top_k, *_: chosen(logits, None, top_k))
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a host without a GPU is set up
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph
-
     gate = torch.nn.Linear(512, 11, bias=False)
 
     def both(x):
         return router.fused_router_logits(x * 2, gate) + 1, *router.minimax_route(x * 2, gate.weight, None, 3)
 
-    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=backend)
+    compiled, graphs = compile_whole(both, monkeypatch)
     with torch.no_grad():
         for tokens in (5, 17, 257, 300):
             x, weight = problem(tokens, 11, 512)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+from unit.interpreted import assert_passes_interpreted
 
 from sglang_minimax.cpu_host import has_no_accelerator
 
@@ -21,13 +18,7 @@ MOST = max(experts.PLANS[384])  # tokens
 
 @pytest.mark.skipif(not has_no_accelerator(), reason="the op is registered for the GPU here: test/gpu/test_experts.py")
 def test_the_kernels_in_tritons_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    cases = Path(__file__).with_name("experts_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(cases)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
+    assert_passes_interpreted("experts_interpreted.py")
 
 
 @pytest.mark.parametrize("width", experts.PLANS)

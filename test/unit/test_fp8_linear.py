@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from sglang.srt.layers import minimax_fp8_linear as fp8
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
 from unit.fp8_layers import Layer, problem
+from unit.interpreted import assert_passes_interpreted
 
 from sglang_minimax.cpu_host import has_no_accelerator
 
@@ -21,13 +18,7 @@ OPTIONS = ["enable_deterministic_inference", "enable_lora", "lora_paths", "enabl
 
 @pytest.mark.skipif(not has_no_accelerator(), reason="the op is for the GPU here: test/gpu/test_fp8_linear.py")
 def test_the_kernels_in_tritons_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    cases = Path(__file__).with_name("fp8_linear_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(cases)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
+    assert_passes_interpreted("fp8_linear_interpreted.py")
 
 
 def test_activations_become_the_nearest_of_all_e4m3_values():

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 from sglang.srt.layers import minimax_router as router
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from sglang.srt.layers.moe.utils import MoeA2ABackend
+from unit.interpreted import assert_passes_interpreted
 
 from sglang_minimax.cpu_host import has_no_accelerator
 
@@ -28,13 +25,7 @@ FITS = {
 
 @pytest.mark.skipif(not has_no_accelerator(), reason="the op is registered for the GPU here: test/gpu/test_router.py")
 def test_the_kernels_in_tritons_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    cases = Path(__file__).with_name("router_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(cases)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout
+    assert_passes_interpreted("router_interpreted.py")
 
 
 def test_every_count_up_to_the_limit_has_the_first_plan_that_is_large_enough():

@@ -160,9 +160,6 @@ class MiniMaxM2Attention(AttentionStages):
         attn_tp_rank, attn_tp_size = get_attention_tp_rank(), get_attention_tp_size()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shards = shard_attention(config.num_attention_heads, config.num_key_value_heads, attn_tp_size)
-        self.q_size = shards.q.heads_per_rank * head_dim
-        self.kv_size = shards.kv.heads_per_rank * head_dim
-
         self.q_norm, self.k_norm = _qk_norms(config, head_dim)
         qkv_prefix = add_prefix("qkv_proj", prefix)
         counterpart = choose_counterpart(attn_tp_rank, shards, quant_config, qkv_prefix) if self.q_norm else None
