@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt import server_args as engine
 from sglang.srt.layers import minimax_attention_inputs as inputs
-from sglang.srt.layers import minimax_qk_norm_rope
+from sglang.srt.layers import minimax_log, minimax_qk_norm_rope
 from sglang.srt.layers.minimax_qk_norm_paths import (
     reason_against_exchange,
     reason_against_one_kernel,
@@ -94,7 +94,7 @@ def test_a_scaling_that_only_fills_the_cosines_is_still_plain_rope(arguments, sc
 
 
 def test_the_reason_for_separate_launches_is_logged_once(arguments, caplog):
-    minimax_qk_norm_rope.log_once.cache_clear()
+    minimax_log.log_once.cache_clear()
     rope = get_rope(32, rotary_dim=16, max_position=64, base=1e4)
     norm = SimpleNamespace(weight=torch.ones(4))
     with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as monkeypatch:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sglang.srt import server_args as engine
 from sglang.srt.entrypoints.engine import _calculate_rank_ranges
-from sglang.srt.layers import minimax_counterpart, minimax_qk_norm_rope
+from sglang.srt.layers import minimax_counterpart, minimax_log
 from sglang.srt.layers.linear import QKVParallelLinear
 from sglang.srt.layers.minimax_counterpart import QKVWithCounterpart, build_qkv_proj, choose_counterpart
 from sglang.srt.layers.minimax_qk_norm_paths import reason_against_counterpart
@@ -190,7 +190,7 @@ def test_weights_with_a_scale_of_the_whole_are_left_to_the_engine(two_nodes, qua
     ],
 )
 def test_the_choice_is_logged_once(two_nodes, caplog, monkeypatch, change, said):
-    minimax_qk_norm_rope.log_once.cache_clear()
+    minimax_log.log_once.cache_clear()
     for name, value in change.items():
         setattr(two_nodes, name, value)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

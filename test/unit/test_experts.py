@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers import minimax_experts as experts
+from sglang.srt.layers import minimax_log
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from unit.interpreted import assert_passes_interpreted
@@ -77,14 +78,14 @@ def server(monkeypatch):
     monkeypatch.setattr(experts, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
     monkeypatch.setattr(experts, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: False)
     monkeypatch.setattr(experts, "get_global_server_args", lambda: arguments)
-    experts._log_once.cache_clear()
+    minimax_log.log_once.cache_clear()
     yield arguments
-    experts._log_once.cache_clear()
+    minimax_log.log_once.cache_clear()
 
 
 def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypatch):
     said = []
-    monkeypatch.setattr(experts, "log_info_on_rank0", lambda logger, text: said.append(text))
+    monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
     chosen = {experts.choose_experts(layer()) for _ in range(3)}
     assert chosen == {experts.few_or_many_tokens}
     assert len(said) == 1 and f"kernels up to {MOST} tokens" in said[0]
@@ -108,7 +109,7 @@ def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypa
 )
 def test_other_experts_are_the_engines(server, monkeypatch, changes, reason):
     said = []
-    monkeypatch.setattr(experts, "log_info_on_rank0", lambda logger, text: said.append(text))
+    monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
     assert experts.choose_experts(layer(**changes)) is experts.engine_experts
     assert len(said) == 1
     assert reason in said[0]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers import minimax_fp8_linear as fp8
+from sglang.srt.layers import minimax_log
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
 from unit.fp8_layers import Layer, problem
 from unit.interpreted import assert_passes_interpreted
@@ -68,7 +69,7 @@ def layer(**changed):
 def chosen(monkeypatch):
     """What a server with some options gives a layer, and the lines that it logs."""
     said = []
-    monkeypatch.setattr(fp8, "log_info_on_rank0", lambda logger, text: said.append(text))
+    monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
 
     def choose(made, cuda=True, capability=9, dtype=torch.bfloat16, backend="auto", **options):
         monkeypatch.setattr(fp8, "is_cuda", lambda: cuda)
@@ -77,9 +78,9 @@ def chosen(monkeypatch):
         monkeypatch.setattr(fp8, "get_fp8_gemm_runner_backend", lambda: Fp8GemmRunnerBackend(backend))
         arguments = SimpleNamespace(**{**dict.fromkeys(OPTIONS, False), **options})
         monkeypatch.setattr(fp8, "get_global_server_args", lambda: arguments)
-        fp8._log_once.cache_clear()
+        minimax_log.log_once.cache_clear()
         projections = [fp8.choose_projection(made) for _ in range(3)]
-        fp8._log_once.cache_clear()
+        minimax_log.log_once.cache_clear()
         return projections[-1], said
 
     return choose
@@ -141,8 +142,8 @@ def test_a_layer_of_another_quantisation_is_left_to_the_engine(chosen):
 
 def test_weights_that_were_changed_after_loading_are_left_to_the_engine(monkeypatch):
     said = []
-    monkeypatch.setattr(fp8, "log_info_on_rank0", lambda logger, text: said.append(text))
-    fp8._log_once.cache_clear()
+    monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
+    minimax_log.log_once.cache_clear()
     made = layer()
     projection = fp8.Fp8Linear(made)
     scale = made.weight_scale_inv
@@ -150,5 +151,5 @@ def test_weights_that_were_changed_after_loading_are_left_to_the_engine(monkeypa
     assert fp8.reason_against_layer(made) is not None
     for _ in range(2):
         projection(problem(3, 160, 384)[0])
-    fp8._log_once.cache_clear()
+    minimax_log.log_once.cache_clear()
     assert made.calls == 2 and len(said) == 1 and "torch.int32" in said[0]

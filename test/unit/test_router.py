@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers import minimax_log
 from sglang.srt.layers import minimax_router as router
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from sglang.srt.layers.moe.utils import MoeA2ABackend
@@ -65,10 +65,9 @@ def server(monkeypatch, case: dict, **arguments) -> list[str]:
     plain = {"ep_dispatch_algorithm": None, "enable_symm_mem": False}
     arguments = SimpleNamespace(enable_deterministic_inference=case["deterministic"], **(plain | arguments))
     monkeypatch.setattr(router, "get_global_server_args", lambda: arguments)
-    monkeypatch.setattr(router, "log_info_on_rank0", lambda logger, text: said.append(text))
+    monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
     # Of this test alone, so that no other finds said what it waits for.
-    for name in ("_log_once", "_log_choice_once"):
-        monkeypatch.setattr(router, name, functools.lru_cache(getattr(router, name).__wrapped__))
+    minimax_log.log_once.cache_clear()
     return said
 
 

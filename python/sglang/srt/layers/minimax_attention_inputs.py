@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from sglang.srt.layers.dp_attention import get_attention_tp_group
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_qk_norm_paths import reason_against_one_kernel, reason_against_store
-from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope, log_once
+from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch

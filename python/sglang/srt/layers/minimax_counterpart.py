@@ -23,8 +23,8 @@ import torch
 from sglang.srt.distributed import get_world_group
 from sglang.srt.distributed.parallel_state import init_model_parallel_group
 from sglang.srt.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_qk_norm_paths import reason_against_counterpart
-from sglang.srt.layers.minimax_qk_norm_rope import log_once
 from sglang.srt.layers.minimax_sharding import AttentionShards, counterpart_of, tp_ranks_per_node
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod

@@ -26,7 +26,6 @@ What is rounded, to bfloat16, is silu(gate) * up and the output. No float atomic
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -35,16 +34,15 @@ import triton
 import triton.language as tl
 from sglang.srt.compilation.piecewise_context_manager import is_in_piecewise_cuda_graph
 from sglang.srt.layers.minimax_fp8_linear import _prefetch, _quantise
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
 from sglang.srt.layers.moe.topk import TopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import is_cuda, log_info_on_rank0
+from sglang.srt.utils import is_cuda
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-logger = logging.getLogger(__name__)
 
 BLOCK = 128  # of the scales
 MAX_HELD = 96 * 4  # bytes of weights that a thread may hold before its inputs are there
@@ -112,7 +110,7 @@ def choose_experts(experts: torch.nn.Module) -> Callable[[torch.nn.Module, torch
     Called once, when the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
     """
     reason = reason_against_plans(experts)
-    _log_once(reason, 0 if reason else max(plans_for(experts.intermediate_size_per_partition)))
+    _log_way(reason, 0 if reason else max(plans_for(experts.intermediate_size_per_partition)))
     return few_or_many_tokens if reason is None else engine_experts
 
 
@@ -171,10 +169,9 @@ def reason_against_plans(experts: torch.nn.Module) -> str | None:
     return None
 
 
-@functools.lru_cache
-def _log_once(reason: str | None, limit: int) -> None:
+def _log_way(reason: str | None, limit: int) -> None:
     what = f"the engine's kernels, since {reason}" if reason else f"two or four kernels up to {limit} tokens"
-    log_info_on_rank0(logger, f"The experts' output comes from {what}.")
+    log_once(f"The experts' output comes from {what}.")
 
 
 @register_custom_op(out_shape="hidden_states")

@@ -17,23 +17,20 @@ Weights do not depend on the kernel before: they are read, or fetched into the L
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import get_device_capability, is_cuda, log_info_on_rank0
+from sglang.srt.utils import get_device_capability, is_cuda
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-logger = logging.getLogger(__name__)
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
@@ -130,9 +127,9 @@ def choose_projection(linear: torch.nn.Module) -> Projection:
     """
     reason = reason_against_layer(linear) or reason_against_server()
     if reason is not None:
-        _log_once(reason)
+        _log_way(reason)
         return lambda x: linear(x)[0]
-    _log_once(None, *reversed(linear.weight.shape))
+    _log_way(None, *reversed(linear.weight.shape))
     return Fp8Linear(linear)
 
 
@@ -172,13 +169,12 @@ def reason_against_layer(linear: torch.nn.Module) -> str | None:
     return None if scale.is_contiguous() else "scales of the weights are not contiguous"
 
 
-@functools.lru_cache
-def _log_once(reason: str | None, inputs: int = 0, outputs: int = 0) -> None:
+def _log_way(reason: str | None, inputs: int = 0, outputs: int = 0) -> None:
     said = f"The qkv and output projections are the engine's linear layers, since {reason}."
     if reason is None:
         limit = max(plans_for(inputs, outputs))
         said = f"Projections of {inputs} to {outputs} quantise and multiply in one kernel up to {limit} tokens."
-    log_info_on_rank0(logger, said)
+    log_once(said)
 
 
 class Fp8Linear:
@@ -205,7 +201,7 @@ class Fp8Linear:
             reason = reason_against_layer(self.linear)
             self.weights_fit = reason is None
             if reason is not None:
-                _log_once(reason)
+                _log_way(reason)
         tokens, inputs = x.shape
         if tokens == 0:
             return x.new_empty(0, self.outputs)

@@ -16,8 +16,8 @@ from sglang.srt.layers.minimax_all_reduce_norm_paths import (
     reason_against_one_launch,
     reason_against_peers,
 )
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import peers_are_reachable
-from sglang.srt.layers.minimax_qk_norm_rope import log_once
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import is_cuda

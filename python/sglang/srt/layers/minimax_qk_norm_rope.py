@@ -28,13 +28,13 @@ Triton and a few lines of PTX. docs/performance.md has the measurements.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch, peer_timeout_ms, peers_are_reachable
 from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
 from sglang.srt.layers.minimax_qk_norm_paths import (
@@ -54,11 +54,8 @@ from sglang.srt.layers.minimax_sum_exchange import (
     poll_assembly,
     send_sums,
 )
-from sglang.srt.utils import log_info_on_rank0
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-logger = logging.getLogger(__name__)
 
 REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
 
@@ -590,9 +587,3 @@ def _qk_norm_rope_kernel(
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
-
-
-@functools.cache
-def log_once(message: str) -> None:
-    """Says it once and not for every layer, on the first rank only."""
-    log_info_on_rank0(logger, message)

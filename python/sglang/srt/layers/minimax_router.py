@@ -19,8 +19,6 @@ Where the engine does more than choose (:func:`reason_against_choice`), the seco
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,16 +26,15 @@ import torch
 import triton
 import triton.language as tl
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.moe import get_moe_a2a_backend
 from sglang.srt.layers.moe.routed_experts_capturer import get_global_experts_capturer
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK, TopKConfig, TopKOutputFormat, fused_topk
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import is_cuda, log_info_on_rank0
+from sglang.srt.utils import is_cuda
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-logger = logging.getLogger(__name__)
 
 RouterLogits = Callable[[torch.Tensor, torch.nn.Module], torch.Tensor]
 Route = Callable[[torch.Tensor, torch.nn.Module, TopK], StandardTopKOutput]
@@ -110,7 +107,7 @@ def choose_router_logits(gate: torch.nn.Module) -> RouterLogits:
     Called once, while the layer is built, under the model's default dtype, which is that of its activations.
     """
     reason = _reason_against_plans_for(gate)
-    _log_once(reason)
+    _log_way(reason)
     return fused_router_logits if reason is None else linear_router_logits
 
 
@@ -127,7 +124,7 @@ def choose_route(gate: torch.nn.Module, topk: TopK) -> Route | None:
         exchanges_tokens=not get_moe_a2a_backend().is_none(),
         symmetric_memory=bool(server_args.enable_symm_mem),
     )
-    _log_choice_once(reason)
+    _log_choice(reason)
     return fused_route if reason is None else None
 
 
@@ -182,16 +179,14 @@ def reason_against_choice(
     return None
 
 
-@functools.lru_cache
-def _log_once(reason: str | None) -> None:
+def _log_way(reason: str | None) -> None:
     what = f"two kernels up to {MAX_TOKENS} tokens" if reason is None else f"a float32 linear layer, since {reason}"
-    log_info_on_rank0(logger, f"The router's logits come from {what}.")
+    log_once(f"The router's logits come from {what}.")
 
 
-@functools.lru_cache
-def _log_choice_once(reason: str | None) -> None:
+def _log_choice(reason: str | None) -> None:
     what = f"the router's second kernel up to {MAX_TOKENS} tokens" if reason is None else f"TopK, since {reason}"
-    log_info_on_rank0(logger, f"The experts of a token are chosen by {what}.")
+    log_once(f"The experts of a token are chosen by {what}.")
 
 
 def linear_router_logits(x: torch.Tensor, gate: torch.nn.Module) -> torch.Tensor:
