@@ -54,17 +54,19 @@ def test_contestants_are_measured_in_their_own_environments(model, tmp_path, cap
     assert list(written["contestants"]) == ["ours", "stock", "peer"]
     stock, peer = (written["contestants"][name] for name in ("stock", "peer"))
     assert stock["versions"]["sglang"] == "0.5.99" and stock["versions"]["python"].startswith("3.")
-    assert [len(run["batches"]["16"]["decode_ms"]) for run in peer["runs"]] == [7, 7], "the warm-up is not counted"
-    assert peer["runs"][0]["batches"]["1"]["prefill_ms"] == pytest.approx(30)
+    assert [len(run["batches"]["16 x 128"]["decode_ms"]) for run in peer["runs"]] == [7, 7], (
+        "the warm-up is not counted"
+    )
+    assert peer["runs"][0]["batches"]["1 x 128"]["prefill_ms"] == pytest.approx(30)
     assert "--attention-backend triton" in peer["command"] and "--attention-backend" not in stock["command"]
     assert all("--grammar-backend none" in one["command"] for one in (stock, peer))
     assert str(tmp_path) not in out.read_text(), "a record holds no folders of the host"
     assert "ours" in written["contestants"] and "not laid over" in written["contestants"]["ours"]["error"]
 
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    row = next(row for row in rows if row[:2] == ["16", "peer"])
-    assert row[2:] == ["10.00", "(9.00", "to", "10.75)", "2.00", "30.00", "(30.00", "to", "30.00)", "2.00"]
-    assert any(row[:2] == ["1", "ours"] and "not laid over" in " ".join(row) for row in rows)
+    row = next(row for row in rows if row[:3] == ["16", "128", "peer"])
+    assert row[3:] == ["10.00", "(9.00", "to", "10.75)", "2.00", "30.00", "(30.00", "to", "30.00)", "2.00"]
+    assert any(row[:3] == ["1", "128", "ours"] and "not laid over" in " ".join(row) for row in rows)
 
 
 def test_a_contestant_that_fails_keeps_what_it_measured_and_ends_at_once(model, tmp_path, capsys, monkeypatch):
@@ -73,10 +75,10 @@ def test_a_contestant_that_fails_keeps_what_it_measured_and_ends_at_once(model, 
     bench(model, "--compare", f"stock={FAKE}", "--env", "FAILS_AT=16", *NO_OURS, "--json", str(tmp_path / "out.json"))
     assert time.monotonic() - started < 60, "the rank that waits for the dead ones was waited for"
     (run,) = record.read(tmp_path / "out.json")["contestants"]["stock"]["runs"]
-    assert list(run["batches"]) == ["1"]
+    assert list(run["batches"]) == ["1 x 128"]
     assert run["error"] == "RuntimeError: Push buffer is too small"
-    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
-    assert ["16", "stock", "RuntimeError: Push buffer is too small"] in lines
+    lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
+    assert ["16", "128", "stock", "RuntimeError: Push buffer is too small"] in lines
 
 
 def test_a_contestant_that_hangs_is_ended(model, tmp_path):
@@ -89,9 +91,24 @@ def test_a_contestant_that_hangs_is_ended(model, tmp_path):
 
 def test_a_batch_that_the_cache_cannot_hold_says_so(model, tmp_path):
     out = tmp_path / "out.json"
-    bench(model, "--compare", f"stock={FAKE}", "--env", "SKIPS=16", *NO_OURS, "--json", str(out))
+    bench(model, "--compare", f"stock={FAKE}", "--env", "SKIPS=16 x 128", *NO_OURS, "--json", str(out))
     (run,) = record.read(out)["contestants"]["stock"]["runs"]
-    assert "--max-total-tokens" in run["error"] and list(run["batches"]) == ["1"]
+    assert "--max-total-tokens" in run["error"] and list(run["batches"]) == ["1 x 128"]
+
+
+def test_each_batch_size_meets_each_context(model, tmp_path, capsys):
+    """A line of the tool's log names the batch size at most, so a batch that is left out must not shift the others."""
+    out = tmp_path / "out.json"
+    words = ["--env", "SKIPS=1 x 24", "--env", "MS=10", "--input-len", "8", "24", "16", "--json", str(out)]
+    assert bench(model, "--compare", f"stock={FAKE}", *words, *NO_OURS) == 1, "one was left out"
+    (run,) = record.read(out)["contestants"]["stock"]["runs"]
+    prefills = {shape: batch["prefill_ms"] for shape, batch in run["batches"].items()}
+    expected = {"1 x 8": 30, "1 x 16": 60, "16 x 8": 30, "16 x 24": 90, "16 x 16": 60}
+    assert prefills == pytest.approx(expected) and list(prefills) == list(expected)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    stock = [row for row in rows if row[2:3] == ["stock"]]
+    assert [row[:2] for row in stock] == [[size, tokens] for size in ("1", "16") for tokens in ("8", "16", "24")]
+    assert "--max-total-tokens" in stock[2] and stock[5][3] == "10.00"
 
 
 def test_ending_the_benchmark_ends_what_it_started(model, tmp_path):
@@ -157,6 +174,7 @@ def test_a_models_own_tokenizer_is_taken(model, tmp_path):
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
         (["--output-len", "1"], "--output-len 1 must be at least 2"),
         (["--batch-sizes", "4", "4"], "--batch-sizes 4 4 must differ"),
+        (["--input-len", "8", "0"], "--input-len 8 0 must differ and be at least 1"),
     ],
 )
 def test_a_question_that_cannot_be_answered(model, words, says, capsys):
@@ -170,12 +188,12 @@ def test_a_model_without_a_config(tmp_path, capsys):
 
 
 def write(path: Path, **changes) -> Path:
-    batches = {"1": {"prefill_ms": 20.0, "decode_ms": [5.0, 5.4]}}
+    batches = {"1 x 8": {"prefill_ms": 20.0, "decode_ms": [5.0, 5.4]}}
     run = {"seconds": 1, "error": None, "batches": batches, "clocks_before": [], "clocks_after": []}
     ours = {"versions": {"sglang": "1"}, "error": None, "variables": {}, "runs": [run]}
     found = {
-        "format": 1, "kind": "model", "time": "now", "host": HOST, "model": {"name": "m2", "changes": []},
-        "layout": "--tp 1", "batch_sizes": [1], "input_len": 8, "output_len": 3, "contestants": {"ours": ours},
+        "format": 2, "kind": "model", "time": "now", "host": HOST, "model": {"name": "m2", "changes": []},
+        "layout": "--tp 1", "batch_sizes": [1], "input_lens": [8], "output_len": 3, "contestants": {"ours": ours},
     }  # fmt: skip
     record.write({**found, **changes}, path)
     return path
@@ -190,24 +208,24 @@ def test_records_of_different_hosts_are_not_compared(tmp_path, capsys):
 
 
 def test_records_of_other_work_are_not_compared(tmp_path, capsys):
-    first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", input_len=128)
+    first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", input_lens=[128])
     assert main(["bench", "--show", str(first), str(second)]) == 2
-    assert "input_len is 8 in a.json and 128 in b.json" in capsys.readouterr().err
+    assert "input_lens is [8] in a.json and [128] in b.json" in capsys.readouterr().err
 
 
 def test_records_of_one_host_stand_side_by_side(tmp_path, capsys):
     first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", layout="--tp 2")
     assert main(["bench", "--show", str(first), str(second)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("1      ours (a.json)  5.20 (5.10 to 5.30)") for line in lines)
+    assert any(line.startswith("1      8          ours (a.json)  5.20 (5.10 to 5.30)") for line in lines)
     assert any(line.startswith("b.json: m2, dummy weights; --tp 2") for line in lines)
-    assert any(line.startswith("1      ours (b.json)") and "same" in line for line in lines)
+    assert any(line.startswith("1      8          ours (b.json)") and "same" in line for line in lines)
 
 
 def test_a_file_that_is_no_record(tmp_path, capsys):
     (tmp_path / "a.json").write_text("[]")
     assert main(["bench", "--show", str(tmp_path / "a.json")]) == 2
-    assert "is no record of format 1" in capsys.readouterr().err
+    assert "is no record of format 2" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- spread and host
@@ -355,14 +373,44 @@ def test_plots_without_matplotlib_say_how_to_get_it(tmp_path, monkeypatch, capsy
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_plots_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots are optional: pip install matplotlib")
-    assert main(["bench", "--show", str(write(tmp_path / "a.json")), "--plots", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("sizes", "contexts", "panels", "marks"),
+    [
+        ([1], [8], 1, "bars"),
+        ([1, 2, 4, 8, 16], [8], 1, "lines"),
+        ([1, 64], [512, 4096], 2, "lines"),
+    ],
+)
+def test_whole_steps_are_drawn(tmp_path, monkeypatch, sizes, contexts, panels, marks):
+    """Bars or lines of every contestant, as high as what was measured, and a file that is a PNG."""
+    batches = {
+        f"{size} x {context}": {"prefill_ms": 1.0, "decode_ms": [size + context / 1000]}
+        for size in sizes
+        for context in contexts
+    }
+    run = {"seconds": 1, "error": None, "batches": batches, "clocks_before": [], "clocks_after": []}
+    one = {"versions": {"sglang": "1"}, "error": None, "variables": {}, "runs": [run]}
+    contestants = {"ours": one, "stock": one, "peer": {**one, "runs": [], "error": "no engine"}}
+    found = write(tmp_path / "a.json", batch_sizes=sizes, input_lens=contexts, contestants=contestants)
+    figures = []
+    plt = plots.check_matplotlib()
+    monkeypatch.setattr(plt, "close", figures.append)
+    assert main(["bench", "--show", str(found), "--plots", str(tmp_path)]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = figures
+    assert len(figure.axes) == panels
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["ours", "stock"]
+    for axes, size in zip(figure.axes, sizes, strict=False):
+        if marks == "bars":
+            assert [bar.get_height() for bar in axes.patches] == [1.008, 1.008]
+        elif panels == 1:
+            assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[size + 0.008 for size in sizes]] * 2
+        else:
+            assert list(axes.lines[0].get_xdata()) == contexts
+            assert list(axes.lines[0].get_ydata()) == [size + context / 1000 for context in contexts]
 
 
 def test_the_plot_in_the_docs_is_of_the_results(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots are optional: pip install matplotlib")
     repository = Path(__file__).parents[2]
     results = json.loads((repository / "benchmark/results/qk_norm_rope_2_h200.json").read_text())
     plots.draw(results, tmp_path / "drawn.png")
@@ -387,9 +435,12 @@ def test_whole_steps_on_this_machine(model, tmp_path, capsys, monkeypatch):
     ours = written["contestants"]["ours"]
     assert code == 0, ours["runs"][0]["error"]
     assert ours["overlay"] and ours["versions"]["sglang"] == "0.5.10.post1"
-    for size in ("1", "16"):
-        batch = ours["runs"][0]["batches"][size]
+    for size in (1, 16):
+        batch = ours["runs"][0]["batches"][f"{size} x 8"]
         assert len(batch["decode_ms"]) == 7 and batch["prefill_ms"] > 0 and min(batch["decode_ms"]) > 0
     said = capsys.readouterr().out
     assert "1 of 3 layers" in said and "sglang 0.5.10.post1" in said
-    assert [line.split()[:2] for line in said.splitlines() if line[:1].isdigit()] == [["1", "ours"], ["16", "ours"]]
+    assert [line.split()[:3] for line in said.splitlines() if line[:1].isdigit()] == [
+        ["1", "8", "ours"],
+        ["16", "8", "ours"],
+    ]

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="heads, experts' width and vocabulary divided by N: at --tp 2, with N 2, a rank's shards are TP4's",
     )  # fmt: skip
     steps.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
-    steps.add_argument("--input-len", type=int, default=128, help="tokens (default: 128)")
+    steps.add_argument(
+        "--input-len", type=int, nargs="+", default=[128], help="tokens; each with each batch size (default: 128)"
+    )
     steps.add_argument("--output-len", type=int, default=34, help="tokens (default: 34)")
     steps.add_argument("--repeats", type=int, default=1, help="whole runs of each, in turn (default: 1)")
     steps.add_argument("--timeout", type=float, default=900, help="seconds a run may take (default: 900)")
@@ -135,12 +137,12 @@ def _measure_model(arguments: argparse.Namespace) -> int:
         folder = Path(scratch)
         device = ["--device", arguments.device] if arguments.device else []
         flags = (*device, *shlex.split(arguments.layout))
-        sizes = tuple(arguments.batch_sizes)
-        work = model_steps.Work(folder / "model", flags, sizes, arguments.input_len, arguments.output_len)
+        sizes, lengths = tuple(arguments.batch_sizes), tuple(arguments.input_len)
+        work = model_steps.Work(folder / "model", flags, sizes, lengths, arguments.output_len)
         model = model_steps.prepare_model(arguments.model, work.model, arguments.num_layers, arguments.part_of)
         found = record.new(
             "model", model=model, layout=arguments.layout, device=arguments.device, batch_sizes=list(sizes),
-            input_len=arguments.input_len, output_len=arguments.output_len, repeats=arguments.repeats, contestants={},
+            input_lens=list(lengths), output_len=arguments.output_len, repeats=arguments.repeats, contestants={},
         )  # fmt: skip
         logs = _folder_for_logs(arguments)
         entered = [_enter(contestant, work, folder, found) for contestant in everyone]
@@ -182,7 +184,7 @@ def _run(contestant: Contestant, work: Any, log: Path, timeout: float, found: di
     print(f"{contestant.name}: runs, log {log}", file=sys.stderr, flush=True)
     before, after = record.clocks(), []
     done = model_steps.run_once(
-        work.command(contestant), contestant.environment(), work.batch_sizes, log, timeout,
+        work.command(contestant), contestant.environment(), work.shapes, log, timeout,
         on_end=lambda: after.extend(record.clocks()),
     )  # fmt: skip
     data = {**done.as_data(), "clocks_before": before, "clocks_after": after}

@@ -6,6 +6,7 @@ from the tool's result file: that has medians only, and nothing at all when the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_minimax.bench.contestants import Contestant
-from sglang_minimax.bench.record import CannotBench
+from sglang_minimax.bench.record import CannotBench, Shape
 from sglang_minimax.checkpoints import SmallModel, write_tokenizer
 from sglang_minimax.server_process import SessionProcess
 
@@ -92,7 +93,7 @@ def prepare_model(model: Path, folder: Path, num_layers: int | None, part_of: in
 
 @dataclass
 class Batch:
-    """One batch size: milliseconds of the prefill and of each decode step."""
+    """Milliseconds of the prefill and of each decode step."""
 
     prefill_ms: float
     decode_ms: list[float] = field(default_factory=list)
@@ -101,27 +102,31 @@ class Batch:
 class StepLog:
     """Reads the tool's log line by line; what comes before the measurement proper is its warm-up.
 
+    Args:
+        shapes: what is measured, in the tool's order: a line names the batch size at most.
+
     Attributes:
-        batches: by batch size, those that ran to their end.
-        skipped: batch sizes that the tool left out because the KV cache holds fewer tokens.
+        batches: those that ran to their end.
+        skipped: those that the tool left out because the KV cache holds fewer tokens.
         rank_died: whether a rank ended with an error, after which the others may wait for it without end.
     """
 
     _SECONDS = r"latency:\s+([\d.]+) s"
     _PREFILL = re.compile(rf"Prefill\. {_SECONDS}")
-    _STEP = re.compile(rf"Decode \d+\. Batch size: (\d+), {_SECONDS}")
-    _SKIPPED = re.compile(r"skipping \((\d+), \d+, \d+\)")
+    _STEP = re.compile(rf"Decode \d+\. Batch size: \d+, {_SECONDS}")
+    _SKIPPED = re.compile(r"skipping \(\d+, \d+, \d+\)")
     _RANK_DIED = re.compile(r"\bProcess \w*Process-\d[\d:]*:\s*$")
     _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)\b(?:: .*)?)$")
     _FOLLOWS = ("KeyboardInterrupt", "BrokenPipeError", "EOFError", "CancelledError")
 
-    def __init__(self) -> None:
-        self.batches: dict[int, Batch] = {}
-        self.skipped: list[int] = []
+    def __init__(self, shapes: Sequence[Shape]) -> None:
+        self.batches: dict[Shape, Batch] = {}
+        self.skipped: list[Shape] = []
         self.rank_died = False
+        self._next = iter(shapes)
         self._measures = False
-        self._current: Batch | None = None
-        self._size: int | None = None
+        self._shape: Shape | None = None
+        self._batch = Batch(0.0)
         self._last_error = self._last_line = ""
         self._first_of_ranks: str | None = None
 
@@ -130,18 +135,17 @@ class StepLog:
         if line.strip():
             self._last_line = line.strip()
         if "Benchmark ..." in line:
-            self._measures, self._current = True, None
+            self._measures = True
         elif not self._measures:
             pass
         elif found := self._PREFILL.search(line):
-            self._current, self._size = Batch(prefill_ms=float(found[1]) * 1000), None
-        elif (found := self._STEP.search(line)) and self._current is not None:
-            self._size = int(found[1])
-            self._current.decode_ms.append(float(found[2]) * 1000)
-        elif "Total. latency" in line and self._current is not None and self._size is not None:
-            self.batches[self._size], self._current = self._current, None
-        elif found := self._SKIPPED.search(line):
-            self.skipped.append(int(found[1]))
+            self._shape, self._batch = next(self._next, None), Batch(prefill_ms=float(found[1]) * 1000)
+        elif found := self._STEP.search(line):
+            self._batch.decode_ms.append(float(found[1]) * 1000)
+        elif "Total. latency" in line and self._shape is not None:
+            self.batches[self._shape], self._shape = self._batch, None
+        elif self._SKIPPED.search(line):
+            self.skipped.extend(itertools.islice(self._next, 1))
         if self._RANK_DIED.search(line):
             self.rank_died = True
         elif (found := self._ERROR.search(line)) and not found[1].startswith(self._FOLLOWS):
@@ -162,7 +166,7 @@ class StepLog:
 
 @dataclass(frozen=True)
 class Work:
-    """What every contestant is asked to do. Lengths are in tokens.
+    """What every contestant is asked to do. Lengths are in tokens; each batch size meets each input length.
 
     model: the folder of :func:`prepare_model`.
     flags: engine flags of all: device and layout.
@@ -171,23 +175,27 @@ class Work:
     model: Path
     flags: tuple[str, ...]
     batch_sizes: tuple[int, ...]
-    input_len: int
+    input_lens: tuple[int, ...]
     output_len: int
 
     def __post_init__(self) -> None:
-        if not self.batch_sizes or min(self.batch_sizes) < 1 or len(set(self.batch_sizes)) != len(self.batch_sizes):
-            raise CannotBench(f"--batch-sizes {' '.join(map(str, self.batch_sizes))} must differ and be at least 1")
-        if self.input_len < 1:
-            raise CannotBench(f"--input-len {self.input_len} must be at least 1")
+        for option, values in (("--batch-sizes", self.batch_sizes), ("--input-len", self.input_lens)):
+            if not values or min(values) < 1 or len(set(values)) != len(values):
+                raise CannotBench(f"{option} {' '.join(map(str, values))} must differ and be at least 1")
         if self.output_len < 2:
             raise CannotBench(f"--output-len {self.output_len} must be at least 2: the first token is the prefill's")
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """What is measured, in the tool's order."""
+        return [Shape(*one) for one in itertools.product(self.batch_sizes, self.input_lens)]
 
     def command(self, contestant: Contestant, model: str | None = None) -> list[str]:
         """The child's command; ``model`` stands in for the folder where a record must not name it."""
         return [
             contestant.python if model is None else "python", "-m", TOOL,
             "--model-path", model or str(self.model), "--load-format", "dummy", *self.flags,
-            "--batch-size", *map(str, self.batch_sizes), "--input-len", str(self.input_len),
+            "--batch-size", *map(str, self.batch_sizes), "--input-len", *map(str, self.input_lens),
             "--output-len", str(self.output_len), "--log-decode-step", "1", "--result-filename", "",
             *contestant.flags,
         ]  # fmt: skip
@@ -198,21 +206,21 @@ class Run:
     """One run: seconds in all, the batches that were measured, and what went wrong if not all were."""
 
     seconds: float
-    batches: dict[int, Batch]
+    batches: dict[Shape, Batch]
     error: str | None
 
     def as_data(self) -> dict[str, Any]:
         """The run as a record has it; milliseconds."""
         return {"seconds": round(self.seconds, 1), "error": self.error, "batches": {
-            str(size): {"prefill_ms": round(batch.prefill_ms, 5), "decode_ms": [round(ms, 5) for ms in batch.decode_ms]}
-            for size, batch in self.batches.items()
+            str(shape): {"prefill_ms": round(one.prefill_ms, 5), "decode_ms": [round(ms, 5) for ms in one.decode_ms]}
+            for shape, one in self.batches.items()
         }}  # fmt: skip
 
 
 def run_once(
     command: Sequence[str],
     environment: dict[str, str],
-    batch_sizes: Sequence[int],
+    shapes: Sequence[Shape],
     log: Path,
     timeout_seconds: float,
     on_end: Callable[[], None] = lambda: None,
@@ -222,7 +230,7 @@ def run_once(
     Args:
         on_end: called as soon as the command has ended, before its session is searched for what is left.
     """
-    started, steps, timed_out = time.monotonic(), StepLog(), False
+    started, steps, timed_out = time.monotonic(), StepLog(shapes), False
     with SessionProcess(command, log, environment=environment) as process:
         deadline = started + timeout_seconds
         while not process.has_ended():
@@ -242,11 +250,11 @@ def run_once(
         process.stop()
         exit_code = process.wait(timeout_seconds=0) if ended else 0
     error = None
-    if missing := [size for size in batch_sizes if size not in steps.batches]:
+    if missing := [shape for shape in shapes if shape not in steps.batches]:
         if timed_out:
             error = f"no end after {timeout_seconds:.0f} s (--timeout); the last line is: {steps.error()}"
         elif set(missing) <= set(steps.skipped):
-            error = "the KV cache holds fewer tokens: lower --batch-sizes, or give more with --max-total-tokens"
+            error = "the KV cache holds fewer tokens: lower --batch-sizes or --input-len, or raise --max-total-tokens"
         elif exit_code < 0:
             error = f"ended by signal {-exit_code}; the last line is: {steps.error()}"
         else:

@@ -1,4 +1,4 @@
-"""PNG of a record: decode steps by batch size, or an operator's microseconds by tokens.
+"""PNG of a record: decode steps by batch size or context, or an operator's microseconds by tokens.
 
     python -m sglang_minimax.bench.plots RECORD.json OUT.png
 
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sglang_minimax.bench import tables
-from sglang_minimax.bench.record import CannotBench, describe_host
+from sglang_minimax.bench.record import CannotBench, Shape, describe_host
+from sglang_minimax.bench.tables import Measured
 
 # Blue, orange, green, purple of Okabe and Ito, which colour-blind readers tell apart; markers say it again.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _MARKERS = "osD^vP"
 _WHISKERS = {"capsize": 3, "elinewidth": 1}
+_MOST_BARS = 4  # batch sizes
 
 
 def check_matplotlib() -> Any:
@@ -45,7 +47,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """
     plt = check_matplotlib()
     if found.get("kind") == "model":
-        figure = _decode_bars(plt, found)
+        figure = _decode_steps(plt, found)
     else:
         figure = _operator_lines(plt, found.get("results", found))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,37 +56,86 @@ def draw(found: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _decode_bars(plt: Any, found: dict[str, Any]) -> Any:
-    cells = {
-        name: {size: cell for size, cell in column.items() if isinstance(cell, tables.Measured)}
+def _decode_steps(plt: Any, found: dict[str, Any]) -> Any:
+    """Bars for a few batch sizes, a line for many; with several contexts a panel a batch size, and lines."""
+    columns = {
+        name: {shape: cell for shape, cell in column.items() if isinstance(cell, Measured)}
         for name, column in tables.decode_cells(found).items()
     }
-    cells = {name: column for name, column in cells.items() if column}
-    if not cells:
+    columns = {name: column for name, column in columns.items() if column}
+    if not columns:
         raise CannotBench("there is nothing to plot: no contestant was measured")
-    sizes = sorted({size for column in cells.values() for size in column})
-    figure, axes = plt.subplots(figsize=(1.5 + 0.75 * len(sizes) * len(cells) + 1.5, 4.5), layout="constrained")
-    width = 0.8 / len(cells)
-    for i, (name, column) in enumerate(cells.items()):
-        at = [sizes.index(size) + (i - (len(cells) - 1) / 2) * width for size in column]
+    if len(found["input_lens"]) > 1:
+        figure = _lines_by_context(plt, columns)
+    elif len(found["batch_sizes"]) > _MOST_BARS:
+        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        for i, (name, column) in enumerate(columns.items()):
+            _line(axes, i, name, {shape.batch_size: cell for shape, cell in column.items()})
+        _finish_lines(axes, "batch size")
+    else:
+        figure = _bars(plt, columns)
+    figure.axes[0].set_ylabel("decode step, ms: median and quartiles")
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, ncols=len(columns), loc="outside lower center")
+    model = ", ".join([found["model"]["name"], *found["model"]["changes"]])
+    figure.suptitle(f"{model}; {found['layout']}\n{describe_host(found['host'])}", fontsize=10)
+    return figure
+
+
+def _bars(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> Any:
+    shapes = sorted({shape for column in columns.values() for shape in column})
+    figure, axes = plt.subplots(figsize=(3 + 0.75 * len(shapes) * len(columns), 4.5), layout="constrained")
+    width = 0.8 / len(columns)
+    for i, (name, column) in enumerate(columns.items()):
+        at = [shapes.index(shape) + (i - (len(columns) - 1) / 2) * width for shape in column]
         medians = [cell.median for cell in column.values()]
         spread = [
             [cell.median - cell.low for cell in column.values()],
             [cell.high - cell.median for cell in column.values()],
         ]
-        colour = _COLOURS[i % len(_COLOURS)]
-        axes.bar(at, medians, width * 0.92, label=name, color=colour, yerr=spread, error_kw=_WHISKERS)
+        axes.bar(at, medians, width * 0.92, label=name, color=_colour(i), yerr=spread, error_kw=_WHISKERS)
         for place, cell in zip(at, column.values(), strict=True):
             axes.annotate(f"{cell.median:.2f}", (place, cell.high), (0, 4), textcoords="offset points", ha="center")
-    axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axes.set_xticks(range(len(shapes)), [str(shape.batch_size) for shape in shapes])
     axes.set_xlabel("batch size")
-    axes.set_ylabel("decode step, ms: median and quartiles")
-    axes.set_ylim(0, max(cell.high for column in cells.values() for cell in column.values()) * 1.25)
-    model = ", ".join([found["model"]["name"], *found["model"]["changes"]])
-    axes.set_title(f"{model}; {found['layout']}\n{describe_host(found['host'])}", fontsize=10)
-    axes.legend(frameon=False, ncols=len(cells), loc="upper left")
+    axes.set_ylim(0, max(cell.high for column in columns.values() for cell in column.values()) * 1.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _lines_by_context(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> Any:
+    sizes = sorted({shape.batch_size for column in columns.values() for shape in column})
+    figure, panels = plt.subplots(
+        1, len(sizes), figsize=(1 + 3.6 * len(sizes), 4.2), squeeze=False, layout="constrained"
+    )
+    for size, axes in zip(sizes, panels[0], strict=True):
+        for i, (name, column) in enumerate(columns.items()):
+            _line(axes, i, name, {shape.input_len: cell for shape, cell in column.items() if shape.batch_size == size})
+        axes.set_title(f"batch size {size}", fontsize=10)
+        _finish_lines(axes, "tokens of context")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
+    return figure
+
+
+def _line(axes: Any, i: int, name: str, cells: dict[int, Measured]) -> None:
+    at = sorted(cells)
+    medians = [cells[x].median for x in at]
+    axes.plot(at, medians, color=_colour(i), marker=_MARKERS[i % len(_MARKERS)], ms=5, label=name)
+    low, high = [cells[x].low for x in at], [cells[x].high for x in at]
+    axes.fill_between(at, low, high, color=_colour(i), alpha=0.25, linewidth=0)
+
+
+def _finish_lines(axes: Any, label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(i: int) -> str:
+    return _COLOURS[i % len(_COLOURS)]
 
 
 def _operator_lines(plt: Any, results: dict[str, Any]) -> Any:

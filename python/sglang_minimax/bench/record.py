@@ -15,9 +15,9 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-FORMAT = 1
+FORMAT = 2
 
 _FACTS = ("uuid", "name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu")
@@ -25,6 +25,17 @@ _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu")
 
 class CannotBench(Exception):
     """A benchmark cannot run, or records cannot be compared; the message says why and what to do instead."""
+
+
+class Shape(NamedTuple):
+    """What one batch of whole steps is: how many sequences, and how many tokens each has before the first step."""
+
+    batch_size: int
+    input_len: int
+
+    def __str__(self) -> str:
+        """The batch's name in a record."""
+        return f"{self.batch_size} x {self.input_len}"
 
 
 # ------------------------------------------------------------------------------------------------- host
@@ -140,7 +151,7 @@ def check_comparable(records: Sequence[dict[str, Any]], names: Sequence[str]) ->
                 f"{theirs['identity']} ({describe_host(theirs)}): times of different hosts cannot be compared. Measure "
                 f"all of it in one go with --compare, or show each file by itself"
             )
-        for field in ("kind", "model", "op", "input_len", "output_len"):
+        for field in ("kind", "model", "op", "input_lens", "output_len"):
             if first.get(field) != record.get(field):
                 raise CannotBench(
                     f"{field} is {first.get(field)!r} in {names[0]} and {record.get(field)!r} in {name}: these are not "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglang_minimax.bench.contestants import STOCK
-from sglang_minimax.bench.record import describe_clocks, describe_host
+from sglang_minimax.bench.record import Shape, describe_clocks, describe_host
 
 
 @dataclass(frozen=True)
@@ -49,28 +50,29 @@ _LEGEND = (
 )
 
 Cell = Measured | str
-"""What a contestant did at a batch size, or why there is no number."""
+"""What a contestant did, or why there is no number."""
 
 
-def decode_cells(record: dict[str, Any]) -> dict[str, dict[int, Cell]]:
-    """Milliseconds of a decode step by contestant and batch size."""
+def decode_cells(record: dict[str, Any]) -> dict[str, dict[Shape, Cell]]:
+    """Milliseconds of a decode step, by contestant."""
     return _cells(record, lambda batch: batch["decode_ms"])
 
 
-def prefill_cells(record: dict[str, Any]) -> dict[str, dict[int, Cell]]:
-    """Milliseconds of the prefill by contestant and batch size; one sample a run."""
+def prefill_cells(record: dict[str, Any]) -> dict[str, dict[Shape, Cell]]:
+    """Milliseconds of the prefill, by contestant; one sample a run."""
     return _cells(record, lambda batch: [batch["prefill_ms"]])
 
 
-def _cells(record: dict[str, Any], samples: Callable[[dict[str, Any]], list[float]]) -> dict[str, dict[int, Cell]]:
-    cells: dict[str, dict[int, Cell]] = {}
+def _cells(record: dict[str, Any], samples: Callable[[dict[str, Any]], list[float]]) -> dict[str, dict[Shape, Cell]]:
+    cells: dict[str, dict[Shape, Cell]] = {}
+    shapes = [Shape(*one) for one in itertools.product(record["batch_sizes"], record["input_lens"])]
     for name, contestant in record["contestants"].items():
         cells[name] = {}
-        for size in record["batch_sizes"]:
-            runs = [samples(run["batches"][str(size)]) for run in contestant["runs"] if str(size) in run["batches"]]
+        for shape in shapes:
+            runs = [samples(run["batches"][str(shape)]) for run in contestant["runs"] if str(shape) in run["batches"]]
             errors = [run["error"] for run in contestant["runs"] if run["error"]]
             unmeasured = errors[-1] if errors else contestant.get("error") or "not measured"
-            cells[name][size] = Measured.of_runs(runs) if runs else unmeasured
+            cells[name][shape] = Measured.of_runs(runs) if runs else unmeasured
     return cells
 
 
@@ -96,7 +98,8 @@ def render(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
 
 def _facts(record: dict[str, Any], label: str) -> list[str]:
     model = ", ".join([record["model"]["name"], *record["model"]["changes"], "dummy weights"])
-    name, lengths = f"{label}: " if label else "", f"{record['input_len']} tokens in, {record['output_len']} out"
+    tokens_in = ", ".join(map(str, record["input_lens"]))
+    name, lengths = f"{label}: " if label else "", f"{tokens_in} tokens in, {record['output_len']} out"
     return [
         f"{name}{model}; {record['layout']}; {lengths}",
         f"{describe_host(record['host'])}; host {record['host']['identity']}; {record['time']}",
@@ -115,26 +118,28 @@ def _versions(record: dict[str, Any], label: str) -> list[str]:
 
 
 def _table(records: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
-    """A row a batch size and contestant; ratios are to stock, or to the first that was measured where stock was not."""
+    """A row a shape and contestant; ratios are to stock, or to the first that was measured where stock was not."""
     decode, prefill = _columns(records, labels, decode_cells), _columns(records, labels, prefill_cells)
     measured = [name for name, cells in decode.items() if any(isinstance(cell, Measured) for cell in cells.values())]
     baseline = next((name for name in measured if name.split(" ")[0] == STOCK), next(iter(measured or decode)))
-    rows = [["batch", "contestant", "decode, ms a step", f"{baseline} / it", "prefill, ms", f"{baseline} / it"]]
-    for size in sorted({size for cells in decode.values() for size in cells}):
+    rows = [
+        ["batch", "tokens in", "contestant", "decode, ms a step", f"{baseline} / it", "prefill, ms", f"{baseline} / it"]
+    ]
+    for shape in sorted({shape for cells in decode.values() for shape in cells}):
         for name in decode:
-            if size not in decode[name]:
+            if shape not in decode[name]:
                 continue
-            row = [str(size), name, str(decode[name][size])]
-            if isinstance(decode[name][size], Measured):  # an error takes the rest of the line
+            row = [*map(str, shape), name, str(decode[name][shape])]
+            if isinstance(decode[name][shape], Measured):  # an error takes the rest of the line
                 of_decode, of_prefill = (
-                    "" if name == baseline else ratio(cells[baseline].get(size, ""), cells[name][size])
+                    "" if name == baseline else ratio(cells[baseline].get(shape, ""), cells[name][shape])
                     for cells in (decode, prefill)
                 )
-                row += [of_decode, str(prefill[name][size]), of_prefill]
+                row += [of_decode, str(prefill[name][shape]), of_prefill]
             rows.append(row)
     whole = [row for row in rows if len(row) == len(rows[0])]
     widths = [max(len(row[column]) for row in whole) for column in range(len(rows[0]))]
-    widths[1] = max(len(row[1]) for row in rows)
+    widths[:3] = [max(len(row[column]) for row in rows) for column in range(3)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
 
 
@@ -145,8 +150,8 @@ def _named(contestant: str, label: str) -> str:
 def _columns(
     records: Sequence[dict[str, Any]],
     labels: Sequence[str],
-    cells_of: Callable[[dict[str, Any]], dict[str, dict[int, Cell]]],
-) -> dict[str, dict[int, Cell]]:
+    cells_of: Callable[[dict[str, Any]], dict[str, dict[Shape, Cell]]],
+) -> dict[str, dict[Shape, Cell]]:
     return {
         _named(contestant, label): cells
         for record, label in zip(records, labels, strict=True)

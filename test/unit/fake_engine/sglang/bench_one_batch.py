@@ -2,22 +2,25 @@
 
 MS          milliseconds of a decode step, with a spread of 10 %
 FAILS_AT    the batch size at which two ranks die, as a process a rank reports it, and the third waits
+SKIPS       the tokens of a batch, as `16 x 128`, that the cache does not hold
 HANGS       nothing is printed after the warm-up
 """
 
 import argparse
+import itertools
 import os
 import time
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--batch-size", type=int, nargs="+")
+parser.add_argument("--input-len", type=int, nargs="+")
 parser.add_argument("--output-len", type=int)
 options, _ = parser.parse_known_args()
 seconds = float(os.environ.get("MS", "10")) / 1000
 
 
-def measure(batch_size: int) -> None:
-    print(f"Prefill. latency: {seconds * 3:6.5f} s, throughput:    12.00 token/s")
+def measure(batch_size: int, input_len: int) -> None:
+    print(f"Prefill. latency: {seconds * 3 * input_len / options.input_len[0]:6.5f} s, throughput:    12.00 token/s")
     steps = [seconds * (1 + 0.1 * (step % 3 - 1)) for step in range(options.output_len - 1)]
     for step, latency in enumerate(steps):
         print(f"Decode {step}. Batch size: {batch_size}, latency: {latency:6.5f} s, throughput:    12.00 token/s")
@@ -26,11 +29,11 @@ def measure(batch_size: int) -> None:
 
 
 print("Warmup ...")
-measure(options.batch_size[0])
+measure(options.batch_size[0], options.input_len[0])
 if os.environ.get("HANGS"):
     time.sleep(600)
 print("Benchmark ...")
-for size in options.batch_size:
+for size, length in itertools.product(options.batch_size, options.input_len):
     if os.environ.get("FAILS_AT") == str(size):
         for rank, error in (
             (1, "RuntimeError: Push buffer is too small"),
@@ -38,7 +41,7 @@ for size in options.batch_size:
         ):
             print(f"Process Process-{rank}:\nTraceback (most recent call last):\n  File somewhere\n{error}")
         time.sleep(600)
-    if os.environ.get("SKIPS") == str(size):
-        print(f"skipping ({size}, 8, 8) due to max batch size limit")
+    if os.environ.get("SKIPS") == f"{size} x {length}":
+        print(f"skipping ({size}, {length}, {options.output_len}) due to max batch size limit")
         continue
-    measure(size)
+    measure(size, length)
