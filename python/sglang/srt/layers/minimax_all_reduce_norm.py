@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 from sglang.srt.layers.minimax_all_reduce_norm_paths import MAX_TOKENS
 from sglang.srt.layers.minimax_nvlink import (
+    GRAPH_TIMEOUT_SECONDS,
     MESSAGE_BYTES,
     Inboxes,
     has_programmatic_launch,
@@ -229,29 +230,42 @@ class AllReduceNorm:
         """What is wrong with the launch between these GPUs, or None: random rows, against plain torch.
 
         Every rank draws the parts of all of them, so what is expected takes no exchange. Few rows and as many as there
-        may be, four launches each: both halves of the inboxes, and each half over what was in it before.
+        may be, four launches each, one right after the other as in a graph: both halves of the inboxes, and each half
+        over what was in it before. A rank that finds something wrong launches on, since the others wait for its rows.
 
         Args:
             weight: whose hidden size, dtype and device the rows have.
+
+        Raises:
+            RuntimeError: a launch failed, as it does where no row of a peer arrives in ``GRAPH_TIMEOUT_SECONDS``.
         """
+        generator, wrong = torch.Generator("cpu").manual_seed(20), None
+        limit, self.peer_timeout_seconds = self.peer_timeout_seconds, self.peer_timeout_seconds or GRAPH_TIMEOUT_SECONDS
+        try:
+            for tokens in sorted({1, min(7, self.max_tokens), self.max_tokens}):
+                found = self._check_rows(tokens, weight, generator)
+                wrong = wrong or found
+        finally:
+            self.peer_timeout_seconds = limit
+        return wrong
+
+    def _check_rows(self, tokens: int, weight: torch.Tensor, generator: torch.Generator) -> str | None:
         group, (hidden_size,), ones = self.group, weight.shape, torch.ones_like(weight)
-        generator = torch.Generator("cpu").manual_seed(20)
 
         def draw(*shape: int) -> torch.Tensor:
             values = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
             return values.to(device=weight.device, dtype=weight.dtype)
 
-        for tokens in sorted({1, min(7, self.max_tokens), self.max_tokens}):
-            for turn in range(4):
-                parts, residual = draw(group.world_size, tokens, hidden_size), draw(tokens, hidden_size)
-                wanted_sum = residual.clone()
-                wanted_norm = add_and_norm(parts.float().sum(0), wanted_sum, ones, CHECKED_EPS)
-                normed, summed = self(parts[group.rank_in_group].clone(), residual, ones, CHECKED_EPS, layer_id=-1)
-                for name, got, wanted in (("sum", summed, wanted_sum), ("norm", normed, wanted_norm)):
-                    # Float32 sums in another order may lie across a tie of bfloat16, and so a rounding apart.
-                    if not torch.allclose(got.float(), wanted.float(), rtol=2**-7, atol=2**-7):
-                        worst = (got.float() - wanted.float()).abs().max().item()
-                        return f"the {name} of {tokens} rows is {worst:.3g} off in launch {turn + 1}"
+        drawn = [(draw(group.world_size, tokens, hidden_size), draw(tokens, hidden_size)) for _ in range(4)]
+        given = [(parts[group.rank_in_group].clone(), residual.clone()) for parts, residual in drawn]
+        outputs = [self(x, residual, ones, CHECKED_EPS, layer_id=-1) for x, residual in given]
+        for turn, ((parts, wanted_sum), (normed, summed)) in enumerate(zip(drawn, outputs, strict=True)):
+            wanted_norm = add_and_norm(parts.float().sum(0), wanted_sum, ones, CHECKED_EPS)
+            for name, got, wanted in (("sum", summed, wanted_sum), ("norm", normed, wanted_norm)):
+                # Float32 sums in another order may lie across a tie of bfloat16, and so a rounding apart.
+                if not torch.allclose(got.float(), wanted.float(), rtol=2**-7, atol=2**-7):
+                    worst = (got.float() - wanted.float()).abs().max().item()
+                    return f"the {name} of {tokens} rows is {worst:.3g} off in launch {turn + 1}"
         return None
 
 
