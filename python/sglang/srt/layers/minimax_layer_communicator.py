@@ -121,8 +121,8 @@ def raise_if_wrong(group, wrong: str | None, failure: Exception | None = None) -
         found = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(said) if what)
         raise RuntimeError(
             f"all-reduce and norm in one launch over NVLink gave wrong results or none when it was tried out between "
-            f"these GPUs, so nothing is served with it ({found}). Start with --disable-custom-all-reduce, which takes other "
-            f"ways, run sglang-minimax doctor, and please report this line"
+            f"these GPUs, so nothing is served with it ({found}). Start with --disable-custom-all-reduce, which takes "
+            f"other ways, run sglang-minimax doctor, and please report this line"
         ) from failure
 
 
