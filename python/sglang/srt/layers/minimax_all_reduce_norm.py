@@ -45,12 +45,13 @@ from sglang.srt.layers.minimax_nvlink import (
     has_programmatic_launch,
     inbox_on_symmetric_memory,
     peer_timeout_ms,
+    poll_again_in_time,
+    registers_per_thread,
     smallest_gpu,
 )
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
 WORDS_PER_MESSAGE = 3  # of two values; the fourth word of a message is its epoch
 
 
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
 
     @property
     def registers_per_thread(self) -> int:
-        return min(REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8, 248)
+        return registers_per_thread(self.num_warps, self.ctas_per_sm)
 
 
 # The first whose CTAs all fit at once is taken. Guesses: benchmark/all_reduce_norm.py times others.
@@ -519,7 +520,7 @@ def poll_assembly(ranks: int, messages: int) -> str:
     address of rank 0's message, the epoch, this rank, whether there is anything to wait for, the time limit in ns. A
     rank's message is ``messages`` messages behind that of the rank before.
 
-    All loads of a turn are under way together. The time is read once in 4096 polls.
+    All loads of a turn are under way together.
     """
     first_input = WORDS_PER_MESSAGE * ranks + 1
     missing = f"${first_input - 1}"
@@ -547,7 +548,7 @@ def poll_assembly(ranks: int, messages: int) -> str:
     return f"""
     {{
     .reg .pred idle, all, yes;
-    .reg .b32 word, its_epoch, polls, rest;
+    .reg .b32 word, its_epoch, polls, low;
     .reg .b64 start, now;
     {declare}
     setp.eq.b32 idle, {waits}, 0;
@@ -560,16 +561,7 @@ def poll_assembly(ranks: int, messages: int) -> str:
     setp.eq.b32 all, polls, polls;
     {compare}
     @all bra ARRIVED;
-    add.u32 polls, polls, 1;
-    and.b32 rest, polls, 4095;
-    setp.ne.b32 yes, rest, 0;
-    @yes bra POLL;
-    mov.u64 now, %globaltimer;
-    setp.eq.b64 yes, start, 0;
-    @yes mov.b64 start, now;
-    sub.u64 now, now, start;
-    setp.lt.u64 yes, now, {limit};
-    @yes bra POLL;
+    {poll_again_in_time(limit)}
     {name_missing}
     ARRIVED:
     {give}
