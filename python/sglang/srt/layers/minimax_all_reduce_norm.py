@@ -20,11 +20,15 @@ one, or this one, so that an epoch may wrap: it only has to differ from the one 
 Why two parities are enough. Ranks launch the same token counts in the same order, so row r of every rank counts the
 same launches. Rank A writes epoch e of a row over its message of e - 2. In epoch e, A's earlier launches are complete,
 so it has read what B sent in e - 1; launches that share an inbox are ordered on one stream, so B sent that after its
-launch of e - 2 was complete, and has read all it ever will of e - 2.
+launch of e - 2 was complete, and has read all it ever will of e - 2. With programmatic launch that order is the wait
+before a launch's first read of anything that launches write; all that is launched early on that stream must wait so.
 
 Why waiting CTAs never starve the ones they wait for. A CTA sends its row before it waits, and waits for the CTAs of the
 same row on other GPUs only. All CTAs of a launch fit on the GPU at once, under the register cap of the launch, so each
-comes to run as soon as whatever else is on the GPU ends; what else is on the GPU must not wait for peers itself.
+comes to run as soon as whatever else is on the GPU ends; what else is on the GPU must not wait for peers itself. Only a
+pipeline's NCCL may, which takes a few multiprocessors while it waits for another stage: GPUs start the CTAs of a launch
+in the order of their numbers, though nobody promises it, so the first row that is not through is on all of them, and
+makes room for the next.
 """
 
 # ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another

@@ -22,6 +22,8 @@ has at most ``max_ctas`` CTAs, which all fit on the GPU at once under the regist
 comes to run as soon as whatever else is on the GPU ends. Then by induction over a CTA's rows every wait ends.
 What else is on the GPU must not wait for peers itself: a token dispatcher on another stream, as in two-batch overlap,
 could hold the place of a CTA here while the exchange there holds the dispatcher's. The model takes the all-reduce then.
+A pipeline's NCCL, which waits for another stage, takes a few multiprocessors only, and GPUs start CTAs in the order of
+their numbers, though nobody promises it: the first CTA that is not through is on all of them, and makes room.
 
 One inbox serves the launches of one stream order; work that may run concurrently, or in different order on different
 ranks, needs one ``slot`` each.
