@@ -91,17 +91,24 @@ def same_on_all_ranks(group, tensors) -> None:
             )
 
 
-def check_rank(rank: int, world: int, port: int) -> None:
+def one_launch(rank: int):
+    """(the model's choice for a norm, which is tried out first, the norm)."""
     from sglang.srt.layers import minimax_layer_communicator
     from sglang.srt.layers.layernorm import RMSNorm
-    from sglang.srt.layers.minimax_all_reduce_norm import minimax_all_reduce_norm
 
-    group = start_rank(rank, world, port)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda", rank):
         norm = RMSNorm(HIDDEN_SIZE, eps=EPS)
     operator = minimax_layer_communicator.one_launch_for(norm)
     torch.set_default_dtype(torch.float32)
+    return operator, norm
+
+
+def check_rank(rank: int, world: int, port: int) -> None:
+    from sglang.srt.layers.minimax_all_reduce_norm import minimax_all_reduce_norm
+
+    group = start_rank(rank, world, port)
+    operator, norm = one_launch(rank)
     assert operator is not None, "NVLink peers of one host, and the model takes the engine's way"
     limit = operator.max_tokens
     with torch.inference_mode():
@@ -232,6 +239,40 @@ def capture_virtual(ranks, rank: int, operator, data, wanted) -> tuple:
     return ranks.capture(rank, run), findings, (parts, residuals, weights, expected)
 
 
+def trial_of_a_wrong_rank(rank: int, world: int, port: int) -> None:
+    """The last rank expects other values than it gets."""
+    from sglang.srt.layers import minimax_all_reduce_norm as module
+
+    if rank == world - 1:
+        right = module.add_and_norm
+        module.add_and_norm = lambda *arguments: right(*arguments) + 1
+    end_of_trial(rank, world, port)
+
+
+def trial_without_a_rank(rank: int, world: int, port: int) -> None:
+    """The last rank fails before its first launch, so the others' launches trap, and their GPUs are lost to them."""
+    from sglang.srt.layers import minimax_all_reduce_norm as module
+
+    def fail(*arguments):
+        raise RuntimeError("no kernel")
+
+    module.GRAPH_TIMEOUT_SECONDS = 3.0
+    if rank == world - 1:
+        module.AllReduceNorm._check_rows = fail
+    end_of_trial(rank, world, port)
+
+
+def end_of_trial(rank: int, world: int, port: int) -> None:
+    start_rank(rank, world, port)
+    started = time.monotonic()
+    try:
+        one_launch(rank)
+    except RuntimeError as error:
+        print(f"ended after {time.monotonic() - started:.1f} s: {error}", flush=True)
+        os._exit(3)
+    os._exit(0)
+
+
 def never_call(rank: int, world: int, port: int) -> None:
     """Rank 0 waits for rank 1, which is there when the buffer is built and never calls."""
     from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm, row_exchange_of
@@ -281,6 +322,17 @@ def test_a_dead_peer_traps_and_says_who_waited_for_whom():
         assert operand in waiting.stdout, waiting.stdout[-4000:]
 
 
+@needs_gpus(2)
+@pytest.mark.parametrize(
+    ("trial", "said"), [("trial_of_a_wrong_rank", "rank 1: the norm of 1 rows"), ("trial_without_a_rank", "no kernel")]
+)
+def test_a_trial_that_one_rank_fails_ends_all_of_them(trial, said):
+    for rank, done in enumerate(run_ranks(__file__, trial, 2, seconds=120)):
+        assert done.returncode == 3 and said in done.stdout, f"rank {rank}:\n{done.stdout[-4000:]}"
+        assert "--disable-custom-all-reduce" in done.stdout, f"rank {rank}:\n{done.stdout[-4000:]}"
+
+
 if __name__ == "__main__":
     function, *numbers = sys.argv[1:]
-    {each.__name__: each for each in (check_rank, never_call, virtual_ranks)}[function](*map(int, numbers))
+    functions = [check_rank, never_call, trial_of_a_wrong_rank, trial_without_a_rank, virtual_ranks]
+    {each.__name__: each for each in functions}[function](*map(int, numbers))

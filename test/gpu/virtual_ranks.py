@@ -122,7 +122,7 @@ class VirtualRanks:
             findings.clear()
         self.synchronize()
         order, counts, launched = random.Random(seed), sorted({tokens for tokens, _ in graphs}), []
-        together = 20 if self.ranks_per_gpu <= 2 else 1  # four were seen to end at the time limit, nobody knows why
+        together = 10 if self.ranks_per_gpu <= 2 else 1  # four were seen to end at the time limit, nobody knows why
         for replay in range(replays):
             tokens, ranks = order.choice(counts), order.sample(range(self.num_ranks), self.num_ranks)
             launched.append(f"{tokens} tokens, ranks {ranks}")
@@ -198,10 +198,10 @@ class Findings:
         """[tokens, width] each, bit by bit."""
         self.widths[output] = got.shape[1]
         differs = (got.contiguous().view(torch.int16) != wanted.contiguous().view(torch.int16)).flatten()
-        place = differs.int().argmax().view(1)
+        place, any_differs = differs.int().argmax().view(1), differs.any()
         found = torch.cat([self.turn, *(torch.full_like(self.turn, number) for number in (launch, output)), place])
-        torch.where(differs.any() & (self.wrong == 0), found, self.first, out=self.first)
-        self.wrong.add_(differs.any())
+        torch.where(any_differs & (self.wrong == 0), found, self.first, out=self.first)
+        self.wrong.add_(any_differs)
 
     def next_turn(self) -> None:
         self.turn.add_(1)
