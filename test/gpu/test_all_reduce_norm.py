@@ -19,13 +19,13 @@ if __name__ == "__main__":  # run by the tests below as a file, which finds no n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu.processes import needs_gpus, run_processes, run_ranks, same_bits
+from gpu.virtual_ranks import VARIANTS, Findings, VirtualRanks, first_difference, telling
 
 from sglang_minimax import overlay
 
 overlay.install()
 
 HIDDEN_SIZE, EPS = 3072, 1e-6
-VARIANTS = 3  # of the inputs of a graph: odd, so that what an inbox held two launches ago was another one's
 
 
 # ---------------------------------------------------------------- what every process does
@@ -71,9 +71,10 @@ def compare(data, output, roundings: int = 1) -> None:
     unit = torch.finfo(torch.bfloat16).eps / 2
     largest = max([part.abs().double().max().item() for part in data.parts], default=1.0) * len(data.parts)
     slack = 1.01 * unit if roundings == 1 else 3 * unit
-    for got, expected in ((residual, total), (normed, want)):
+    for name, got, expected in (("residual", residual, total), ("normed", normed, want)):
         floor = 4e-6 if roundings == 1 else unit * largest  # float32 sums; or a sum that was rounded at its own size
-        assert ((got.double() - expected).abs() <= slack * expected.abs() + floor).all()
+        far = ~((got.double() - expected).abs() <= slack * expected.abs() + floor)
+        assert not far.any(), f"{name} of {len(got)} tokens: {first_difference(far, got, expected)}"
 
 
 def call(operator, data, rank: int, layer_id: int = 0):
@@ -81,23 +82,33 @@ def call(operator, data, rank: int, layer_id: int = 0):
 
 
 def same_on_all_ranks(group, tensors) -> None:
-    for tensor in tensors:
+    for name, tensor in zip(("normed", "residual"), tensors, strict=True):
         everyone = [torch.empty_like(tensor) for _ in range(group.world_size)]
         torch.distributed.all_gather(everyone, tensor.contiguous(), group=group.device_group)
-        assert all(same_bits(other, tensor) for other in everyone), "ranks differ"
+        for rank, other in enumerate(everyone):
+            assert same_bits(other, tensor), (
+                f"{name} of rank {rank}: {first_difference(other != tensor, other, tensor)}"
+            )
 
 
-def check_rank(rank: int, world: int, port: int) -> None:
+def one_launch(rank: int):
+    """(the model's choice for a norm, which is tried out first, the norm)."""
     from sglang.srt.layers import minimax_layer_communicator
     from sglang.srt.layers.layernorm import RMSNorm
-    from sglang.srt.layers.minimax_all_reduce_norm import minimax_all_reduce_norm
 
-    group = start_rank(rank, world, port)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda", rank):
         norm = RMSNorm(HIDDEN_SIZE, eps=EPS)
     operator = minimax_layer_communicator.one_launch_for(norm)
     torch.set_default_dtype(torch.float32)
+    return operator, norm
+
+
+def check_rank(rank: int, world: int, port: int) -> None:
+    from sglang.srt.layers.minimax_all_reduce_norm import minimax_all_reduce_norm
+
+    group = start_rank(rank, world, port)
+    operator, norm = one_launch(rank)
     assert operator is not None, "NVLink peers of one host, and the model takes the engine's way"
     limit = operator.max_tokens
     with torch.inference_mode():
@@ -146,18 +157,19 @@ def check_graphs(group, operator, rank: int, counts: list[int], replays: int) ->
             x[place].copy_(data.parts[rank])
             residual[place].copy_(data.residual)
         graph.replay()
-        for output in outputs:
-            compare(data, output)
+        for launch, output in enumerate(outputs):
+            with telling(f"rank {rank}, replay {turn}, launch {launch}"):
+                compare(data, output)
         if turn % 5 == 0:
             expected = call(operator, data, rank)
-            assert all(all(map(same_bits, expected, output)) for output in outputs)
+            assert all(all(map(same_bits, expected, output)) for output in outputs), (
+                f"replay {turn}: not an eager call's"
+            )
 
 
 def virtual_ranks(num_ranks: int, num_gpus: int, replays: int) -> None:
     """``num_ranks`` ranks on ``num_gpus`` GPUs: eager calls of every plan, then graphs that count what is wrong."""
-    from gpu.virtual_ranks import VirtualRanks
-
-    ranks = VirtualRanks(num_ranks, num_gpus)
+    started, ranks = time.monotonic(), VirtualRanks(num_ranks, num_gpus)
     operators = [ranks.build_all_reduce_norm(rank, HIDDEN_SIZE) for rank in range(num_ranks)]
     limit, units = operators[0].max_tokens, ranks.num_multiprocessors
     counts = sorted({1, 2, 3, min(units, limit), min(units + 1, limit), limit})
@@ -166,44 +178,13 @@ def virtual_ranks(num_ranks: int, num_gpus: int, replays: int) -> None:
         data = [everyones(ranks, rank, tokens) for rank in range(num_ranks)]
         for rank, operator in enumerate(operators):
             ranks.rehearse(rank, lambda operator=operator, rank=rank, data=data: call(operator, data[rank][0], rank))
-        wanted = []
-        for variant in range(VARIANTS):
-            outputs: list = [None] * num_ranks
-            inputs = [(of[variant].parts[rank].clone(), of[variant].residual.clone()) for rank, of in enumerate(data)]
-            ranks.synchronize()
-            for rank in order.sample(range(num_ranks), num_ranks):
-                with ranks.on(rank):
-                    outputs[rank] = operators[rank](*inputs[rank], data[rank][variant].weight, EPS, 0)
-            ranks.synchronize()
-            for rank, output in enumerate(outputs):
-                with ranks.on(rank):
-                    compare(data[rank][variant], output)
-                assert all(same_bits(mine.cpu(), first.cpu()) for mine, first in zip(output, outputs[0], strict=True))
-            wanted.append(outputs)
+        wanted = [call_virtual(ranks, operators, data, variant, order) for variant in range(VARIANTS)]
         for rank, operator in enumerate(operators):
             of_rank = [outputs[rank] for outputs in wanted]
             graphs[tokens, rank] = capture_virtual(ranks, rank, operator, data[rank], of_rank)
-    ranks.clear()
-    for _, turn, wrong, _ in graphs.values():
-        turn.zero_()
-        wrong.zero_()
-    ranks.synchronize()
-    for replay in range(replays):
-        tokens = order.choice(counts)
-        for rank in order.sample(range(num_ranks), num_ranks):
-            with ranks.on(rank):
-                if order.random() < 0.3:
-                    torch.cuda._sleep(order.randrange(1, 40_000))
-                graphs[tokens, rank][0].replay()
-        # A rank that is through may put narrow CTAs of the next replay on every multiprocessor, and wide ones of this
-        # replay, of a rank on the same GPU, for which those wait, then find no whole place.
-        if replay % 20 == 19 or ranks.ranks_per_gpu > 1:
-            ranks.synchronize()
-    ranks.synchronize()
-    ran = {key: (int(turn), int(wrong)) for key, (_, turn, wrong, _) in graphs.items()}
-    assert all(wrong == 0 for _, wrong in ran.values()), f"(tokens, rank): (replays, wrong ones): {ran}"
-    assert sum(turns for turns, _ in ran.values()) == replays * num_ranks
-    print(f"{num_ranks} ranks on {num_gpus} GPUs: right", flush=True)
+        print(f"{tokens} tokens: eager calls right, captured, {time.monotonic() - started:.1f} s", flush=True)
+    ranks.replay(graphs, replays, seed=num_ranks)
+    print(f"{num_ranks} ranks on {num_gpus} GPUs: right, {time.monotonic() - started:.1f} s", flush=True)
 
 
 def everyones(ranks, rank: int, tokens: int) -> list[SimpleNamespace]:
@@ -211,32 +192,85 @@ def everyones(ranks, rank: int, tokens: int) -> list[SimpleNamespace]:
         return [draw(ranks.num_ranks, tokens, seed=1000 * variant + tokens) for variant in range(VARIANTS)]
 
 
-def capture_virtual(ranks, rank: int, operator, data, wanted):
-    """(graph, its replays so far, how many gave other bits than ``wanted``, what it reads), of two launches.
+def call_virtual(ranks, operators, data, variant: int, order: random.Random) -> list:
+    """The outputs of all ranks, launched in any order, compared with float64 and with each other."""
+    outputs, inputs = [], []
+    for rank, of_rank in enumerate(data):
+        with ranks.on(rank):
+            mine = of_rank[variant]
+            inputs.append((mine.parts[rank].clone(), mine.residual.clone()))
+            kept = torch.empty_like(mine.residual)  # what a call allocates, before anybody waits
+            del kept
+    ranks.synchronize()
+    launched = order.sample(range(ranks.num_ranks), ranks.num_ranks)
+    with telling(f"an eager call of {len(inputs[0][0])} tokens, variant {variant}, ranks in order {launched}"):
+        of_rank = {}
+        for rank in launched:
+            with ranks.on(rank):
+                of_rank[rank] = operators[rank](*inputs[rank], data[rank][variant].weight, EPS, 0)
+        ranks.synchronize()
+        outputs = [of_rank[rank] for rank in range(ranks.num_ranks)]
+        for rank, output in enumerate(outputs):
+            with telling(f"rank {rank}"), ranks.on(rank):
+                compare(data[rank][variant], output)
+                for mine, first in zip(output, outputs[0], strict=True):
+                    mine, first = mine.cpu(), first.cpu()
+                    assert same_bits(mine, first), f"ranks differ: {first_difference(mine != first, mine, first)}"
+    return outputs
 
-    The two counters are on the GPU. A graph does not keep the memory that was there before it was captured.
-    """
+
+def capture_virtual(ranks, rank: int, operator, data, wanted) -> tuple:
+    """(graph of two launches, its findings, what it reads: a graph does not keep what was there before its capture)."""
     with ranks.on(rank):
         parts = torch.stack([of.parts[rank] for of in data])
         residuals, weights = torch.stack([of.residual for of in data]), torch.stack([of.weight for of in data])
-        normed, summed = (torch.stack(of) for of in zip(*wanted, strict=True))
-        turn, wrong = (torch.zeros(1, dtype=torch.int64, device="cuda") for _ in range(2))
+        expected = [torch.stack(of) for of in zip(*wanted, strict=True)]
+        findings = Findings(("normed", "residual"))
 
     def run():
-        for place in range(2):
-            variant = (turn + place) % VARIANTS
+        for launch in range(2):
+            variant = findings.variant(launch)
             x, residual, weight = (of.index_select(0, variant)[0] for of in (parts, residuals, weights))
-            output = operator(x, residual, weight, EPS, place)
-            for got, want in zip(output, (normed, summed), strict=True):
-                wrong.add_((got.view(torch.int16) != want.index_select(0, variant)[0].view(torch.int16)).any())
-        turn.add_(1)
+            output = operator(x, residual, weight, EPS, launch)
+            for place, (got, want) in enumerate(zip(output, expected, strict=True)):
+                findings.compare(launch, place, got, want.index_select(0, variant)[0])
+        findings.next_turn()
 
-    ranks.rehearse(rank, run)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(ranks.devices[rank]), torch.cuda.graph(graph, stream=ranks.streams[rank]):
-        run()
-    ranks.rehearse(rank, graph.replay)
-    return graph, turn, wrong, (parts, residuals, weights, normed, summed)
+    return ranks.capture(rank, run), findings, (parts, residuals, weights, expected)
+
+
+def trial_of_a_wrong_rank(rank: int, world: int, port: int) -> None:
+    """The last rank expects other values than it gets."""
+    from sglang.srt.layers import minimax_all_reduce_norm as module
+
+    if rank == world - 1:
+        right = module.add_and_norm
+        module.add_and_norm = lambda *arguments: right(*arguments) + 1
+    end_of_trial(rank, world, port)
+
+
+def trial_without_a_rank(rank: int, world: int, port: int) -> None:
+    """The last rank fails before its first launch, so the others' launches trap, and their GPUs are lost to them."""
+    from sglang.srt.layers import minimax_all_reduce_norm as module
+
+    def fail(*arguments):
+        raise RuntimeError("no kernel")
+
+    module.GRAPH_TIMEOUT_SECONDS = 3.0
+    if rank == world - 1:
+        module.AllReduceNorm._check_rows = fail
+    end_of_trial(rank, world, port)
+
+
+def end_of_trial(rank: int, world: int, port: int) -> None:
+    start_rank(rank, world, port)
+    started = time.monotonic()
+    try:
+        one_launch(rank)
+    except RuntimeError as error:
+        print(f"ended after {time.monotonic() - started:.1f} s: {error}", flush=True)
+        os._exit(3)
+    os._exit(0)
 
 
 def never_call(rank: int, world: int, port: int) -> None:
@@ -275,7 +309,7 @@ def test_all_token_counts_and_graphs(world):
 )
 def test_four_and_eight_ranks_on_fewer_gpus(num_ranks, num_gpus):
     calls = [["virtual_ranks", num_ranks, num_gpus, 300]]
-    (done,) = run_processes(__file__, calls, seconds=300, CUDA_DEVICE_MAX_CONNECTIONS="32")
+    (done,) = run_processes(__file__, calls, seconds=120, CUDA_DEVICE_MAX_CONNECTIONS="32")
     assert done.returncode == 0 and "right" in done.stdout, done.stdout[-4000:]
 
 
@@ -288,6 +322,17 @@ def test_a_dead_peer_traps_and_says_who_waited_for_whom():
         assert operand in waiting.stdout, waiting.stdout[-4000:]
 
 
+@needs_gpus(2)
+@pytest.mark.parametrize(
+    ("trial", "said"), [("trial_of_a_wrong_rank", "rank 1: the norm of 1 rows"), ("trial_without_a_rank", "no kernel")]
+)
+def test_a_trial_that_one_rank_fails_ends_all_of_them(trial, said):
+    for rank, done in enumerate(run_ranks(__file__, trial, 2, seconds=120)):
+        assert done.returncode == 3 and said in done.stdout, f"rank {rank}:\n{done.stdout[-4000:]}"
+        assert "--disable-custom-all-reduce" in done.stdout, f"rank {rank}:\n{done.stdout[-4000:]}"
+
+
 if __name__ == "__main__":
     function, *numbers = sys.argv[1:]
-    {each.__name__: each for each in (check_rank, never_call, virtual_ranks)}[function](*map(int, numbers))
+    functions = [check_rank, never_call, trial_of_a_wrong_rank, trial_without_a_rank, virtual_ranks]
+    {each.__name__: each for each in functions}[function](*map(int, numbers))

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # run by the tests below as a file, which finds no n
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu.processes import needs_gpus, run_processes, run_ranks, same_bits
+from gpu.virtual_ranks import VARIANTS, Findings, VirtualRanks
 
 from sglang_minimax import overlay
 
@@ -271,13 +272,10 @@ def fused_and_separate(rank: int, world: int, port: int) -> None:
 
 # (q heads, KV heads): of its own KV heads, or each on 2, 4 or all ranks.
 VIRTUAL_LAYOUTS = {4: [(48, 8), (48, 2), (48, 1)], 8: [(48, 8), (48, 4), (48, 2), (48, 1)]}
-VARIANTS = 3  # of the inputs of a graph: odd, so that what an inbox held two launches ago was another one's
 
 
 def virtual_ranks(num_ranks: int, num_gpus: int, replays: int) -> None:
     """``num_ranks`` ranks on ``num_gpus`` GPUs: eager calls of every plan and of several launches, then graphs."""
-    from gpu.virtual_ranks import VirtualRanks
-
     for heads, kv_heads in VIRTUAL_LAYOUTS[num_ranks]:
         ranks = VirtualRanks(num_ranks, num_gpus)
         shape = (heads, kv_heads, HEAD_DIM, ROTARY_DIM, EPS)
@@ -360,41 +358,19 @@ def replay_virtual(ranks, layers, counts, heads: int, kv_heads: int, replays: in
             variants.append([(mine.row, *(x.clone() for x in of[:2])) for mine, of in zip(data, outputs, strict=True)])
         for rank, mine in enumerate(data):
             graphs[tokens, rank] = capture_virtual(ranks, rank, layers[rank], mine, [of[rank] for of in variants])
-    ranks.clear()
-    for _, turn, wrong, _ in graphs.values():
-        turn.zero_()
-        wrong.zero_()
-    ranks.synchronize()
-    order = random.Random(heads * kv_heads)
-    for replay in range(replays):
-        tokens = order.choice(counts)
-        for rank in order.sample(range(ranks.num_ranks), ranks.num_ranks):
-            with ranks.on(rank):
-                if order.random() < 0.3:
-                    torch.cuda._sleep(order.randrange(1, 40_000))
-                graphs[tokens, rank][0].replay()
-        # Four ranks of one GPU fill it: the wide CTAs of one replay may find no place beside narrow ones of the next.
-        if replay % 50 == 49 or ranks.ranks_per_gpu > 2:
-            ranks.synchronize()
-    ranks.synchronize()
-    ran = {key: (int(turn), int(wrong)) for key, (_, turn, wrong, _) in graphs.items()}
-    assert all(wrong == 0 for _, wrong in ran.values()), f"(tokens, rank): (replays, wrong ones): {ran}"
-    assert sum(turns for turns, _ in ran.values()) == replays * ranks.num_ranks
+    ranks.replay(graphs, replays, seed=heads * kv_heads)
 
 
-def capture_virtual(ranks, rank: int, layers, data, variants):
-    """(graph, its replays so far, how many gave other bits than ``variants``' q and k, what it reads and writes).
-
-    The two counters are on the GPU. A graph does not keep the memory that was there before it was captured.
-    """
+def capture_virtual(ranks, rank: int, layers, data, variants) -> tuple:
+    """(graph of a launch of each layer, which compares with ``variants``' q and k, its findings, what it reads and
+    writes: a graph does not keep what was there before its capture)."""
     with ranks.on(rank):
         rows, queries, keys = (torch.stack(of) for of in zip(*variants, strict=True))
-        turn, wrong = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+        findings = Findings(("q", "k"))
         inputs = [torch.empty_like(data.row) for _ in layers]
-        torch.cuda._sleep(1)
 
     def run():
-        chosen = [(turn + place) % VARIANTS for place in range(len(layers))]
+        chosen = [findings.variant(place) for place in range(len(layers))]
         for qkv, variant in zip(inputs, chosen, strict=True):
             qkv.copy_(rows.index_select(0, variant)[0])
         cache = data.cache[0], data.cache[1], data.slots
@@ -402,17 +378,12 @@ def capture_virtual(ranks, rank: int, layers, data, variants):
             layer(qkv, *data.weights, data.positions, data.cos_sin, *cache)
             for layer, qkv in zip(layers, inputs, strict=True)
         ]
-        for (q, k, _), variant in zip(outputs, chosen, strict=True):
-            for got, want in ((q, queries), (k, keys)):
-                wrong.add_((got.view(torch.int16) != want.index_select(0, variant)[0].view(torch.int16)).any())
-        turn.add_(1)
+        for launch, ((q, k, _), variant) in enumerate(zip(outputs, chosen, strict=True)):
+            for output, (got, want) in enumerate(((q, queries), (k, keys))):
+                findings.compare(launch, output, got, want.index_select(0, variant)[0])
+        findings.next_turn()
 
-    ranks.rehearse(rank, run)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(ranks.devices[rank]), torch.cuda.graph(graph, stream=ranks.streams[rank]):
-        run()
-    ranks.rehearse(rank, graph.replay)
-    return graph, turn, wrong, (data, inputs, rows, queries, keys)
+    return ranks.capture(rank, run), findings, (data, inputs, rows, queries, keys)
 
 
 def never_call(rank: int, world: int, port: int) -> None:

@@ -61,6 +61,7 @@ def test_kernel_compiles_without_a_gpu(capability, ranks, warps):
 def test_plans_hold_all_rows_that_are_planned_for():
     from sglang.srt.layers import minimax_all_reduce_norm as module
     from sglang.srt.layers.minimax_all_reduce_norm_paths import MAX_TOKENS
+    from sglang.srt.layers.minimax_nvlink import REGISTERS_PER_SM
     from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
 
     assert set(MAX_TOKENS) == set(EXCHANGE_RANKS)
@@ -69,7 +70,7 @@ def test_plans_hold_all_rows_that_are_planned_for():
     for plan in module.PLANS:
         threads = 32 * plan.num_warps * plan.ctas_per_sm
         assert threads <= 1536, "more than the smallest multiprocessor holds"
-        assert threads * plan.registers_per_thread <= module.REGISTERS_PER_SM, "waiting CTAs must all be resident"
+        assert threads * plan.registers_per_thread <= REGISTERS_PER_SM, "waiting CTAs must all be resident"
         assert plan.registers_per_thread >= 64
     for ranks in MAX_TOKENS:
         for multiprocessors in (1, 33, 132):
@@ -284,6 +285,64 @@ def test_an_operator_is_tried_out_before_it_serves(wrong_by, said):
     group = SimpleNamespace(world_size=1, rank_in_group=0, all_reduce=wrong_by)
     found = AllReduceNorm(group, None, max_tokens=9).check(torch.empty(HIDDEN_SIZE, dtype=torch.bfloat16))
     assert found is None if said is None else said in found
+
+
+def test_a_rank_that_finds_a_fault_launches_as_often_as_the_others():
+    """They wait for its rows."""
+    from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
+
+    def launches(all_reduce) -> int:
+        calls = []
+        group = SimpleNamespace(world_size=1, rank_in_group=0)
+        group.all_reduce = lambda x: calls.append(x) or all_reduce(x)
+        AllReduceNorm(group, None, max_tokens=9).check(torch.empty(HIDDEN_SIZE, dtype=torch.bfloat16))
+        return len(calls)
+
+    assert launches(torch.zeros_like) == launches(lambda x: x) == 12
+
+
+def test_the_trial_does_not_wait_as_long_as_a_server_that_compiles(monkeypatch):
+    from sglang.srt.layers import minimax_all_reduce_norm as module
+
+    limits_ms = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: limits_ms.append(arguments[-1])
+
+    monkeypatch.setattr(module, "_all_reduce_norm_kernel", Kernel())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    operator = module.AllReduceNorm(SimpleNamespace(world_size=2, rank_in_group=0), exchange_in_one_process(2))
+    weight = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16)
+    operator.check(weight)
+    assert len(limits_ms) == 8 and max(limits_ms) < 300_000
+    operator(*(torch.zeros(1, HIDDEN_SIZE, dtype=torch.bfloat16) for _ in range(2)), weight, EPS, 0)
+    assert limits_ms[-1] > 300_000
+
+
+def test_a_trial_that_fails_is_told_to_the_peers(monkeypatch):
+    """They wait to hear from this rank, whatever has become of its GPU."""
+    from sglang.srt.layers import minimax_layer_communicator as module
+
+    class Failing:
+        def __init__(self, group, exchange) -> None: ...
+
+        def check(self, weight):
+            raise RuntimeError("unspecified launch failure\nand much advice")
+
+    told = []
+
+    def gather(said, mine, group):
+        told.append(mine)
+        said[:] = [mine, None]
+
+    monkeypatch.setattr(module, "AllReduceNorm", Failing)
+    monkeypatch.setattr(module, "row_exchange_of", lambda group, device, hidden_size: None)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    norm = SimpleNamespace(weight=torch.ones(HIDDEN_SIZE), hidden_size=HIDDEN_SIZE)
+    with pytest.raises(RuntimeError, match=r"rank 0: RuntimeError: unspecified launch failure\).*--disable") as raised:
+        module.build(SimpleNamespace(world_size=2, cpu_group=None), norm)
+    assert told == ["RuntimeError: unspecified launch failure"] and "launch failure" in str(raised.value.__cause__)
 
 
 def test_a_wrong_operator_ends_every_rank_with_the_way_out(monkeypatch):

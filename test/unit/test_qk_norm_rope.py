@@ -190,8 +190,9 @@ def test_errors_name_the_value_and_the_rule(change, said):
 
 @pytest.mark.parametrize("values_per_row", [256, 512, 1024, 2048, 4096])
 def test_launch_plans_fit_the_multiprocessor_and_the_inbox(values_per_row):
+    from sglang.srt.layers.minimax_nvlink import REGISTERS_PER_SM
     from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
-    from sglang.srt.layers.minimax_qk_norm_rope import REGISTERS_PER_SM, launch_plans
+    from sglang.srt.layers.minimax_qk_norm_rope import launch_plans
     from sglang.srt.layers.minimax_sum_exchange import ROWS_PER_CTA
 
     for plan in launch_plans(values_per_row):

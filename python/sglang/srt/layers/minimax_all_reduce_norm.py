@@ -20,11 +20,15 @@ one, or this one, so that an epoch may wrap: it only has to differ from the one 
 Why two parities are enough. Ranks launch the same token counts in the same order, so row r of every rank counts the
 same launches. Rank A writes epoch e of a row over its message of e - 2. In epoch e, A's earlier launches are complete,
 so it has read what B sent in e - 1; launches that share an inbox are ordered on one stream, so B sent that after its
-launch of e - 2 was complete, and has read all it ever will of e - 2.
+launch of e - 2 was complete, and has read all it ever will of e - 2. With programmatic launch that order is the wait
+before a launch's first read of anything that launches write; all that is launched early on that stream must wait so.
 
 Why waiting CTAs never starve the ones they wait for. A CTA sends its row before it waits, and waits for the CTAs of the
 same row on other GPUs only. All CTAs of a launch fit on the GPU at once, under the register cap of the launch, so each
-comes to run as soon as whatever else is on the GPU ends; what else is on the GPU must not wait for peers itself.
+comes to run as soon as whatever else is on the GPU ends; what else is on the GPU must not wait for peers itself. Only a
+pipeline's NCCL may, which takes a few multiprocessors while it waits for another stage: GPUs start the CTAs of a launch
+in the order of their numbers, though nobody promises it, so the first row that is not through is on all of them, and
+makes room for the next.
 """
 
 # ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
@@ -39,17 +43,19 @@ import triton
 import triton.language as tl
 from sglang.srt.layers.minimax_all_reduce_norm_paths import MAX_TOKENS
 from sglang.srt.layers.minimax_nvlink import (
+    GRAPH_TIMEOUT_SECONDS,
     MESSAGE_BYTES,
     Inboxes,
     has_programmatic_launch,
     inbox_on_symmetric_memory,
     peer_timeout_ms,
+    poll_again_in_time,
+    registers_per_thread,
     smallest_gpu,
 )
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
 WORDS_PER_MESSAGE = 3  # of two values; the fourth word of a message is its epoch
 
 
@@ -61,7 +67,7 @@ class Plan(NamedTuple):
 
     @property
     def registers_per_thread(self) -> int:
-        return min(REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8, 248)
+        return registers_per_thread(self.num_warps, self.ctas_per_sm)
 
 
 # The first whose CTAs all fit at once is taken. Guesses: benchmark/all_reduce_norm.py times others.
@@ -229,29 +235,42 @@ class AllReduceNorm:
         """What is wrong with the launch between these GPUs, or None: random rows, against plain torch.
 
         Every rank draws the parts of all of them, so what is expected takes no exchange. Few rows and as many as there
-        may be, four launches each: both halves of the inboxes, and each half over what was in it before.
+        may be, four launches each, one right after the other as in a graph: both halves of the inboxes, and each half
+        over what was in it before. A rank that finds something wrong launches on, since the others wait for its rows.
 
         Args:
             weight: whose hidden size, dtype and device the rows have.
+
+        Raises:
+            RuntimeError: a launch failed, as it does where no row of a peer arrives in ``GRAPH_TIMEOUT_SECONDS``.
         """
+        generator, wrong = torch.Generator("cpu").manual_seed(20), None
+        limit, self.peer_timeout_seconds = self.peer_timeout_seconds, self.peer_timeout_seconds or GRAPH_TIMEOUT_SECONDS
+        try:
+            for tokens in sorted({1, min(7, self.max_tokens), self.max_tokens}):
+                found = self._check_rows(tokens, weight, generator)
+                wrong = wrong or found
+        finally:
+            self.peer_timeout_seconds = limit
+        return wrong
+
+    def _check_rows(self, tokens: int, weight: torch.Tensor, generator: torch.Generator) -> str | None:
         group, (hidden_size,), ones = self.group, weight.shape, torch.ones_like(weight)
-        generator = torch.Generator("cpu").manual_seed(20)
 
         def draw(*shape: int) -> torch.Tensor:
             values = torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32)
             return values.to(device=weight.device, dtype=weight.dtype)
 
-        for tokens in sorted({1, min(7, self.max_tokens), self.max_tokens}):
-            for turn in range(4):
-                parts, residual = draw(group.world_size, tokens, hidden_size), draw(tokens, hidden_size)
-                wanted_sum = residual.clone()
-                wanted_norm = add_and_norm(parts.float().sum(0), wanted_sum, ones, CHECKED_EPS)
-                normed, summed = self(parts[group.rank_in_group].clone(), residual, ones, CHECKED_EPS, layer_id=-1)
-                for name, got, wanted in (("sum", summed, wanted_sum), ("norm", normed, wanted_norm)):
-                    # Float32 sums in another order may lie across a tie of bfloat16, and so a rounding apart.
-                    if not torch.allclose(got.float(), wanted.float(), rtol=2**-7, atol=2**-7):
-                        worst = (got.float() - wanted.float()).abs().max().item()
-                        return f"the {name} of {tokens} rows is {worst:.3g} off in launch {turn + 1}"
+        drawn = [(draw(group.world_size, tokens, hidden_size), draw(tokens, hidden_size)) for _ in range(4)]
+        given = [(parts[group.rank_in_group].clone(), residual.clone()) for parts, residual in drawn]
+        outputs = [self(x, residual, ones, CHECKED_EPS, layer_id=-1) for x, residual in given]
+        for turn, ((parts, wanted_sum), (normed, summed)) in enumerate(zip(drawn, outputs, strict=True)):
+            wanted_norm = add_and_norm(parts.float().sum(0), wanted_sum, ones, CHECKED_EPS)
+            for name, got, wanted in (("sum", summed, wanted_sum), ("norm", normed, wanted_norm)):
+                # Float32 sums in another order may lie across a tie of bfloat16, and so a rounding apart.
+                if not torch.allclose(got.float(), wanted.float(), rtol=2**-7, atol=2**-7):
+                    worst = (got.float() - wanted.float()).abs().max().item()
+                    return f"the {name} of {tokens} rows is {worst:.3g} off in launch {turn + 1}"
         return None
 
 
@@ -505,7 +524,7 @@ def poll_assembly(ranks: int, messages: int) -> str:
     address of rank 0's message, the epoch, this rank, whether there is anything to wait for, the time limit in ns. A
     rank's message is ``messages`` messages behind that of the rank before.
 
-    All loads of a turn are under way together. The time is read once in 4096 polls.
+    All loads of a turn are under way together.
     """
     first_input = WORDS_PER_MESSAGE * ranks + 1
     missing = f"${first_input - 1}"
@@ -533,7 +552,7 @@ def poll_assembly(ranks: int, messages: int) -> str:
     return f"""
     {{
     .reg .pred idle, all, yes;
-    .reg .b32 word, its_epoch, polls, rest;
+    .reg .b32 word, its_epoch, polls, low;
     .reg .b64 start, now;
     {declare}
     setp.eq.b32 idle, {waits}, 0;
@@ -546,16 +565,7 @@ def poll_assembly(ranks: int, messages: int) -> str:
     setp.eq.b32 all, polls, polls;
     {compare}
     @all bra ARRIVED;
-    add.u32 polls, polls, 1;
-    and.b32 rest, polls, 4095;
-    setp.ne.b32 yes, rest, 0;
-    @yes bra POLL;
-    mov.u64 now, %globaltimer;
-    setp.eq.b64 yes, start, 0;
-    @yes mov.b64 start, now;
-    sub.u64 now, now, start;
-    setp.lt.u64 yes, now, {limit};
-    @yes bra POLL;
+    {poll_again_in_time(limit)}
     {name_missing}
     ARRIVED:
     {give}

@@ -101,24 +101,29 @@ def build(group, norm: nn.Module) -> AllReduceNorm:
     """Allocates the exchange, and uses it once between these very GPUs; collective over ``group``.
 
     Raises:
-        RuntimeError: on every rank, where one of them got a wrong sum.
+        RuntimeError: on every rank, where one of them got a wrong sum, or none.
     """
     operator = AllReduceNorm(group, row_exchange_of(group, norm.weight.device, norm.hidden_size))
-    raise_if_wrong(group, operator.check(norm.weight.data))
+    failure = None
+    try:
+        wrong = operator.check(norm.weight.data)
+    except Exception as error:  # whatever it is: the peers, whose own launches fail for want of this rank, must hear it
+        wrong, failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", error
+    raise_if_wrong(group, wrong, failure)
     return operator
 
 
-def raise_if_wrong(group, wrong: str | None) -> None:
-    """Ends all ranks of ``group`` if something is wrong on one; collective."""
+def raise_if_wrong(group, wrong: str | None, failure: Exception | None = None) -> None:
+    """Ends all ranks of ``group`` if something is wrong on one, ``failure`` being this rank's cause; collective."""
     said: list[str | None] = [None] * group.world_size
     torch.distributed.all_gather_object(said, wrong, group=group.cpu_group)
     if any(said):
         found = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(said) if what)
         raise RuntimeError(
-            f"all-reduce and norm in one launch over NVLink gave wrong results when it was tried out between these "
-            f"GPUs, so nothing is served with it ({found}). Start with --disable-custom-all-reduce, which takes other "
-            f"ways, run sglang-minimax doctor, and please report this line"
-        )
+            f"all-reduce and norm in one launch over NVLink gave wrong results or none when it was tried out between "
+            f"these GPUs, so nothing is served with it ({found}). Start with --disable-custom-all-reduce, which takes "
+            f"other ways, run sglang-minimax doctor, and please report this line"
+        ) from failure
 
 
 def reason_against(norm: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
 # others wait here as they would in an all-reduce. Of a server that already serves, the watchdog ends that wait.
 GRAPH_TIMEOUT_SECONDS = 120.0
 EAGER_TIMEOUT_SECONDS = 3600.0
+REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
 MESSAGE_BYTES = 16  # what one store writes and one load reads at once: a message is there whole, or not at all
 
 
@@ -108,6 +109,31 @@ def peer_timeout_ms(seconds: float | None) -> int:
     if seconds is None:
         seconds = GRAPH_TIMEOUT_SECONDS if torch.cuda.is_current_stream_capturing() else EAGER_TIMEOUT_SECONDS
     return int(seconds * 1000)
+
+
+def registers_per_thread(num_warps: int, ctas_per_sm: int) -> int:
+    """The cap under which ``ctas_per_sm`` CTAs of ``num_warps`` warps fit on a multiprocessor together."""
+    return min(REGISTERS_PER_SM // (32 * num_warps * ctas_per_sm) // 8 * 8, 248)
+
+
+def poll_again_in_time(limit: str, agree: str = "") -> str:
+    """PTX behind a poll in vain: back to the label ``POLL``, or on to the next line once ``limit`` ns are over.
+
+    It reads the time once in 4096 polls. The code around it declares and clears ``polls`` (b32) and ``start`` (b64),
+    and declares ``low`` (b32), ``now`` (b64) and the predicate ``yes``, which says that there is time left; ``agree``:
+    PTX that makes threads agree on that.
+    """
+    return f"""add.u32 polls, polls, 1;
+    and.b32 low, polls, 4095;
+    setp.ne.b32 yes, low, 0;
+    @yes bra POLL;
+    mov.u64 now, %globaltimer;
+    setp.eq.b64 yes, start, 0;
+    @yes mov.b64 start, now;
+    sub.u64 now, now, start;
+    setp.lt.u64 yes, now, {limit};
+    {agree}
+    @yes bra POLL;"""
 
 
 @functools.cache

@@ -35,7 +35,12 @@ import torch
 import triton
 import triton.language as tl
 from sglang.srt.layers.minimax_log import log_once
-from sglang.srt.layers.minimax_nvlink import has_programmatic_launch, peer_timeout_ms, peers_are_reachable
+from sglang.srt.layers.minimax_nvlink import (
+    has_programmatic_launch,
+    peer_timeout_ms,
+    peers_are_reachable,
+    registers_per_thread,
+)
 from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
 from sglang.srt.layers.minimax_qk_norm_paths import (
     EXCHANGE_RANKS,
@@ -57,8 +62,6 @@ from sglang.srt.layers.minimax_sum_exchange import (
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
-
 
 class LaunchPlan(NamedTuple):
     """Warps of a CTA, CTAs that must fit on a multiprocessor together, and rows that a CTA holds in registers."""
@@ -69,7 +72,7 @@ class LaunchPlan(NamedTuple):
 
     @property
     def registers_per_thread(self) -> int:
-        return min(REGISTERS_PER_SM // (32 * self.num_warps * self.ctas_per_sm) // 8 * 8, 248)
+        return registers_per_thread(self.num_warps, self.ctas_per_sm)
 
 
 # Measured on H200 at 16 heads of 128 a rank (TP4), from few tokens to many; other widths scale the warps.

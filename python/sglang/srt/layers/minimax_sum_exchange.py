@@ -22,6 +22,8 @@ has at most ``max_ctas`` CTAs, which all fit on the GPU at once under the regist
 comes to run as soon as whatever else is on the GPU ends. Then by induction over a CTA's rows every wait ends.
 What else is on the GPU must not wait for peers itself: a token dispatcher on another stream, as in two-batch overlap,
 could hold the place of a CTA here while the exchange there holds the dispatcher's. The model takes the all-reduce then.
+A pipeline's NCCL, which waits for another stage, takes a few multiprocessors only, and GPUs start CTAs in the order of
+their numbers, though nobody promises it: the first CTA that is not through is on all of them, and makes room.
 
 One inbox serves the launches of one stream order; work that may run concurrently, or in different order on different
 ranks, needs one ``slot`` each.
@@ -34,7 +36,13 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from sglang.srt.layers.minimax_nvlink import MESSAGE_BYTES, Inboxes, inbox_on_symmetric_memory, smallest_gpu
+from sglang.srt.layers.minimax_nvlink import (
+    MESSAGE_BYTES,
+    Inboxes,
+    inbox_on_symmetric_memory,
+    poll_again_in_time,
+    smallest_gpu,
+)
 
 ROWS_PER_CTA = 16  # rows that one CTA sends in one launch at most; longer inputs take several launches
 
@@ -202,10 +210,9 @@ def poll_assembly(rows: int, ranks: int) -> str:
     Outputs: (first, second) of each row, then the lowest rank whose message is missing, or -1. Inputs: the address of
     the first message, the epoch, how many of the rows are sent at all, the time limit in ns.
 
-    Lane l of every warp polls message l: one load a turn for all rows, and no barrier. The time is read once in 4096
-    polls. After the limit thread 0 alone returns, to say who is missing: the rest of its warp exits, since
-    lanes that stayed would keep it from getting past the point where the warp meets again, and other warps poll on
-    until it traps.
+    Lane l of every warp polls message l: one load a turn for all rows, and no barrier. After the limit thread 0 alone
+    returns, to say who is missing: the rest of its warp exits, since lanes that stayed would keep it from getting past
+    the point where the warp meets again, and other warps poll on until it traps.
     """
     if rows * ranks > 32:
         raise ValueError(f"{rows} rows of {ranks} messages: a warp polls 32 messages at most")
@@ -245,17 +252,7 @@ def poll_assembly(rows: int, ranks: int) -> str:
     setp.eq.b64 arrived, epoch, {epoch};
     vote.sync.all.pred all, arrived, 0xffffffff;
     @all bra ARRIVED;
-    add.u32 polls, polls, 1;
-    and.b32 low, polls, 4095;
-    setp.ne.b32 yes, low, 0;
-    @yes bra POLL;
-    mov.u64 now, %globaltimer;
-    setp.eq.b64 yes, start, 0;
-    @yes mov.b64 start, now;
-    sub.u64 now, now, start;
-    setp.lt.u64 yes, now, {limit};
-    vote.sync.any.pred yes, yes, 0xffffffff;
-    @yes bra POLL;
+    {poll_again_in_time(limit, agree="vote.sync.any.pred yes, yes, 0xffffffff;")}
     setp.ge.u32 yes, thread, 32;
     @yes bra POLL;
     not.pred arrived, arrived;
