@@ -49,7 +49,7 @@ class Attention:
     """Attention that fails at its first projection, so that a return before it shows."""
 
     def __init__(self, reduce_results: bool) -> None:
-        self.o_proj = SimpleNamespace(reduce_results=reduce_results)
+        self.reduces_output = reduce_results
 
     def project_qkv(self, hidden_states):
         raise AssertionError("projected")

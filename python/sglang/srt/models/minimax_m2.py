@@ -168,7 +168,8 @@ class MiniMaxM2Attention(AttentionStages):
             counterpart, config.hidden_size, head_dim, config.num_attention_heads, config.num_key_value_heads,
             bias=False, quant_config=quant_config, prefix=qkv_prefix, tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
-        self.project_qkv = choose_projection(self.qkv_proj)
+        self.qkv_sizes = self.qkv_proj.output_partition_sizes
+        self.project_qkv = choose_projection(self, "qkv_proj")
         rope_theta, rope_scaling = get_rope_config(config)
         self.rotary_emb = get_rope(
             head_dim,
@@ -192,7 +193,8 @@ class MiniMaxM2Attention(AttentionStages):
             bias=False, reduce_results=False, quant_config=quant_config, prefix=add_prefix("o_proj", prefix),
             tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
-        self.project_output = choose_projection(self.o_proj)
+        self.reduces_output = self.o_proj.reduce_results
+        self.project_output = choose_projection(self, "o_proj")
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
@@ -207,7 +209,7 @@ class MiniMaxM2Attention(AttentionStages):
         attention-TP group, which share one batch: none of them waits for sums of a rank that returned.
         """
         if hidden_states.shape[0] == 0 or forward_batch.forward_mode.is_idle():
-            assert not self.o_proj.reduce_results, (
+            assert not self.reduces_output, (
                 "attention without tokens returns before o_proj, so o_proj must not all-reduce: the other ranks of "
                 "the group would wait for this one for ever. Build o_proj with reduce_results=False; the layer "
                 "communicator reduces."
@@ -216,7 +218,7 @@ class MiniMaxM2Attention(AttentionStages):
         qkv = self.project_qkv(hidden_states)
         if self.fused_inputs is not None:
             return hidden_states, forward_batch, self.fused_inputs(qkv, positions, forward_batch)
-        q, k, v, *of_counterpart = qkv.split(self.qkv_proj.output_partition_sizes, dim=-1)
+        q, k, v, *of_counterpart = qkv.split(self.qkv_sizes, dim=-1)
         if self.q_norm is not None:
             q, k = MiniMaxM2RMSNormTP.forward_qk(self.q_norm, self.k_norm, q, k, of_counterpart, self.node)
         else:
