@@ -80,7 +80,7 @@ def is_minimax(model_config: EngineObject) -> bool:
 
 
 def _settle_layout(args: EngineObject) -> None:
-    """Checks heads and experts against the ranks, and chooses EP where that was left open.
+    """Checks heads, experts and LoRA against the ranks, and chooses EP where that was left open.
 
     Raises:
         ValueError: a division that cannot work, with the values that do.
@@ -96,6 +96,12 @@ def _settle_layout(args: EngineObject) -> None:
         args.tp_size, args.dp_size if args.enable_dp_attention else 1, args.attn_cp_size
     )
     shard_attention(config.num_attention_heads, config.num_key_value_heads, attention_ranks)
+    if (args.enable_lora or args.lora_paths) and attention_ranks != args.tp_size:
+        raise ValueError(
+            f"LoRA adapters of attention are cut into --tp {args.tp_size} parts, and here {attention_ranks} ranks share "
+            f"it: the first request for one would end the server. Leave out --enable-dp-attention and context "
+            f"parallelism, or --enable-lora and --lora-paths."
+        )
     shape = expert_shape_of(config, args.ep_num_redundant_experts)
     if args.moe_a2a_backend != "none":
         # Such a backend always takes all ranks for EP; the engine sets that next.

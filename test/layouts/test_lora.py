@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.reference import Reference
 
-SMALL = SmallModel(num_hidden_layers=2, num_local_experts=8, vocab_size=512)
+LAYERS = 2
 PROMPTS = [[300, 301, 302], [7, 8, 9, 10, 11]]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK, ALPHA = 4, 8
@@ -23,7 +23,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, t
     """An adapter of attention's projections in ``folder``; returns ``tensors`` with it added."""
     generator = torch.Generator().manual_seed(0)
     adapter, merged = {}, dict(tensors)
-    for layer in range(SMALL.num_hidden_layers):
+    for layer in range(LAYERS):
         for projection in PROJECTIONS:
             name = f"model.layers.{layer}.self_attn.{projection}"
             outputs, inputs = tensors[f"{name}.weight"].shape
@@ -53,26 +53,26 @@ def ask_for_the_adapter(runner):
     return lambda: None
 
 
-@pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 4}, {"tp": 4, "server_arguments": {"nnodes": 2}}])
-def test_adapters_of_attention_have_their_part_in_the_answer(tmp_path, layout):
-    checkpoint = write_checkpoint(tmp_path / "base", SMALL)
-    merged = write_checkpoint(tmp_path / "merged", SMALL)
-    save_file(
-        write_adapter(tmp_path / "adapter", load_file(checkpoint / "model.safetensors")),
-        merged / "model.safetensors", metadata={"format": "pt"},
-    )  # fmt: skip
-    base, expected = (Reference(path).greedy(PROMPTS, 4) for path in (checkpoint, merged))
-    assert [answer.tokens for answer in base] != [answer.tokens for answer in expected]
+@pytest.mark.parametrize(
+    ("kv_heads", "tp", "nnodes"),
+    [(8, 1, 1), (8, 4, 2), (2, 4, 1)],
+    ids=["one rank", "two nodes", "each KV head on 2 ranks"],
+)
+def test_adapters_of_attention_have_their_part_in_the_answer(tmp_path, kv_heads, tp, nnodes):
     from sglang.srt.lora.lora_registry import LoRARef
 
-    adapter = LoRARef(lora_name="attention", lora_path=str(tmp_path / "adapter"), pinned=False)
-    arguments = {
-        "enable_lora": True, "lora_paths": [adapter], "lora_backend": "torch_native", "enable_lora_overlap_loading": False,
-        **layout.get("server_arguments", {}),
-    }  # fmt: skip
+    shape = SmallModel(num_hidden_layers=LAYERS, num_key_value_heads=kv_heads, num_local_experts=8, vocab_size=512)
+    checkpoint, merged = (write_checkpoint(tmp_path / name, shape) for name in ("base", "merged"))
+    tensors = write_adapter(tmp_path / "adapter", load_file(checkpoint / "model.safetensors"))
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    base, expected = (Reference(path).greedy(PROMPTS, 4) for path in (checkpoint, merged))
+    assert [answer.tokens for answer in base] != [answer.tokens for answer in expected]
     result = run_layout(
-        checkpoint, prompts_by_dp_rank=[PROMPTS], steps=4, probe=ask_for_the_adapter, tp=layout["tp"],
-        server_arguments=arguments,
+        checkpoint, tp=tp, prompts_by_dp_rank=[PROMPTS], steps=4, probe=ask_for_the_adapter,
+        server_arguments={
+            "nnodes": nnodes, "enable_lora": True, "enable_lora_overlap_loading": False, "lora_backend": "torch_native",
+            "lora_paths": [LoRARef(lora_name="attention", lora_path=str(tmp_path / "adapter"), pinned=False)],
+        },
     )  # fmt: skip
     for tokens, logprobs, reference in zip(result.tokens[0], result.logprobs[0], expected, strict=True):
         assert tokens == reference.tokens

@@ -104,6 +104,14 @@ def test_under_dp_attention_the_heads_are_divided_over_its_groups(folder):
     assert args.tp_size == 32
 
 
+@pytest.mark.parametrize("lora", [["--enable-lora"], ["--lora-paths", "somewhere"]])
+def test_adapters_that_the_engine_would_cut_for_other_ranks_are_refused(folder, lora):
+    lora = [*lora, "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
+    assert read(folder(), "--tp", "4", *lora).enable_lora in (True, None)
+    with pytest.raises(ValueError, match=r"cut into --tp 4 parts, and here 2 ranks .* Leave out --enable-dp-attention"):
+        read(folder(), "--tp", "4", "--dp", "2", "--enable-dp-attention", *lora)
+
+
 # --- FlashInfer's fused all-reduce ---------------------------------------------------------------------------
 
 

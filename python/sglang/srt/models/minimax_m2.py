@@ -57,6 +57,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.lora.utils import get_hidden_dim
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 from sglang.srt.models.minimax_m2_moe import ExpertReduction, MiniMaxM2MoE, check_experts, recorded_as
 from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, forward_overlapped
@@ -158,7 +159,7 @@ class MiniMaxM2Attention(AttentionStages):
     ) -> None:
         super().__init__()
         attn_tp_rank, attn_tp_size = get_attention_tp_rank(), get_attention_tp_size()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = _head_dim(config)
         shards = shard_attention(config.num_attention_heads, config.num_key_value_heads, attn_tp_size)
         self.q_norm, self.k_norm = _qk_norms(config, head_dim)
         qkv_prefix = add_prefix("qkv_proj", prefix)
@@ -169,6 +170,11 @@ class MiniMaxM2Attention(AttentionStages):
             bias=False, quant_config=quant_config, prefix=qkv_prefix, tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
         self.qkv_sizes = self.qkv_proj.output_partition_sizes
+        if shards.kv.replicas > 1 and counterpart is None:
+            # LoRA finds q, k and v of an adapter by these, and an adapter has no replicas.
+            self.qkv_proj.output_sizes = [
+                heads * head_dim for heads in (shards.q.num_heads, shards.kv.num_heads, shards.kv.num_heads)
+            ]
         self.project_qkv = choose_projection(self, "qkv_proj")
         rope_theta, rope_scaling = get_rope_config(config)
         self.rotary_emb = get_rope(
@@ -248,6 +254,10 @@ def _qk_norms(config: PretrainedConfig, head_dim: int):
         MiniMaxM2RMSNormTP(q_heads * head_dim, q_heads, eps),
         MiniMaxM2RMSNormTP(kv_heads * head_dim, kv_heads, eps),
     )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rotary_dim(config: PretrainedConfig, head_dim: int) -> int:
@@ -439,6 +449,20 @@ class MiniMaxM2ForCausalLM(nn.Module):
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings(input_ids)
+
+    def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
+        """Inputs and outputs of a module that LoRA adapts, from which the engine makes a rank's buffers.
+
+        It divides the outputs by the ranks, so a replicated KV head counts as often as it is held.
+        """
+        inputs, outputs = get_hidden_dim(module_name, self.config, self.model, layer_idx)
+        if module_name == "qkv_proj":
+            head_dim = _head_dim(self.config)
+            shards = shard_attention(
+                self.config.num_attention_heads, self.config.num_key_value_heads, get_attention_tp_size()
+            )
+            outputs = head_dim * (shards.q.num_heads + 2 * shards.kv.replicas * shards.kv.num_heads)
+        return inputs, outputs
 
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.embed_tokens.weight, self.lm_head.weight
