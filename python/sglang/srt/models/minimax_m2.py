@@ -521,19 +521,23 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads ``weights`` and returns the names of the parameters that they filled.
 
-        The first load must fill every parameter, unless the weights are dummies; later ones may bring a part, as
-        weight updates do.
+        The first load of a checkpoint must fill every parameter. Those after it may bring a part, as weight updates do,
+        and so may all where the engine filled the parameters without this method: dummies, its own sharded format, a
+        copy from another server.
 
         Raises:
             ValueError: names, shapes or dtypes that do not fit, or parameters left unfilled; all in one message.
         """
-        filled = CheckedWeights(self).load(weights, whole=not self.weights_loaded and not _weights_are_dummies())
+        filled = CheckedWeights(self).load(weights, whole=not self.weights_loaded and not _engine_fills_weights())
         self.weights_loaded = True
         return filled
 
 
-def _weights_are_dummies() -> bool:
-    return get_global_server_args().load_format == "dummy"
+def _engine_fills_weights() -> bool:
+    """Whether the parameters get their first values by their own names, and ``load_weights`` only later ones."""
+    arguments = get_global_server_args()
+    from_store = arguments.load_format == "remote" and arguments.model_path.startswith("redis://")
+    return from_store or arguments.load_format in ("dummy", "sharded_state", "remote_instance")
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:
