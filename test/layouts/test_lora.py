@@ -1,4 +1,4 @@
-"""LoRA adapters of attention on real ranks, through the engine's LoRA manager, against transformers with them merged."""
+"""LoRA adapters of attention on real ranks, loaded by the engine, against transformers with them merged."""
 
 from __future__ import annotations
 
