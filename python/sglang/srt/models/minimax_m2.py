@@ -31,6 +31,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from sglang.srt.distributed import (
     attention_tensor_model_parallel_all_reduce,
+    get_moe_data_parallel_world_size,
     get_pp_group,
     get_pp_indices,
     get_tp_group,
@@ -294,7 +295,8 @@ class MiniMaxM2DecoderLayer(LayerStages):
             layer_scatter_modes=self.layer_scatter_modes,
             input_layernorm=self.input_layernorm,
             post_attention_layernorm=self.post_attention_layernorm,
-            allow_reduce_scatter=True,
+            # Over all of TP it would add the same experts once for each of their data-parallel groups.
+            allow_reduce_scatter=get_moe_data_parallel_world_size() == 1,
             is_last_layer=_is_last_of_stage(layer_id, config.num_hidden_layers),
         )
 
