@@ -80,7 +80,7 @@ def is_minimax(model_config: EngineObject) -> bool:
 
 
 def _settle_layout(args: EngineObject) -> None:
-    """Checks heads and experts against the ranks, and chooses EP where that was left open.
+    """Checks heads, experts and LoRA against the ranks, and chooses EP where that was left open.
 
     Raises:
         ValueError: a division that cannot work, with the values that do.
@@ -96,6 +96,12 @@ def _settle_layout(args: EngineObject) -> None:
         args.tp_size, args.dp_size if args.enable_dp_attention else 1, args.attn_cp_size
     )
     shard_attention(config.num_attention_heads, config.num_key_value_heads, attention_ranks)
+    if (args.enable_lora or args.lora_paths) and attention_ranks != args.tp_size:
+        raise ValueError(
+            f"LoRA adapters of attention are cut into --tp {args.tp_size} parts, and {attention_ranks} ranks share it: "
+            f"the first request for one would end the server. Leave out --enable-dp-attention and context "
+            f"parallelism, or --enable-lora and --lora-paths."
+        )
     shape = expert_shape_of(config, args.ep_num_redundant_experts)
     if args.moe_a2a_backend != "none":
         # Such a backend always takes all ranks for EP; the engine sets that next.
@@ -154,6 +160,7 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
             nnodes=args.nnodes,
             attn_cp_size=args.attn_cp_size,
             moe_a2a_backend=args.moe_a2a_backend,
+            moe_dp_size=args.moe_dp_size,
         )
         is None
     ):
@@ -175,6 +182,7 @@ def reason_against_fused_all_reduce(
     nnodes: int,
     attn_cp_size: int = 1,
     moe_a2a_backend: str = "none",
+    moe_dp_size: int = 1,
 ) -> str | None:
     """The first condition of FlashInfer's fused all-reduce + norm that does not hold, as a clause, or None."""
     if not hopper_or_blackwell:
@@ -185,6 +193,8 @@ def reason_against_fused_all_reduce(
         return "under DP attention the ranks that attend and those that hold the experts differ"
     if attn_cp_size > 1:
         return "it cannot work on the groups of context parallelism"
+    if moe_dp_size > 1:
+        return "it sums over all ranks, and the experts' data-parallel groups must not be summed together"
     if nnodes > 1:
         return "it reaches the GPUs of one node only"
     if "H20" in device_name and "H200" not in device_name:

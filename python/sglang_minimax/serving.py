@@ -187,6 +187,7 @@ def _reason_against_fused_all_reduce(args: EngineObject) -> str:
         nnodes=args.nnodes,
         attn_cp_size=args.attn_cp_size,
         moe_a2a_backend=args.moe_a2a_backend,
+        moe_dp_size=args.moe_dp_size,
     )
     if reason is None and not communicator._is_flashinfer_available:
         reason = "FlashInfer is not installed"

@@ -91,23 +91,25 @@ class RankBatches:
 
     def _load_model(self, gpu_id: int):
         from sglang.srt.configs.model_config import ModelConfig
+        from sglang.srt.entrypoints.engine import _compute_parallelism_ranks
         from sglang.srt.model_executor.model_runner import ModelRunner
 
+        attn_cp_rank, moe_dp_rank, moe_ep_rank = _compute_parallelism_ranks(self.server_args, self.tp_rank)
         return ModelRunner(
             model_config=ModelConfig.from_server_args(self.server_args),
             mem_fraction_static=self.server_args.mem_fraction_static,
             gpu_id=gpu_id,
             tp_rank=self.tp_rank,
             tp_size=self.layout.tp,
-            moe_ep_rank=self.tp_rank // (self.layout.tp // self.layout.ep),
+            moe_ep_rank=moe_ep_rank,
             moe_ep_size=self.layout.ep,
             pp_rank=self.pp_rank,
             pp_size=self.layout.pp,
             nccl_port=0,  # not used: the store's address comes from the environment
             server_args=self.server_args,
             dp_rank=self.dp_rank if self.layout.dp > 1 else None,
-            attn_cp_rank=0,
-            moe_dp_rank=0,
+            attn_cp_rank=attn_cp_rank,
+            moe_dp_rank=moe_dp_rank,
         )
 
     def _prefix_cache(self):
@@ -218,7 +220,7 @@ class RankBatches:
             batch,
             dp_size=self.layout.dp,
             attn_tp_size=get_attention_tp_size(),
-            attn_cp_size=1,
+            attn_cp_size=self.server_args.attn_cp_size,
             tp_group=self.runner.tp_group,
             get_idle_batch=self._idle_batch,
             disable_cuda_graph=self.server_args.disable_cuda_graph,

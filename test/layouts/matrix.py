@@ -134,6 +134,7 @@ REDUNDANT = {"ep_num_redundant_experts": 4}
 # Which of the 16 experts lies at each of 20 places, another order in each layer.
 PLACES = [[(7 * place + layer) % 16 for place in range(20)] for layer in range(NUM_LAYERS)]
 SHUFFLED = {"init_expert_location": json.dumps({"physical_to_logical_map": PLACES}), "ep_dispatch_algorithm": "static"}
+EXPERTS_TWICE = {"moe_dp_size": 2}
 AT_RANDOM = {"ep_dispatch_algorithm": "dynamic"}
 
 
@@ -223,6 +224,17 @@ ROWS = {
     "tp4_dp4_eplb_dynamic": Row("experts in any order, 4 twice, asked at random", "2 KV heads", tp=4, dp=4, ep=4,
                                 placed=ON_FOUR, arguments={**A2A, **REDUNDANT, **SHUFFLED, **AT_RANDOM},
                                 reduced_by=DISPATCHED, simulation=simulations.token_exchange, meets=("copies",)),
+    "tp4_moe_dp2": Row("the experts on 2 ranks and again on 2", "2 KV heads", tp=4, arguments=EXPERTS_TWICE,
+                       reduced_by=everywhere("MODEL")),
+    "tp4_moe_dp2_next_norm": Row("the same, and the next norm does not sum", "2 KV heads", tp=4,
+                                 arguments=EXPERTS_TWICE, simulation=simulations.fused_all_reduce,
+                                 reduced_by=everywhere("MODEL")),
+    "tp4_dp2_moe_dp2": Row("the same, under DP attention", "2 KV heads", tp=4, dp=2, placed=((0, 1, 2), (3,)),
+                           arguments=EXPERTS_TWICE, reduced_by=everywhere("MODEL")),
+    # What else divides attention, or the language-model head.
+    "tp4_cp2": Row("context parallelism", "2 KV heads", tp=4, arguments={"attn_cp_size": 2}),
+    "tp4_dp4_head": Row("the head on each DP rank", "2 KV heads", tp=4, dp=4, placed=((0,), (1, 2), (), (3,)),
+                        arguments={"enable_dp_lm_head": True}),
     # Pipeline, below the scheduler.
     "tp2_pp2": Row("two stages", tp=2, pp=2),
     "tp4_pp2_kv2": Row("two stages, replicas", "2 KV heads", tp=4, pp=2, arrivals={1: 2, 2: 4}),

@@ -101,14 +101,14 @@ def test_the_ranks_of_an_attention_group_exchange_the_same_rows_in_the_same_orde
 def test_no_sum_of_qk_norm_crosses_nodes(oracles, monkeypatch, shape, tp, switch, crosses, one_kernel):
     if one_kernel:
         simulations.one_kernel(monkeypatch)
-    made = minimax_counterpart._switched_off_anywhere.__wrapped__
+    made = minimax_counterpart._choices_of_any_rank.__wrapped__
 
-    def switched_off():
+    def choices():
         rank = torch.distributed.get_rank()
         monkeypatch.setenv(minimax_counterpart.SWITCH, switch.get(rank, "1"))
         return made()
 
-    monkeypatch.setattr(minimax_counterpart, "_switched_off_anywhere", functools.cache(switched_off))
+    monkeypatch.setattr(minimax_counterpart, "_choices_of_any_rank", functools.cache(choices))
     checkpoint, *_ = oracles.of(shape)
     ranks = run_layout(
         checkpoint, tp=tp, prompts_by_dp_rank=[[[3, 1, 4]]], steps=2, probe=spies.watch_norm_sums,

@@ -384,9 +384,11 @@ def communicator(operator, is_last_layer=False):
 
 @pytest.mark.parametrize(("tokens", "ours"), [(0, False), (1, True), (4, True), (5, False)])
 def test_the_number_of_tokens_decides(monkeypatch, tokens, ours):
+    from sglang.srt.layers import minimax_layer_communicator as module
     from sglang.srt.layers.communicator import LayerCommunicator
 
     monkeypatch.setattr(LayerCommunicator, "prepare_mlp", lambda self, *arguments: "the engine's")
+    monkeypatch.setattr(module, "get_moe_data_parallel_world_size", lambda: 1)
     operator = Recorded()
     made = communicator(operator)
     x, residual = torch.zeros(tokens, 8), torch.zeros(tokens, 8)

@@ -93,6 +93,42 @@ def test_a_scaling_that_only_fills_the_cosines_is_still_plain_rope(arguments, sc
     assert not inputs.rotates_plainly(rope)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "attn_factor": 1.5},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64},
+    ],
+    ids=lambda scaling: scaling and scaling["rope_type"],
+)  # fmt: skip
+def test_a_plain_rope_rotates_as_the_engines_does_also_once_its_cache_has_grown(arguments, scaling):
+    """A longer context gives the embedding another cache after the layers were built; later positions are in it."""
+    torch.manual_seed(0)
+    rope = get_rope(HEAD_DIM, rotary_dim=ROTARY_DIM, max_position=64, base=1e4, rope_scaling=scaling)
+    assert inputs.rotates_plainly(rope)
+    operator = QKNormRope(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, 1e-6, None, 0, "cpu")
+    norms = [SimpleNamespace(weight=torch.rand(heads * HEAD_DIM)) for heads in (HEADS, KV_HEADS)]
+    fused = inputs.FusedAttentionInputs(operator, *norms, rope, stores=False)
+    before = rope.cos_sin_cache
+    rope._ensure_cos_sin_cache_length(300)
+    assert rope.cos_sin_cache.shape[0] > 300 and rope.cos_sin_cache is not before
+    qkv = torch.randn(4, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    positions = torch.tensor([0, 1, 63, 300])
+    normed = [
+        (x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight.double()).float()
+        for x, norm in zip(qkv.split(operator.sizes, dim=-1), norms, strict=False)
+    ]
+    expected = rope.forward_native(positions, *normed)
+    q, k, _, stored = fused(qkv.clone(), positions, None)
+    assert not stored
+    for got, wanted in zip((q, k), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_the_reason_for_separate_launches_is_logged_once(arguments, caplog):
     minimax_log.log_once.cache_clear()
     rope = get_rope(32, rotary_dim=16, max_position=64, base=1e4)

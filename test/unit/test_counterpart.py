@@ -151,9 +151,24 @@ def two_nodes(monkeypatch):
     arguments = engine.ServerArgs(model_path="dummy", device="cpu", tp_size=16)
     arguments.nnodes = 2
     monkeypatch.setattr(engine, "_global_server_args", arguments)
-    monkeypatch.setattr(minimax_counterpart, "_switched_off_anywhere", lambda: False)
+    monkeypatch.setattr(minimax_counterpart, "get_world_group", lambda: SimpleNamespace(cpu_group="all ranks"))
     monkeypatch.setattr(minimax_counterpart, "_node_group", lambda ranks: f"group of {ranks}")
-    return arguments
+    monkeypatch.delenv(minimax_counterpart.SWITCH, raising=False)
+    told_to_others(monkeypatch)
+    yield arguments
+    minimax_counterpart._choices_of_any_rank.cache_clear()
+
+
+def told_to_others(monkeypatch, *, lora=0, pdmux=0, switched_off=0) -> None:
+    """Has the ranks of the other node say so when all ranks are asked."""
+
+    def all_reduce(choices, op, group):
+        assert (group, op) == ("all ranks", torch.distributed.ReduceOp.MAX)
+        assert choices.device.type == "cpu", "the group is for CPU tensors, also while a model is built on a GPU"
+        choices.copy_(choices.maximum(torch.tensor([lora, pdmux, switched_off], device="cpu")))
+
+    minimax_counterpart._choices_of_any_rank.cache_clear()
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
 
 
 def choose(rank: int = 3, ranks: int = 16, quant_config=None):
@@ -166,6 +181,39 @@ def test_the_counterpart_is_at_the_same_place_of_the_other_node(two_nodes):
     assert choose(3, ranks=8) is None  # DP attention: its group lies on one node
     two_nodes.nnodes = 1
     assert choose(3) is None
+
+
+@pytest.mark.parametrize("what", ["lora", "pdmux", "switched_off"])
+def test_what_the_other_node_was_told_holds_here_too(two_nodes, monkeypatch, what):
+    told_to_others(monkeypatch, **{what: 1})
+    assert choose() is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("enable_lora", True), ("lora_paths", ["one"]), ("enable_pdmux", True), (None, None)]
+)
+def test_what_this_node_was_told_holds(two_nodes, monkeypatch, option, value):
+    if option is None:
+        monkeypatch.setenv(minimax_counterpart.SWITCH, "0")
+    else:
+        setattr(two_nodes, option, value)
+    with torch.device("meta"):  # as while a model is built
+        assert choose() is None
+
+
+def test_the_group_of_a_node_is_made_as_the_engines_groups_are(monkeypatch):
+    world = SimpleNamespace(world_size=8, local_rank=1, device_group=None)
+    monkeypatch.setattr(minimax_counterpart, "get_world_group", lambda: world)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
+    made = []
+
+    def init(nodes, local_rank, backend, group_name):
+        made.append((nodes, local_rank, torch.empty(1).device.type))
+
+    monkeypatch.setattr(minimax_counterpart, "init_model_parallel_group", init)
+    with torch.device("meta"):
+        minimax_counterpart._node_group.__wrapped__(4)
+    assert made == [([[0, 1, 2, 3], [4, 5, 6, 7]], 1, "cpu")]
 
 
 @pytest.mark.parametrize(

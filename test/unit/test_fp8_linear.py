@@ -79,7 +79,7 @@ def chosen(monkeypatch):
         arguments = SimpleNamespace(**{**dict.fromkeys(OPTIONS, False), **options})
         monkeypatch.setattr(fp8, "get_global_server_args", lambda: arguments)
         minimax_log.log_once.cache_clear()
-        projections = [fp8.choose_projection(made) for _ in range(3)]
+        projections = [fp8.choose_projection(SimpleNamespace(linear=made), "linear") for _ in range(3)]
         minimax_log.log_once.cache_clear()
         return projections[-1], said
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
-from sglang.srt.models import minimax_m2_moe
+from sglang.srt.models import minimax_m2, minimax_m2_moe
 from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
 from sglang.srt.models.minimax_m2_moe import ExpertReduction
 
@@ -45,11 +45,38 @@ def test_a_kernel_that_routes_by_other_rules_is_an_error(monkeypatch, backend):
         minimax_m2_moe.check_routing_stays_here()
 
 
+@pytest.mark.parametrize(
+    ("load_format", "path", "whole"),
+    [
+        ("auto", "folder", True),
+        ("safetensors", "folder", True),
+        ("remote", "s3://bucket/model", True),
+        ("remote", "redis://host/model", False),
+        ("dummy", "folder", False),
+        ("sharded_state", "folder", False),
+        ("remote_instance", "folder", False),
+    ],
+)
+def test_the_first_load_is_of_a_whole_checkpoint_unless_the_engine_filled_the_parameters(
+    monkeypatch, load_format, path, whole
+):
+    asked = []
+    arguments = SimpleNamespace(load_format=load_format, model_path=path)
+    monkeypatch.setattr(minimax_m2, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(
+        minimax_m2, "CheckedWeights", lambda model: SimpleNamespace(load=lambda weights, whole: asked.append(whole))
+    )
+    model = SimpleNamespace(weights_loaded=False)
+    for _ in range(2):
+        MiniMaxM2ForCausalLM.load_weights(model, [])
+    assert asked == [whole, False]
+
+
 class Attention:
     """Attention that fails at its first projection, so that a return before it shows."""
 
     def __init__(self, reduce_results: bool) -> None:
-        self.o_proj = SimpleNamespace(reduce_results=reduce_results)
+        self.reduces_output = reduce_results
 
     def project_qkv(self, hidden_states):
         raise AssertionError("projected")

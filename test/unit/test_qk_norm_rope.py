@@ -168,6 +168,8 @@ def test_the_operator_traces_and_names_what_it_writes(monkeypatch):
         ({"cos_sin_cache": torch.zeros(8, 4)}, "cos_sin_cache has shape"),
         ({"k_cache": torch.zeros(9, 2, HEAD_DIM, dtype=torch.float16)}, "k_cache must be"),
         ({"out_cache_loc": None}, "out_cache_loc must have one slot"),
+        ({"out_cache_loc": torch.arange(6)[::2]}, "one behind the other"),
+        ({"positions": torch.arange(6)[::2]}, r"strides \(2,\), and must have one position"),
     ],
 )
 def test_errors_name_the_value_and_the_rule(change, said):

@@ -77,6 +77,12 @@ def test_redundant_experts_count(folder):
     assert read(folder(FP8, num_local_experts=179), *arguments).ep_size == 2
 
 
+@pytest.mark.parametrize(("tp", "moe_dp", "ep"), [(8, 2, 1), (16, 2, 8), (16, 4, 1)])
+def test_with_experts_in_data_parallel_groups_ep_divides_a_group_wholly_or_not_at_all(folder, tp, moe_dp, ep):
+    """It is the engine's rule, which it has applied by then."""
+    assert read(folder(FP8), "--tp", str(tp), "--moe-dp-size", str(moe_dp)).ep_size == ep
+
+
 def test_unquantised_experts_need_no_ep(folder):
     assert read(folder(), "--tp", "16").ep_size == 1
     assert read(folder(num_local_experts=179), "--tp", "8").ep_size == 1
@@ -102,6 +108,16 @@ def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(folder, 
 def test_under_dp_attention_the_heads_are_divided_over_its_groups(folder):
     args = read(folder(), "--tp", "32", "--dp", "2", "--enable-dp-attention")
     assert args.tp_size == 32
+
+
+@pytest.mark.parametrize("lora", [["--enable-lora"], ["--lora-paths", "somewhere"]])
+def test_adapters_that_the_engine_would_cut_for_other_ranks_are_refused(folder, lora):
+    lora = [*lora, "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
+    assert read(folder(), "--tp", "4", *lora).enable_lora in (True, None)
+    with pytest.raises(
+        ValueError, match=r"cut into --tp 4 parts, and 2 ranks share it: .* Leave out --enable-dp-attention"
+    ):
+        read(folder(), "--tp", "4", "--dp", "2", "--enable-dp-attention", *lora)
 
 
 # --- FlashInfer's fused all-reduce ---------------------------------------------------------------------------
@@ -141,6 +157,10 @@ def test_fused_all_reduce_is_off_on_other_hardware(folder):
 def test_fused_all_reduce_knows_the_device_with_the_bug(folder, hopper, monkeypatch, device, on):
     monkeypatch.setattr(engine, "get_device_name", lambda: device)
     assert read(folder(), *ON).enable_flashinfer_allreduce_fusion is on
+
+
+def test_fused_all_reduce_is_off_where_the_experts_are_in_data_parallel_groups(folder, hopper):
+    assert not read(folder(), *ON, "--moe-data-parallel-size", "2").enable_flashinfer_allreduce_fusion
 
 
 @pytest.mark.parametrize("why", [None, *OFF])

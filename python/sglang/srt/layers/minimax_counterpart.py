@@ -59,12 +59,10 @@ def choose_counterpart(
     ranks_per_node = tp_ranks_per_node(arguments.tp_size, arguments.pp_size, arguments.nnodes)
     if num_ranks <= ranks_per_node:
         return None
-    rules = functools.partial(
-        reason_against_counterpart, num_ranks, ranks_per_node, shards.kv.replicas,
-        loads_alike=_loads_row_by_row(quant_config, prefix), lora=bool(arguments.enable_lora),
-        pdmux=arguments.enable_pdmux,
+    reason = reason_against_counterpart(
+        num_ranks, ranks_per_node, shards.kv.replicas, loads_alike=_loads_row_by_row(quant_config, prefix),
+        **_choices_of_any_rank(),
     )  # fmt: skip
-    reason = rules() or rules(switched_off=_switched_off_anywhere())
     if reason is not None:
         log_once(f"The sums of QK norm go over the network between the nodes: {reason}.")
         return None
@@ -85,11 +83,21 @@ def _loads_row_by_row(quant_config: QuantizationConfig | None, prefix: str) -> b
 
 
 @functools.cache
-def _switched_off_anywhere() -> bool:
-    """A rank that reduces over both nodes would wait for ever for one that does not, so all of them must agree."""
-    off = torch.tensor([int(os.environ.get(SWITCH, "1") == "0")])
-    torch.distributed.all_reduce(off, op=torch.distributed.ReduceOp.MAX, group=get_world_group().cpu_group)
-    return bool(off.item())
+def _choices_of_any_rank() -> dict[str, bool]:
+    """What the command line and the environment of any rank say against a counterpart.
+
+    Each node has its own, and a rank that sums over both nodes would wait for ever for one that does not: so what one
+    rank was told, all of them do.
+    """
+    arguments = get_global_server_args()
+    choices = {
+        "lora": bool(arguments.enable_lora or arguments.lora_paths),
+        "pdmux": bool(arguments.enable_pdmux),
+        "switched_off": os.environ.get(SWITCH, "1") == "0",
+    }
+    of_any_rank = torch.tensor([*choices.values()], dtype=torch.int32, device="cpu")
+    torch.distributed.all_reduce(of_any_rank, op=torch.distributed.ReduceOp.MAX, group=get_world_group().cpu_group)
+    return {name: bool(chosen) for name, chosen in zip(choices, of_any_rank.tolist(), strict=True)}
 
 
 @functools.cache
@@ -98,7 +106,8 @@ def _node_group(ranks_per_node: int):
     world = get_world_group()
     nodes = [list(range(first, first + ranks_per_node)) for first in range(0, world.world_size, ranks_per_node)]
     backend = torch.distributed.get_backend(world.device_group)
-    return init_model_parallel_group(nodes, world.local_rank, backend, group_name="attention_tp_node")
+    with torch.device("cpu"):  # as the engine makes its groups, and not on the device where a model is being built
+        return init_model_parallel_group(nodes, world.local_rank, backend, group_name="attention_tp_node")
 
 
 def build_qkv_proj(counterpart: Counterpart | None, *sizes: int, **options) -> QKVParallelLinear:

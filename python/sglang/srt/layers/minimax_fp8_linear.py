@@ -120,15 +120,17 @@ def plan_for(tokens: int, inputs: int, outputs: int) -> Plan | None:
     return next((plan for limit, plan in plans_for(inputs, outputs).items() if tokens <= limit), None)
 
 
-def choose_projection(linear: torch.nn.Module) -> Projection:
-    """What computes a linear layer without a bias, from [tokens, inputs] to [tokens, outputs].
+def choose_projection(owner: torch.nn.Module, name: str) -> Projection:
+    """What computes the linear layer ``name`` of ``owner``, without a bias, from [tokens, inputs] to [tokens, outputs].
 
-    Called once, while the layer is built, under the model's default dtype, which is that of its activations.
+    Called once, while the layer is built, under the model's default dtype, which is that of its activations. The
+    engine's layer is looked up at each call: LoRA puts one of its own in its place once the model is loaded.
     """
+    linear = getattr(owner, name)
     reason = reason_against_layer(linear) or reason_against_server()
     if reason is not None:
         _log_way(reason)
-        return lambda x: linear(x)[0]
+        return lambda x: getattr(owner, name)(x)[0]
     _log_way(None, *reversed(linear.weight.shape))
     return Fp8Linear(linear)
 

@@ -57,6 +57,8 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
         return self._all_reduce_and_norm(hidden_states, residual, self.post_attention_layernorm)
 
     def should_fuse_mlp_allreduce_with_next_layer(self, forward_batch: ForwardBatch) -> bool:
+        if get_moe_data_parallel_world_size() > 1:
+            return False  # that sum is over all of TP, and the experts' is over each of their data-parallel groups
         if self.all_reduce_norm is None:
             return super().should_fuse_mlp_allreduce_with_next_layer(forward_batch)
         return not self.is_last_layer and self._takes(forward_batch.input_ids.shape[0])

@@ -105,8 +105,8 @@ def reason_against_counterpart(
         ranks_per_node: ranks of one TP group that share a node.
         kv_replicas: ranks that hold the same KV head.
         loads_alike: the projection is unquantised, or in FP8 blocks: each row of its weight stands for itself.
-        lora: ``--enable-lora``.
-        pdmux: ``--enable-pdmux``.
+        lora: ``--enable-lora`` or ``--lora-paths``, on any rank.
+        pdmux: ``--enable-pdmux``, on any rank.
         switched_off: by ``SGLANG_MINIMAX_COUNTERPART=0``, on any rank.
     """
     if num_ranks != 2 * ranks_per_node:

@@ -176,11 +176,11 @@ class QKNormRope:
                 stride; with a counterpart its q and k follow, (2 heads + 3 KV heads) in all. All ranks of the group
                 must call with the same number of tokens.
             q_weight, k_weight: this rank's shard of the norm's weights, any float dtype, contiguous.
-            positions: [tokens], int32 or int64.
+            positions: [tokens], int32 or int64, contiguous.
             cos_sin_cache: [max_position, rotary_dim], cosines then sines, any float dtype, contiguous.
             k_cache, v_cache: [slots, KV heads a rank, head_dim] of the dtype of qkv. None: nothing is stored. A cache
                 of another dtype (FP8 with scales) is the engine's to store to.
-            out_cache_loc: [tokens], each token's slot, int32 or int64.
+            out_cache_loc: [tokens], each token's slot, int32 or int64, contiguous.
 
         Returns:
             q, k, v: [tokens, heads a rank * head_dim] each; q is contiguous, k and v are views of qkv.
@@ -239,8 +239,9 @@ class QKNormRope:
                 f"{name} has {weight.numel()} values, and this rank's shard has {size}: load the shard of this rank",
             )
         _require(
-            positions.shape == (tokens,),
-            f"positions has shape {tuple(positions.shape)}, and must have one position for each of {tokens} tokens",
+            positions.shape == (tokens,) and positions.is_contiguous(),
+            f"positions has shape {tuple(positions.shape)} and strides {positions.stride()}, and must have one position"
+            f" for each of {tokens} tokens, one behind the other",
         )
         _require(
             cos_sin_cache.shape[-1] == self.rotary_dim and cos_sin_cache.is_contiguous(),
@@ -259,8 +260,9 @@ class QKNormRope:
                 "and the engine's set_kv_buffer stores to a cache of any dtype",
             )
         _require(
-            out_cache_loc is not None and out_cache_loc.shape == (tokens,),
-            f"out_cache_loc must have one slot for each of {tokens} tokens where there is a cache to store to",
+            out_cache_loc is not None and out_cache_loc.shape == (tokens,) and out_cache_loc.is_contiguous(),
+            f"out_cache_loc must have one slot for each of {tokens} tokens, one behind the other, where there is a "
+            "cache to store to",
         )
 
     def _run_torch(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:

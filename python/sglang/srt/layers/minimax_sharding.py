@@ -154,6 +154,8 @@ class ExpertShape:
         groups = ep_size * moe_dp_size
         if ep_size < 1 or tp_size % groups != 0:
             return f"--tp {tp_size} is not a multiple of --ep {ep_size}"
+        if moe_dp_size > 1 and ep_size > 1 and groups != tp_size:
+            return f"--ep {ep_size} (which is not 1) times --moe-dp-size {moe_dp_size} is not --tp {tp_size}"
         if self.num_experts % ep_size != 0:
             return f"{self.num_experts} experts are not a multiple of --ep {ep_size}"
         ranks = tp_size // groups

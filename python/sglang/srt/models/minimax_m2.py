@@ -31,6 +31,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from sglang.srt.distributed import (
     attention_tensor_model_parallel_all_reduce,
+    get_moe_data_parallel_world_size,
     get_pp_group,
     get_pp_indices,
     get_tp_group,
@@ -57,6 +58,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.lora.utils import get_hidden_dim
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 from sglang.srt.models.minimax_m2_moe import ExpertReduction, MiniMaxM2MoE, check_experts, recorded_as
 from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, forward_overlapped
@@ -158,7 +160,7 @@ class MiniMaxM2Attention(AttentionStages):
     ) -> None:
         super().__init__()
         attn_tp_rank, attn_tp_size = get_attention_tp_rank(), get_attention_tp_size()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = _head_dim(config)
         shards = shard_attention(config.num_attention_heads, config.num_key_value_heads, attn_tp_size)
         self.q_norm, self.k_norm = _qk_norms(config, head_dim)
         qkv_prefix = add_prefix("qkv_proj", prefix)
@@ -168,7 +170,13 @@ class MiniMaxM2Attention(AttentionStages):
             counterpart, config.hidden_size, head_dim, config.num_attention_heads, config.num_key_value_heads,
             bias=False, quant_config=quant_config, prefix=qkv_prefix, tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
-        self.project_qkv = choose_projection(self.qkv_proj)
+        self.qkv_sizes = self.qkv_proj.output_partition_sizes
+        if shards.kv.replicas > 1 and counterpart is None:
+            # LoRA finds q, k and v of an adapter by these, and an adapter has no replicas.
+            self.qkv_proj.output_sizes = [
+                heads * head_dim for heads in (shards.q.num_heads, shards.kv.num_heads, shards.kv.num_heads)
+            ]
+        self.project_qkv = choose_projection(self, "qkv_proj")
         rope_theta, rope_scaling = get_rope_config(config)
         self.rotary_emb = get_rope(
             head_dim,
@@ -192,7 +200,8 @@ class MiniMaxM2Attention(AttentionStages):
             bias=False, reduce_results=False, quant_config=quant_config, prefix=add_prefix("o_proj", prefix),
             tp_rank=attn_tp_rank, tp_size=attn_tp_size,
         )  # fmt: skip
-        self.project_output = choose_projection(self.o_proj)
+        self.reduces_output = self.o_proj.reduce_results
+        self.project_output = choose_projection(self, "o_proj")
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
@@ -207,7 +216,7 @@ class MiniMaxM2Attention(AttentionStages):
         attention-TP group, which share one batch: none of them waits for sums of a rank that returned.
         """
         if hidden_states.shape[0] == 0 or forward_batch.forward_mode.is_idle():
-            assert not self.o_proj.reduce_results, (
+            assert not self.reduces_output, (
                 "attention without tokens returns before o_proj, so o_proj must not all-reduce: the other ranks of "
                 "the group would wait for this one for ever. Build o_proj with reduce_results=False; the layer "
                 "communicator reduces."
@@ -216,7 +225,7 @@ class MiniMaxM2Attention(AttentionStages):
         qkv = self.project_qkv(hidden_states)
         if self.fused_inputs is not None:
             return hidden_states, forward_batch, self.fused_inputs(qkv, positions, forward_batch)
-        q, k, v, *of_counterpart = qkv.split(self.qkv_proj.output_partition_sizes, dim=-1)
+        q, k, v, *of_counterpart = qkv.split(self.qkv_sizes, dim=-1)
         if self.q_norm is not None:
             q, k = MiniMaxM2RMSNormTP.forward_qk(self.q_norm, self.k_norm, q, k, of_counterpart, self.node)
         else:
@@ -246,6 +255,10 @@ def _qk_norms(config: PretrainedConfig, head_dim: int):
         MiniMaxM2RMSNormTP(q_heads * head_dim, q_heads, eps),
         MiniMaxM2RMSNormTP(kv_heads * head_dim, kv_heads, eps),
     )
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _rotary_dim(config: PretrainedConfig, head_dim: int) -> int:
@@ -282,7 +295,8 @@ class MiniMaxM2DecoderLayer(LayerStages):
             layer_scatter_modes=self.layer_scatter_modes,
             input_layernorm=self.input_layernorm,
             post_attention_layernorm=self.post_attention_layernorm,
-            allow_reduce_scatter=True,
+            # Over all of TP it would add the same experts once for each of their data-parallel groups.
+            allow_reduce_scatter=get_moe_data_parallel_world_size() == 1,
             is_last_layer=_is_last_of_stage(layer_id, config.num_hidden_layers),
         )
 
@@ -438,6 +452,20 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings(input_ids)
 
+    def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
+        """Inputs and outputs of a module that LoRA adapts, from which the engine makes a rank's buffers.
+
+        It divides the outputs by the ranks, so a replicated KV head counts as often as it is held.
+        """
+        inputs, outputs = get_hidden_dim(module_name, self.config, self.model, layer_idx)
+        if module_name == "qkv_proj":
+            head_dim = _head_dim(self.config)
+            shards = shard_attention(
+                self.config.num_attention_heads, self.config.num_key_value_heads, get_attention_tp_size()
+            )
+            outputs = head_dim * (shards.q.num_heads + 2 * shards.kv.replicas * shards.kv.num_heads)
+        return inputs, outputs
+
     def get_embed_and_head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.embed_tokens.weight, self.lm_head.weight
 
@@ -495,19 +523,23 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Loads ``weights`` and returns the names of the parameters that they filled.
 
-        The first load must fill every parameter, unless the weights are dummies; later ones may bring a part, as
-        weight updates do.
+        The first load of a checkpoint must fill every parameter. Those after it may bring a part, as weight updates do,
+        and so may all where the engine filled the parameters without this method: dummies, its own sharded format, a
+        copy from another server.
 
         Raises:
             ValueError: names, shapes or dtypes that do not fit, or parameters left unfilled; all in one message.
         """
-        filled = CheckedWeights(self).load(weights, whole=not self.weights_loaded and not _weights_are_dummies())
+        filled = CheckedWeights(self).load(weights, whole=not self.weights_loaded and not _engine_fills_weights())
         self.weights_loaded = True
         return filled
 
 
-def _weights_are_dummies() -> bool:
-    return get_global_server_args().load_format == "dummy"
+def _engine_fills_weights() -> bool:
+    """Whether the parameters get their first values by their own names, and ``load_weights`` only later ones."""
+    arguments = get_global_server_args()
+    from_store = arguments.load_format == "remote" and arguments.model_path.startswith("redis://")
+    return from_store or arguments.load_format in ("dummy", "sharded_state", "remote_instance")
 
 
 def _prepare_fused_all_reduce(hidden_size: int) -> None:
