@@ -140,6 +140,15 @@ def test_every_plan_is_right(name, tokens, routing, width):
 
 
 @pytest.mark.parametrize("name", ["float32", "float8"])
+def test_the_weight_of_no_expert_counts_nothing(name):
+    arguments = problem(9, "missing")
+    _, routing_weights, ids, *_ = arguments
+    expected = exact(PLANS[name], arguments)
+    routing_weights[ids == -1] = float("nan")
+    check(run(PLANS[name], arguments), expected)
+
+
+@pytest.mark.parametrize("name", ["float32", "float8"])
 def test_experts_of_other_ranks_count_nothing(name):
     arguments = problem(9, "global")
     for first in (0, 8, 16):

@@ -568,7 +568,7 @@ def _down_by_token_kernel(
             expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
             is_local = is_local + ((expert >= 0) & (expert < experts),)
             expert = tl.where(is_local[choice], expert, 0).to(tl.int64)
-            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice)
+            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice, mask=is_local[choice], other=0.0)
             for block in tl.static_range(WIDTH // 128):
                 place = weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128
                 weights = weights + (tl.load(place, mask=is_local[choice], other=0.0),)
@@ -591,7 +591,7 @@ def _down_by_token_kernel(
             expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
             local = (expert >= 0) & (expert < experts)
             expert = tl.where(local, expert, 0).to(tl.int64)
-            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice)
+            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice, mask=local, other=0.0)
             for block in tl.static_range(WIDTH // 128):
                 weight = tl.load(weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128, mask=local, other=0.0)
                 scale = tl.load(scale_row + expert * (HIDDEN_SIZE // 128 * (WIDTH // 128)) + block) * routing_weight
