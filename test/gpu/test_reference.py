@@ -101,6 +101,8 @@ OURS = [
     Case("TP2 FP8, EP chosen", 2, "--tp 2", model="FP8"),
     Case("TP1 piecewise graphs", 1, "--tp 1" + PIECEWISE),
     Case("TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE),
+    Case("TP1 FP8 piecewise graphs", 1, "--tp 1" + PIECEWISE, model="FP8"),
+    Case("TP2 FP8 piecewise graphs, EP chosen", 2, "--tp 2" + PIECEWISE, model="FP8"),
     Case("TP1 FlashInfer attention", 1, "--tp 1" + FLASHINFER),
     Case("TP2 FlashInfer attention", 2, "--tp 2" + FLASHINFER),
     Case("TP1 with an EAGLE3 draft", 1, "--tp 1" + EAGLE3),

@@ -130,11 +130,10 @@ class RankBatches:
 
     def run(self) -> None:
         """Turn by turn, until no DP rank has anything left."""
-        import torch
-        from sglang.srt.utils import require_mlp_sync
+        from sglang.srt.utils import DynamicGradMode, require_mlp_sync
 
         last_arrival = max(turn for turns in self.layout.arrivals for turn in turns)
-        with torch.inference_mode():
+        with DynamicGradMode():  # as the engine's scheduler does: its graphs are not made in inference mode
             for turn in itertools.count():
                 batch = self._next_batch(turn)
                 if require_mlp_sync(self.server_args):

@@ -6,6 +6,10 @@ these is that the model does its part on that path; the real kernel's numbers ar
 
 from __future__ import annotations
 
+import collections
+import sys
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 from sglang.srt.batch_overlap import two_batch_overlap
@@ -15,6 +19,8 @@ from sglang.srt.layers import (
     communicator,
     flashinfer_comm_fusion,
     minimax_attention_inputs,
+    minimax_experts,
+    minimax_fp8_linear,
     minimax_layer_communicator,
     minimax_router,
 )
@@ -106,10 +112,10 @@ def exchange_in_order(monkeypatch) -> None:
     stages_in_order(monkeypatch)
 
 
-def one_kernel(monkeypatch) -> None:
+def one_kernel(monkeypatch, stores: bool = True) -> None:
     """QK norm, RoPE and KV store as where one kernel does all three, by that operator's plain torch.
 
-    What would run otherwise fails: the norm of its own, and the store by attention.
+    What would run otherwise fails: the norm of its own and, if the kernel ``stores``, the store by attention.
     """
 
     def unexpected(*args, **kwargs):
@@ -117,7 +123,8 @@ def one_kernel(monkeypatch) -> None:
 
     monkeypatch.setattr(minimax_attention_inputs, "reason_against_one_kernel", lambda **_: None)
     monkeypatch.setattr(minimax_m2.MiniMaxM2RMSNormTP, "forward_qk", unexpected)
-    monkeypatch.setattr(MHATokenToKVPool, "set_kv_buffer", unexpected)
+    if stores:
+        monkeypatch.setattr(MHATokenToKVPool, "set_kv_buffer", unexpected)
 
 
 def route_at_once(monkeypatch) -> None:
@@ -156,13 +163,82 @@ def fp8_in_plain_torch(monkeypatch) -> None:
     monkeypatch.setattr(fp8.Fp8MoEMethod, "apply", apply)
 
 
-def _expand(layer, prefix: str, block: int = 128) -> None:
+def fp8_kernels(monkeypatch) -> None:
+    """As where projections, router and experts take their FP8 kernels: their choices and operators, and the weights as
+    they were loaded. What they launch is plain torch, in float32 and without rounding; so is what the engine would."""
+    monkeypatch.setattr(fp8.Fp8Config, "get_supported_act_dtypes", classmethod(lambda cls: [torch.float32]))
+    for method in (fp8.Fp8LinearMethod, fp8.Fp8MoEMethod):
+        monkeypatch.setattr(method, "process_weights_after_loading", lambda self, layer: None)
+
+    def linear(x, weight, scale, plan=None):
+        return torch.nn.functional.linear(x, _expanded(weight, scale))
+
+    monkeypatch.setattr(minimax_fp8_linear, "reason_against_server", lambda: None)
+    monkeypatch.setattr(minimax_fp8_linear, "fp8_linear", linear)
+    monkeypatch.setattr(
+        fp8.Fp8LinearMethod, "apply", lambda self, layer, x, bias=None: linear(x, layer.weight, layer.weight_scale_inv)
+    )
+
+    def choose(partials, bias, top_k, warps):
+        eye = torch.eye(partials.shape[2])
+        return minimax_router.route_reference(partials.sum(0), eye, bias, top_k)
+
+    monkeypatch.setattr(minimax_router, "_reason_against_plans_for", lambda gate: None)
+    monkeypatch.setattr(minimax_router, "partial_logits", lambda x, weight, plan: (x @ weight.T)[None])
+    monkeypatch.setattr(minimax_router, "choose_experts", choose)
+
+    def experts(plan, *arguments):
+        return minimax_experts.experts_reference(*arguments).float()
+
+    def apply(self, layer, dispatch_output):
+        weights = layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
+        routing = dispatch_output.topk_output
+        output = experts(None, dispatch_output.hidden_states, routing.topk_weights, routing.topk_ids, *weights, 0)
+        return StandardCombineInput(hidden_states=output)
+
+    monkeypatch.setattr(minimax_experts, "reason_against_plans", lambda experts: None)
+    monkeypatch.setattr(minimax_experts, "run_plan", experts)
+    monkeypatch.setattr(fp8.Fp8MoEMethod, "apply", apply)
+
+
+operators_compiled: collections.Counter = collections.Counter()
+"""How often the graphs that were compiled in this process call each operator of the engine's and ours."""
+
+
+def piecewise_graphs(monkeypatch) -> None:
+    """The engine's piecewise CUDA graphs, whose pieces run as they are and are never captured."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a host without a GPU is set up
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    without_cuda = ModuleType("weak_ref_tensor")
+    without_cuda.weak_ref_tensors = lambda tensors: tensors
+    monkeypatch.setitem(sys.modules, "sglang.srt.compilation.weak_ref_tensor", without_cuda)
+    from sglang.srt.compilation import backend, cuda_piecewise_backend
+    from sglang.srt.model_executor.piecewise_cuda_graph_runner import PiecewiseCudaGraphRunner
+
+    monkeypatch.setattr(cuda_piecewise_backend, "is_in_pcg_torch_compile", lambda: True)
+    monkeypatch.setattr(PiecewiseCudaGraphRunner, "capture", lambda self: None)
+    monkeypatch.setattr(torch.cpu, "graph_pool_handle", lambda: (0, 0), raising=False)
+    split = backend.split_graph
+
+    def counted(graph, ops):
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        operators_compiled.update(name.removeprefix("sglang.") for name in called if name.startswith("sglang."))
+        return split(graph, ops)
+
+    monkeypatch.setattr(backend, "split_graph", counted)
+
+
+def _expanded(weight: torch.Tensor, scales: torch.Tensor, block: int = 128) -> torch.Tensor:
+    """A weight of [..., rows, columns] times its scales of [..., row blocks, column blocks], float32."""
+    spread = scales.float().repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
+    return weight.float() * spread[..., : weight.shape[-2], : weight.shape[-1]]
+
+
+def _expand(layer, prefix: str) -> None:
     """Multiplies a weight of [..., rows, columns] by its scales of [..., row blocks, column blocks], in place."""
     weight, scales = getattr(layer, prefix + "weight"), getattr(layer, prefix + "weight_scale_inv")
     assert weight.dtype == torch.float8_e4m3fn, f"{prefix}weight was loaded as {weight.dtype}"
-    spread = scales.float().repeat_interleave(block, dim=-2).repeat_interleave(block, dim=-1)
-    meant = weight.float() * spread[..., : weight.shape[-2], : weight.shape[-1]]
-    setattr(layer, prefix + "weight", torch.nn.Parameter(meant, requires_grad=False))
+    setattr(layer, prefix + "weight", torch.nn.Parameter(_expanded(weight, scales), requires_grad=False))
 
 
 class TokenExchange(BaseDispatcher):

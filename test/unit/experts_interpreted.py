@@ -14,8 +14,10 @@ import triton.language as tl
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers.minimax_experts import Plan, Projection
 from sglang.srt.layers.minimax_fp8_linear import quantise_reference
+from sglang.srt.layers.moe.topk import StandardTopKOutput
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from unit.interpreted import compile_whole
 
 HIDDEN_SIZE, WIDTH, EXPERTS, TOP_K = 256, 128, 8, 2
 MOST = max(experts.plans_for(WIDTH))  # tokens
@@ -140,6 +142,15 @@ def test_every_plan_is_right(name, tokens, routing, width):
 
 
 @pytest.mark.parametrize("name", ["float32", "float8"])
+def test_the_weight_of_no_expert_counts_nothing(name):
+    arguments = problem(9, "missing")
+    _, routing_weights, ids, *_ = arguments
+    expected = exact(PLANS[name], arguments)
+    routing_weights[ids == -1] = float("nan")
+    check(run(PLANS[name], arguments), expected)
+
+
+@pytest.mark.parametrize("name", ["float32", "float8"])
 def test_experts_of_other_ranks_count_nothing(name):
     arguments = problem(9, "global")
     for first in (0, 8, 16):
@@ -200,3 +211,40 @@ def test_a_token_does_not_depend_on_the_others():
     among = torch.full_like(x, float("inf"))
     among[3] = x[3]
     assert torch.equal(run(PLANS["float8"], (among, *rest))[3], alone)
+
+
+class Experts(torch.nn.Module):
+    """What the engine's layer of experts has of it, but for its own kernels: they give zeros."""
+
+    moe_ep_rank, num_local_experts, intermediate_size_per_partition = 0, EXPERTS, WIDTH
+
+    def __init__(self, *weights: torch.Tensor) -> None:
+        super().__init__()
+        names = "w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"
+        for name, weight in zip(names, weights, strict=True):
+            setattr(self, name, torch.nn.Parameter(weight, requires_grad=False))
+
+    def forward(self, hidden_states, topk_output):
+        return hidden_states * 0
+
+
+def test_the_choice_by_the_number_of_tokens_breaks_no_graph(monkeypatch):
+    """As --enable-torch-compile has it, which compiles for each number of tokens."""
+    monkeypatch.setattr(experts, "reason_against_plans", lambda layer: None)
+    x, weights, ids, *rest = problem(MOST + 1)
+    layer = Experts(*rest)
+    run_experts = experts.choose_experts(layer)
+
+    def both(x, weights, ids):
+        return run_experts(layer, x + 0, StandardTopKOutput(weights, ids, None)) * 1
+
+    compiled, graphs = compile_whole(both, monkeypatch, dynamic=False)
+    with torch.no_grad():
+        for tokens in (2, MOST + 1):
+            inputs = x[:tokens], weights[:tokens], ids[:tokens]
+            out = compiled(*inputs)
+            if tokens > MOST:
+                assert not out.any()
+            else:
+                check(out, exact(experts.plan_for(tokens, WIDTH), (*inputs, *rest)))
+    assert len(graphs) == 2

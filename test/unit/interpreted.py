@@ -21,9 +21,9 @@ def assert_passes_interpreted(cases: str) -> None:
     assert "skipped" not in done.stdout
 
 
-def compile_whole(function, monkeypatch) -> tuple:
-    """``function`` as the engine compiles a forward pass, without a graph break and with symbols for sizes, and the
-    list of the graphs that came of it."""
+def compile_whole(function, monkeypatch, dynamic: bool = True) -> tuple:
+    """``function`` as the engine compiles a forward pass, without a graph break and, if ``dynamic``, with symbols for
+    sizes (piecewise graphs) or else for each size anew (--enable-torch-compile); and the graphs that came of it."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a host without a GPU is set up
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
     graphs: list = []
@@ -32,4 +32,4 @@ def compile_whole(function, monkeypatch) -> tuple:
         graphs.append(graph)
         return graph
 
-    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend), graphs
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend), graphs

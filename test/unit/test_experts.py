@@ -86,8 +86,8 @@ def server(monkeypatch):
 def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypatch):
     said = []
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
-    chosen = {experts.choose_experts(layer()) for _ in range(3)}
-    assert chosen == {experts.few_or_many_tokens}
+    chosen = [experts.choose_experts(layer()) for _ in range(3)]
+    assert {(way.func, way.args) for way in chosen} == {(experts.few_or_many_tokens, (MOST,))}
     assert len(said) == 1 and f"kernels up to {MOST} tokens" in said[0]
 
 
@@ -168,13 +168,13 @@ def test_many_tokens_and_piecewise_graphs_are_the_engines(monkeypatch, tokens, p
 
     class Layer(torch.nn.Module):
         w13_weight = w13_weight_scale_inv = w2_weight = w2_weight_scale_inv = None
-        moe_ep_rank, num_local_experts, intermediate_size_per_partition = 3, 64, 384
+        moe_ep_rank, num_local_experts = 3, 64
 
         def forward(self, hidden_states, topk_output):
             calls.append(("engine", None))
 
     topk_output = StandardTopKOutput(torch.empty(tokens, 8), torch.empty(tokens, 8, dtype=torch.int32), None)
-    experts.few_or_many_tokens(Layer(), torch.empty(tokens, 256), topk_output)
+    experts.few_or_many_tokens(MOST, Layer(), torch.empty(tokens, 256), topk_output)
     assert calls == [(taken, 192 if taken == "ours" else None)], "the fourth EP rank's experts begin at 192"
 
 

@@ -109,9 +109,12 @@ def choose_experts(experts: torch.nn.Module) -> Callable[[torch.nn.Module, torch
 
     Called once, when the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
     """
-    reason = reason_against_plans(experts)
-    _log_way(reason, 0 if reason else max(plans_for(experts.intermediate_size_per_partition)))
-    return few_or_many_tokens if reason is None else engine_experts
+    if (reason := reason_against_plans(experts)) is not None:
+        log_once(f"The experts' output comes from the engine's kernels, since {reason}.")
+        return engine_experts
+    limit = max(plans_for(experts.intermediate_size_per_partition))
+    log_once(f"The experts' output comes from two or four kernels up to {limit} tokens.")
+    return functools.partial(few_or_many_tokens, limit)
 
 
 def engine_experts(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput) -> torch.Tensor:
@@ -119,11 +122,12 @@ def engine_experts(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_o
     return experts(hidden_states, topk_output)
 
 
-def few_or_many_tokens(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput) -> torch.Tensor:
-    """The kernels here up to as many tokens as there are plans for, and the engine's above."""
-    tokens, width = hidden_states.shape[0], experts.intermediate_size_per_partition
-    # Piecewise graphs are for prefill, and the engine has an op for its experts in them.
-    if is_in_piecewise_cuda_graph() or tokens == 0 or plan_for(tokens, width) is None:
+def few_or_many_tokens(
+    limit: int, experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput
+) -> torch.Tensor:
+    """The kernels here up to ``limit`` tokens, for which there are plans, and the engine's above."""
+    # The engine has an op for its experts in piecewise graphs. --enable-torch-compile has this traced, plan_for not.
+    if is_in_piecewise_cuda_graph() or not 0 < hidden_states.shape[0] <= limit:
         return experts(hidden_states, topk_output)
     assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"
     return minimax_experts(
@@ -167,11 +171,6 @@ def reason_against_plans(experts: torch.nn.Module) -> str | None:
     if server_args.enable_deterministic_inference:
         return "deterministic inference wants sums in an order that no batch size changes"
     return None
-
-
-def _log_way(reason: str | None, limit: int) -> None:
-    what = f"the engine's kernels, since {reason}" if reason else f"two or four kernels up to {limit} tokens"
-    log_once(f"The experts' output comes from {what}.")
 
 
 @register_custom_op(out_shape="hidden_states")
@@ -568,7 +567,7 @@ def _down_by_token_kernel(
             expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
             is_local = is_local + ((expert >= 0) & (expert < experts),)
             expert = tl.where(is_local[choice], expert, 0).to(tl.int64)
-            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice)
+            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice, mask=is_local[choice], other=0.0)
             for block in tl.static_range(WIDTH // 128):
                 place = weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128
                 weights = weights + (tl.load(place, mask=is_local[choice], other=0.0),)
@@ -591,7 +590,7 @@ def _down_by_token_kernel(
             expert = tl.load(topk_ids_ptr + token * TOP_K + choice) - first_expert
             local = (expert >= 0) & (expert < experts)
             expert = tl.where(local, expert, 0).to(tl.int64)
-            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice)
+            routing_weight = tl.load(topk_weights_ptr + token * TOP_K + choice, mask=local, other=0.0)
             for block in tl.static_range(WIDTH // 128):
                 weight = tl.load(weight_block + expert * (HIDDEN_SIZE * WIDTH) + block * 128, mask=local, other=0.0)
                 scale = tl.load(scale_row + expert * (HIDDEN_SIZE // 128 * (WIDTH // 128)) + block) * routing_weight
