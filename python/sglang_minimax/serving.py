@@ -126,7 +126,7 @@ def chosen_paths(runner: EngineObject) -> list[Path]:
         qk_norm_path(first.self_attn),
         _fused_all_reduce(first, args),
         _expert_sum(first, last, args),
-        _expert_kernels(first.block_sparse_moe),
+        *kernel_paths(first, runner.model_config.dtype),
         _fp4_all_gather(args),
         _a2a_backend(),
         _attention_backend(runner),
@@ -225,11 +225,58 @@ def _expert_sum(first: EngineObject, last: EngineObject, args: EngineObject) -> 
     return Path(name, taken, "; ".join(differing) or "in every layer and for every batch")
 
 
+def kernel_paths(layer: EngineObject, dtype: EngineObject) -> list[Path]:
+    """Which of this layer's products have kernels of the model's own, and up to how many tokens.
+
+    Args:
+        layer: a decoder layer.
+        dtype: of its activations, which is the default while a layer is built.
+    """
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+    attention, experts = layer.self_attn, layer.block_sparse_moe
+    with set_default_torch_dtype(dtype):
+        return [
+            _projection("qkv projection", attention.project_qkv, attention.qkv_proj),
+            _projection("output projection", attention.project_output, attention.o_proj),
+            _router(experts),
+            _expert_kernels(experts),
+        ]
+
+
+def _projection(name: str, projects: EngineObject, linear: EngineObject) -> Path:
+    from sglang.srt.layers import minimax_fp8_linear as fp8
+
+    reason = fp8.reason_against_server() or fp8.reason_against_layer(linear)
+    if not isinstance(projects, fp8.Fp8Linear) or reason is not None:
+        return Path(name, "the engine's layer", reason or "its weights were others when it was built")
+    return Path(name, f"quantised and multiplied in one kernel up to {projects.max_tokens} tokens", _ABOVE)
+
+
+def _router(experts: EngineObject) -> Path:
+    from sglang.srt.layers import minimax_router as router
+
+    kernels = f"two kernels up to {router.MAX_TOKENS} tokens"
+    if experts.router_logits is not router.fused_router_logits:
+        return Path("router", "a float32 linear layer, then TopK", router.reason_against_logits(experts.gate) or "")
+    if experts.route_at_once is None:
+        return Path("router", f"logits in {kernels}, then TopK", router.reason_against_route(experts.topk) or "")
+    return Path("router", f"logits and choice in {kernels}", _ABOVE)
+
+
 def _expert_kernels(experts: EngineObject) -> Path:
+    from sglang.srt.layers import minimax_experts
     from sglang.srt.layers.moe import get_moe_runner_backend
 
-    method = type(experts.experts.quant_method).__name__
-    return Path("expert kernels", get_moe_runner_backend().value, f"{type(experts.experts).__name__}, {method}")
+    backend = get_moe_runner_backend().value
+    kind = f"{type(experts.experts).__name__}, {type(experts.experts.quant_method).__name__}"
+    if experts.run_experts is minimax_experts.engine_experts:
+        return Path("expert kernels", backend, kind)
+    limit = minimax_experts.max_tokens(experts.experts)
+    return Path("expert kernels", f"two or four of the model's up to {limit} tokens", f"{backend} above that; {kind}")
+
+
+_ABOVE = "above that, the engine's"
 
 
 def _fp4_all_gather(args: EngineObject) -> Path:

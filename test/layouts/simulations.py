@@ -183,7 +183,7 @@ def fp8_kernels(monkeypatch) -> None:
         eye = torch.eye(partials.shape[2])
         return minimax_router.route_reference(partials.sum(0), eye, bias, top_k)
 
-    monkeypatch.setattr(minimax_router, "_reason_against_plans_for", lambda gate: None)
+    monkeypatch.setattr(minimax_router, "reason_against_logits", lambda gate: None)
     monkeypatch.setattr(minimax_router, "partial_logits", lambda x, weight, plan: (x @ weight.T)[None])
     monkeypatch.setattr(minimax_router, "choose_experts", choose)
 

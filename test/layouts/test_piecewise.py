@@ -12,6 +12,8 @@ from layouts import simulations
 from layouts.harness import run_layout
 from layouts.matrix import NUM_LAYERS, STEPS, TOLERANCE, Oracles
 
+from sglang_minimax import serving
+
 SIZES = [8, 16, 64, 128]  # tokens of the graphs: above 64 the engine's projections and experts run
 OPERATORS = {
     "minimax_fp8_linear": 2 * NUM_LAYERS,
@@ -23,8 +25,17 @@ OPERATORS = {
 }
 
 
+TAKEN = {
+    "qkv projection": "quantised and multiplied in one kernel up to 64 tokens",
+    "output projection": "quantised and multiplied in one kernel up to 64 tokens",
+    "router": "logits and choice in two kernels up to 256 tokens",
+    "expert kernels": "two or four of the model's up to 64 tokens",
+}
+
+
 def watch_graphs(runner):
-    """A probe: how often the engine compiled, which operators a graph calls, how many tokens each prefill had."""
+    """A probe: how often the engine compiled, which operators a graph calls, how many tokens each prefill had, and
+    what a server would say of itself."""
     from sglang.srt.compilation.compilation_counter import compilation_counter
 
     graphs, prefills = runner.piecewise_cuda_graph_runner, []
@@ -35,7 +46,8 @@ def watch_graphs(runner):
         return replay(forward_batch, **kwargs)
 
     graphs.replay = watched
-    return lambda: (compilation_counter.num_graphs_seen, simulations.operators_compiled, prefills)
+    said = {path.name: path.taken for path in serving.chosen_paths(runner)}
+    return lambda: (compilation_counter.num_graphs_seen, simulations.operators_compiled, prefills, said)
 
 
 def test_prompts_of_the_fp8_checkpoint_in_one_graph_for_all_sizes(tmp_path, monkeypatch):
@@ -53,7 +65,8 @@ def test_prompts_of_the_fp8_checkpoint_in_one_graph_for_all_sizes(tmp_path, monk
     for completion, got in zip(completions, result.logprobs[0], strict=True):
         expected = np.array([[logprob for _, logprob in sorted(step)] for step in completion.top])
         assert np.abs(got - expected).max() < TOLERANCE
-    for compiled, operators, prefills in result.probed:
+    for compiled, operators, prefills, said in result.probed:
+        assert {name: said[name] for name in TAKEN} == TAKEN
         # Once serving, the engine cannot compile again: what it took for a constant would be an error there.
         assert compiled == 1, "the compiler took a number of tokens, or something of a batch, for a constant"
         assert operators == OPERATORS

@@ -104,6 +104,11 @@ def plan_for(tokens: int, width: int) -> Plan | None:
     return next((plan for limit, plan in plans_for(width).items() if tokens <= limit), None)
 
 
+def max_tokens(experts: torch.nn.Module) -> int:
+    """Up to how many tokens there is a plan for a layer's experts."""
+    return max(plans_for(experts.intermediate_size_per_partition))
+
+
 def choose_experts(experts: torch.nn.Module) -> Callable[[torch.nn.Module, torch.Tensor, TopKOutput], torch.Tensor]:
     """What computes a layer's experts, a function of (experts, hidden_states, topk_output): [tokens, hidden_size].
 
@@ -112,7 +117,7 @@ def choose_experts(experts: torch.nn.Module) -> Callable[[torch.nn.Module, torch
     if (reason := reason_against_plans(experts)) is not None:
         log_once(f"The experts' output comes from the engine's kernels, since {reason}.")
         return engine_experts
-    limit = max(plans_for(experts.intermediate_size_per_partition))
+    limit = max_tokens(experts)
     log_once(f"The experts' output comes from two or four kernels up to {limit} tokens.")
     return functools.partial(few_or_many_tokens, limit)
 

@@ -188,7 +188,8 @@ class Fp8Linear:
 
     def __init__(self, linear: torch.nn.Module) -> None:
         self.linear = linear
-        self.outputs = linear.weight.shape[0]
+        self.outputs, inputs = linear.weight.shape
+        self.max_tokens = max(plans_for(inputs, self.outputs))
         self.weights_fit: bool | None = None
         self._handle = len(_layers)
         _layers.append(self)

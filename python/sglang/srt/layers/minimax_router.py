@@ -106,7 +106,7 @@ def choose_router_logits(gate: torch.nn.Module) -> RouterLogits:
 
     Called once, while the layer is built, under the model's default dtype, which is that of its activations.
     """
-    reason = _reason_against_plans_for(gate)
+    reason = reason_against_logits(gate)
     _log_way(reason)
     return fused_router_logits if reason is None else linear_router_logits
 
@@ -117,24 +117,30 @@ def choose_route(gate: torch.nn.Module, topk: TopK) -> Route | None:
 
     Called once, as :func:`choose_router_logits` is, whose conditions hold here too.
     """
-    server_args = get_global_server_args()
-    reason = _reason_against_plans_for(gate) or reason_against_choice(
-        topk.topk_config,
-        dispatch_algorithm=server_args.ep_dispatch_algorithm,
-        exchanges_tokens=not get_moe_a2a_backend().is_none(),
-        symmetric_memory=bool(server_args.enable_symm_mem),
-    )
+    reason = reason_against_logits(gate) or reason_against_route(topk)
     _log_choice(reason)
     return fused_route if reason is None else None
 
 
-def _reason_against_plans_for(gate: torch.nn.Module) -> str | None:
+def reason_against_logits(gate: torch.nn.Module) -> str | None:
+    """Why this layer's logits do not come from the kernels here, as a clause, or None."""
     return reason_against_plans(
         on_cuda=is_cuda(),
         launches_early=is_cuda() and has_programmatic_launch(torch.device("cuda")),
         activations=torch.get_default_dtype(),
         weights=gate.weight.dtype,
         deterministic=bool(get_global_server_args().enable_deterministic_inference),
+    )
+
+
+def reason_against_route(topk: TopK) -> str | None:
+    """Why a kernel here that has the logits does not also choose this layer's experts, as a clause, or None."""
+    server_args = get_global_server_args()
+    return reason_against_choice(
+        topk.topk_config,
+        dispatch_algorithm=server_args.ep_dispatch_algorithm,
+        exchanges_tokens=not get_moe_a2a_backend().is_none(),
+        symmetric_memory=bool(server_args.enable_symm_mem),
     )
 
 
