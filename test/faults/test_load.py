@@ -188,11 +188,19 @@ MALFORMED = {
         "min_new_tokens: no tokenizer": sampled(min_new_tokens=2),
         "regex: a number": sampled(regex=5),
         "stop: a number": sampled(stop=5),
+        "stop_regex: no pattern": sampled(stop_regex="(["),
+        "skip_special_tokens: null": sampled(skip_special_tokens=None),
+        "logit_bias: past 32 bits": sampled(logit_bias={"3": 1e39}),
+        "repetition_penalty: nothing": sampled(repetition_penalty=0),
+        "a list for one prompt": {"input_ids": GOOD, "sampling_params": [{}]},
     },
     "log-probabilities": {
         "token_ids_logprob": generate_body(GOOD, 4, token_ids_logprob=[SHAPE.vocab_size]),
         "top_logprobs_num: negative": generate_body(GOOD, 4, top_logprobs_num=-3),
         "top_logprobs_num: past the vocabulary": generate_body(GOOD, 4, top_logprobs_num=SHAPE.vocab_size + 1),
+        "top_logprobs_num: a list for one prompt": generate_body(GOOD, 4, top_logprobs_num=[1]),
+        "top_logprobs_num: one for two prompts": generate_body([GOOD, GOOD], 4, top_logprobs_num=[1]),
+        "logprob_start_len: a list for one prompt": generate_body(GOOD, 4, logprob_start_len=[0]),
         "logprob_start_len: negative": generate_body(GOOD, 4, logprob_start_len=-7),
         "logprob_start_len: past the prompt": generate_body(GOOD, 4, logprob_start_len=50),
     },
@@ -238,7 +246,13 @@ def test_malformed_completions_of_the_openai_api(client):
 def test_nothing_is_kept_of_requests_that_were_refused(client):
     """The id of a refused request is free again: the engine refuses ids that it thinks are in flight."""
     refused = collections.Counter()
-    for body in (generate_body([-1], 4, rid="again"), generate_body([5] * (LONG + 1), 4, rid="again")):
+    for body in (
+        generate_body([-1], 4, rid="again"),
+        generate_body([5] * (LONG + 1), 4, rid="again"),
+        generate_body(GOOD, 4, rid="again", lora_path="absent"),
+        {**sampled(top_k=0), "rid": "again"},
+        {"text": "hello", "rid": "again"},
+    ):
         refused[client.send("/generate", body)[0]] += 1
-    assert refused == {400: 2}
+    assert refused == {400: 5}
     assert client.generate(GOOD, 4, rid="again")["meta_info"]["id"] == "again"

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from sglang_minimax.request_checks import check_request, check_sampling_params
+from sglang_minimax.request_checks import (
+    check_request,
+    check_requests_first,
+    check_sampling_params,
+    compile_or_refuse,
+    with_finite_biases,
+)
 
-VOCAB = 1000
+VOCAB, HIDDEN = 1000, 3
 
 
 def request(**fields):
     """As the engine's, with nothing given."""
-    names = ("input_ids", "token_ids_logprob", "top_logprobs_num", "logprob_start_len", "sampling_params")
+    inputs = ("text", "input_ids", "input_embeds")
+    names = (*inputs, "token_ids_logprob", "top_logprobs_num", "logprob_start_len", "sampling_params")
     return SimpleNamespace(**(dict.fromkeys(names) | fields))
 
 
 def check(has_tokenizer: bool = True, **fields) -> None:
-    check_request(request(**fields), VOCAB, has_tokenizer=has_tokenizer)
+    check_request(request(**fields), VOCAB, HIDDEN, has_tokenizer=has_tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +44,13 @@ def check(has_tokenizer: bool = True, **fields) -> None:
         {"sampling_params": {"temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "max_new_tokens": None}},
         {"sampling_params": {"stop": "a", "stop_regex": ["b", "c"], "stop_token_ids": [3], "regex": "a*"}},
         {"sampling_params": {"logit_bias": {"3": -math.inf, "4": 1}, "sampling_seed": 2**40, "min_new_tokens": 2}},
+        {"input_ids": [[np.int64(5)]], "sampling_params": {"temperature": np.float32(0.5), "top_k": np.int32(3)}},
+        {"text": "a", "input_ids": [1], "sampling_params": {"stop_regex": "a|b", "temperature": 1e300}},
+        {"text": ["a", "b"], "input_ids": [[1], [2]], "sampling_params": [{}, {}], "top_logprobs_num": [1, 2]},
+        {"text": ["a"], "sampling_params": [{}]},
+        {"input_embeds": [[0.5, 1.0, -1e29]]},
+        {"input_embeds": [[[0.5, 1, 2]], [[1, 2, 3], [4, 5, 6]]], "top_logprobs_num": [1, 2]},
+        {"input_ids": [1], "input_embeds": [["not looked at"]]},
         {"sampling_params": {"ignore_eos": True, "custom_params": {"a": object()}, "skip_special_tokens": False}},
     ],
 )
@@ -54,10 +71,30 @@ def test_what_can_be_answered_passes(fields):
         ({"input_ids": [[1], 2]}, r"input_ids=2 cannot be: input_ids is a list of token ids"),
         ({"token_ids_logprob": [VOCAB]}, r"token_ids_logprob\[0\]"),
         ({"top_logprobs_num": VOCAB + 1}, r"top_logprobs_num is from 0 to 1000"),
-        ({"top_logprobs_num": [1, -1]}, r"top_logprobs_num=-1"),
+        ({"input_ids": [[1], [2]], "top_logprobs_num": [1, -1]}, r"top_logprobs_num=-1"),
         ({"logprob_start_len": -2}, r"logprob_start_len is -1 \(output tokens only\) or more"),
-        ({"sampling_params": ["x"]}, r"sampling_params is an object"),
-        ({"sampling_params": [{}, {"n": 0}]}, r"n=0 cannot be: n is an integer from 1"),
+        ({"sampling_params": "x"}, r"sampling_params is an object"),
+        ({"input_ids": [1], "top_logprobs_num": [1]}, r"top_logprobs_num is no list for a single prompt"),
+        ({"input_ids": [1], "logprob_start_len": [0]}, r"logprob_start_len is no list for a single prompt"),
+        ({"text": "a", "sampling_params": [{}]}, r"sampling_params is no list for a single prompt"),
+        ({"input_ids": [[1], [2]], "top_logprobs_num": [1]}, r"top_logprobs_num has a value for each of 2 prompts"),
+        ({"text": ["a", "b"], "sampling_params": []}, r"sampling_params has a value for each of 2 prompts"),
+        ({"input_ids": [[1]], "top_logprobs_num": [None]}, r"top_logprobs_num=None"),
+        ({"input_ids": [[1]], "logprob_start_len": ["1"]}, r"logprob_start_len='1'"),
+        ({"text": "a", "input_ids": [[1]]}, r"input_ids is a list for each text"),
+        ({"text": ["a", "b"], "input_ids": [1, 2]}, r"input_ids is a list for each text"),
+        ({"text": ["a", "b"], "input_ids": [[1]]}, r"input_ids is a list for each text"),
+        ({"input_embeds": []}, r"input_embeds is a list of vectors of 3 numbers"),
+        ({"input_embeds": [[]]}, r"input_embeds is a list of vectors"),
+        ({"input_embeds": [[[1.0, 2.0, 3.0]], []]}, r"input_embeds is a list of vectors"),
+        ({"input_embeds": [[1.0, 2.0]]}, r"input_embeds=\[1.0, 2.0\]"),
+        ({"input_embeds": [[1.0, 2.0, 3.0], [1.0]]}, r"input_embeds=\[1.0\]"),
+        ({"input_embeds": [[1.0, 2.0, math.nan]]}, r"input_embeds is a list of vectors"),
+        ({"input_embeds": [[1.0, 2.0, -math.inf]]}, r"input_embeds is a list of vectors"),
+        ({"input_embeds": [[1.0, 2.0, 1e39]]}, r"input_embeds is a list of vectors"),
+        ({"input_embeds": [[1.0, 2.0, 10**400]]}, r"input_embeds is a list of vectors"),
+        ({"input_embeds": [["a", "b", "c"]]}, r"input_embeds is a list of vectors"),
+        ({"input_ids": [[1], [2]], "sampling_params": [{}, {"n": 0}]}, r"n=0 cannot be: n is an integer from 1"),
     ],
 )
 def test_what_ranks_would_fail_on_is_refused(fields, message):
@@ -75,7 +112,7 @@ def test_integers_are_integers(name, value):
 @pytest.mark.parametrize(
     "name", ["temperature", "top_p", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"]
 )
-@pytest.mark.parametrize("value", ["x", None, True, [1], math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", ["x", None, True, [1], math.nan, math.inf, -math.inf, 10**400])
 def test_numbers_are_finite_numbers(name, value):
     with pytest.raises(ValueError, match=f"^{name}=.*is a finite number"):
         check_sampling_params({name: value}, VOCAB, has_tokenizer=True)
@@ -97,6 +134,17 @@ def test_numbers_are_finite_numbers(name, value):
         {"logit_bias": {"x": 1.0}},
         {"logit_bias": {"3": "x"}},
         {"logit_bias": {"3": math.nan}},
+        {"logit_bias": {"3": math.inf}},
+        {"logit_bias": {"3": 1e39}},
+        {"logit_bias": {"3": -1e39}},
+        {"logit_bias": {"3": 10**400}},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-300},
+        {"skip_special_tokens": None},
+        {"skip_special_tokens": 1},
+        {"structural_tag": ""},
+        {"stop_regex": "(["},
+        {"stop_regex": ["a", "a{2,1}"]},
     ],
 )
 def test_other_sampling_parameters(parameters):
@@ -125,3 +173,114 @@ def test_one_bad_id_among_many_is_found_wherever_it_stands():
         ids[position] = generator.choice([-1, VOCAB, VOCAB + 7, -(2**40), None, "1"])
         with pytest.raises(ValueError, match=rf"input_ids\[{position}\] is "):
             check(input_ids=ids)
+
+
+def test_a_bias_of_minus_infinity_leaves_probabilities_that_are_numbers():
+    """In float32, over the lowest temperature, also where every other token is masked: see the engine's sampler."""
+    torch = pytest.importorskip("torch")
+    bias = {"0": -math.inf, "1": -math.inf, "2": 5}
+    [given] = with_finite_biases([{"logit_bias": bias, "temperature": 1}])
+    assert given["temperature"] == 1 and given["logit_bias"]["2"] == 5 and bias["0"] == -math.inf
+    logits = torch.tensor([1.0, 2.0, -math.inf])  # a grammar allows 0 and 1 only
+    for token, value in given["logit_bias"].items():
+        logits[int(token)] += value
+    for temperature in (1e-6, 1.0):
+        assert (logits / temperature).softmax(0).tolist() == [0.5, 0.5, 0.0]
+    for unchanged in (None, {}, {"logit_bias": {"1": 2}}):
+        assert with_finite_biases(unchanged) is unchanged
+
+
+@pytest.mark.parametrize("tag", ["{}", "[]", '{"structures": [{}], "triggers": []}', '{"structures": []}'])
+def test_a_grammar_whose_compiler_raises_anything_is_refused(tag):
+    """The engine's own backend, up to where it would call the library that compiles."""
+    from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend, InvalidGrammarObject
+    from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+
+    class Backend(XGrammarGrammarBackend):
+        def __init__(self):
+            BaseGrammarBackend.__init__(self)
+
+    backend, key = Backend(), ("structural_tag", tag)
+    future, _ = backend.get_cached_or_future_value(key, False)
+    assert isinstance(future.exception(), (AssertionError, AttributeError, KeyError)), "the engine refuses it by itself"
+    compile_or_refuse(backend, InvalidGrammarObject)
+    future, _ = backend.get_cached_or_future_value(key, False)
+    refusal = future.result()
+    assert isinstance(refusal, InvalidGrammarObject) and "Error" in refusal.error_message
+
+
+class Manager:
+    """Takes requests down as the engine's does, before anything of them is looked at; ``text`` says what happens."""
+
+    model_config = SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["MiniMaxM2ForCausalLM"]), vocab_size=VOCAB, hidden_size=HIDDEN
+    )
+    tokenizer = None
+
+    def __init__(self, in_flight):
+        self.rid_to_state = dict(in_flight)
+
+    async def generate_request(self, obj, request):
+        if set(obj.rid) & self.rid_to_state.keys():
+            raise ValueError("duplicate")
+        for rid in obj.rid:
+            self.rid_to_state[rid] = state(sent=False)
+        for rid, text in zip(obj.rid, obj.text, strict=True):
+            if text == "bad":
+                raise TypeError(text)
+            self.rid_to_state[rid] = state(sent=True)
+            yield text
+
+    def _validate_one_request(self, obj, input_ids): ...
+
+
+def state(sent: bool):
+    return SimpleNamespace(time_stats=SimpleNamespace(api_server_dispatch_time=float(sent)))
+
+
+@pytest.mark.parametrize(
+    ("rids", "texts", "fields", "error", "left"),
+    [
+        (["a", "b", "c"], ["good", "bad", "good"], {}, TypeError, {"other", "a"}),
+        (["a", "other"], ["good", "good"], {}, ValueError, {"other"}),
+        (["a"], ["good"], {"sampling_params": {"n": 0}}, ValueError, {"other"}),
+        (["a", "b"], ["good", "good"], {}, None, {"other", "a", "b"}),
+    ],
+    ids=["the second of three", "an id in flight", "refused here", "all sent"],
+)
+def test_only_requests_that_were_sent_are_kept(rids, texts, fields, error, left):
+    class Mended(Manager): ...
+
+    check_requests_first(SimpleNamespace(TokenizerManager=Mended, GenerateReqInput=SimpleNamespace))
+    other = state(sent=False)  # as one that is being tokenised
+    manager = Mended({"other": other})
+
+    async def ask():
+        return [answer async for answer in manager.generate_request(request(rid=rids, text=texts, **fields), None)]
+
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        assert asyncio.run(ask()) == texts
+    assert manager.rid_to_state.keys() == left and manager.rid_to_state["other"] is other
+
+
+def test_leaving_a_stream_closes_the_engines():
+    """Which holds a lock for as long as it lives, that an update of weights waits for."""
+    closed = []
+
+    class Mended(Manager):
+        async def generate_request(self, obj, request):
+            try:
+                yield 1
+                yield 2
+            finally:
+                closed.append(True)
+
+    check_requests_first(SimpleNamespace(TokenizerManager=Mended, GenerateReqInput=SimpleNamespace))
+
+    async def leave():
+        stream = Mended({}).generate_request(request(rid="a", text="good"))
+        assert await stream.__anext__() == 1
+        await stream.aclose()
+
+    asyncio.run(leave())
+    assert closed == [True]
