@@ -33,8 +33,14 @@ def install() -> None:
     """Puts the finder in place. Called by the start-up line; calling it again changes nothing."""
     if os.environ.get("SGLANG_MINIMAX_OVERLAY", "1") == "0":
         return
-    if not any(isinstance(finder, EngineFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, EngineFinder())
+    if any(isinstance(finder, EngineFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, EngineFinder())
+    if "sglang" in sys.modules:
+        _warn_once(
+            "sglang-minimax lays nothing over the sglang of this process, which was imported before: the engine runs "
+            "as it is. Import sglang_minimax.overlay and call install() first, or leave that to the start-up line."
+        )
 
 
 def is_active() -> bool:
@@ -62,7 +68,7 @@ class EngineFinder:
         if name == "sglang":
             return self._lay_over(_find_elsewhere(self, name, path, target))
         if name in self.after_import:
-            return self._adjust(_find_elsewhere(self, name, path, target), self.after_import[name])
+            return self._adjust(_find_elsewhere(self, name, path, target), after=self.after_import[name])
         return None
 
     def _lay_over(self, spec: ModuleSpec | None) -> ModuleSpec | None:
@@ -76,21 +82,31 @@ class EngineFinder:
             )
             return spec
         spec.submodule_search_locations.insert(0, folder())
+        return self._adjust(spec, before=self._collect_adjustments)
+
+    def _collect_adjustments(self) -> None:
+        """When the engine is really imported: a program may ask where it is, and go on without it, or ask again."""
         from sglang_minimax import adjustments
 
+        self.after_import.clear()
         for module, adjust in adjustments.for_this_host():
             self.after_import.setdefault(module, []).append(adjust)
-        return spec
 
     @staticmethod
-    def _adjust(spec: ModuleSpec | None, adjustments: Iterable[Callable[[ModuleType], None]]) -> ModuleSpec | None:
+    def _adjust(
+        spec: ModuleSpec | None,
+        before: Callable[[], None] | None = None,
+        after: Iterable[Callable[[ModuleType], None]] = (),
+    ) -> ModuleSpec | None:
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
+            if before is not None:
+                before()
             execute(module)
-            for adjust in adjustments:
+            for adjust in after:
                 adjust(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -159,6 +159,33 @@ def test_an_adjustment_runs_once_after_the_engines_module(tmp_path):
     assert look(engine, overlay)["other"] == "engine adjusted"
 
 
+def test_asking_where_the_engine_is_changes_nothing(tmp_path):
+    """Libraries ask, and ask again, for what they support; only an import lays over, and adjusts once."""
+    engine, overlay = write_engine(tmp_path / "engine"), write_overlay(tmp_path / "ours", packed=True)
+    (overlay / "sglang_minimax" / "adjustments.py").write_text(
+        "def adjust(module):\n    module.WHOSE += ' adjusted'\n"
+        "def for_this_host():\n    import os\n    os.environ['ASKED'] = '1'\n"
+        "    yield 'sglang.srt.models.other', adjust\n"
+    )
+    ask = """
+import os
+from importlib.util import find_spec
+assert find_spec("sglang") and find_spec("sglang").origin
+assert "ASKED" not in os.environ and "sglang_minimax.adjustments" not in sys.modules
+"""
+    process = run(ask + LOOK, engine, overlay)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["other"] == "engine adjusted"
+
+
+def test_an_engine_that_was_imported_before_runs_as_it_is_with_one_warning(tmp_path):
+    engine, overlay = write_engine(tmp_path / "engine"), write_overlay(tmp_path / "ours", packed=True)
+    code = f"import sglang\n{START_UP_LINE}\nsglang_minimax.overlay.install()\n"
+    process = run(code + "print(sglang_minimax.overlay.is_active())", engine, overlay, start_up=False)
+    assert process.stdout.split() == ["False"], process.stderr
+    assert process.stderr.count("lays nothing over the sglang of this process, which was imported before") == 1
+
+
 def test_the_engines_own_module_behind_ours_can_be_loaded(tmp_path):
     engine, overlay = write_engine(tmp_path / "engine"), write_overlay(tmp_path / "ours", packed=True)
     code = """
