@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 from sglang.srt.models import minimax_m2, minimax_m2_moe
 from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
@@ -128,3 +129,20 @@ def test_eagle3_refuses_unknown_layers_and_pipelines():
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62), [62])
     with pytest.raises(ValueError, match="--pp is 2"):
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62, pp_ranks=2), [3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_embeddings_of_a_request_take_the_models_dtype(dtype):
+    """The engine hands them over in bfloat16, and products of two dtypes fail."""
+    given = torch.tensor([[1.0, -2.5], [0.25, 3.0]], dtype=torch.bfloat16)
+    model = SimpleNamespace(
+        pp_group=SimpleNamespace(is_first_rank=True, is_last_rank=True, world_size=1),
+        embed_tokens=SimpleNamespace(weight=torch.zeros(5, 2, dtype=dtype)),
+        layers_to_capture=[],
+        end_layer=0,
+        _forward_layers=lambda positions, hidden_states, *others: (hidden_states, None),
+        norm=lambda hidden_states: hidden_states,
+    )
+    batch = SimpleNamespace(can_run_tbo=False)
+    result = minimax_m2.MiniMaxM2Model.forward(model, None, None, batch, input_embeds=given)
+    assert result.dtype == dtype and torch.equal(result.double(), given.double())

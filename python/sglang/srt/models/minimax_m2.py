@@ -372,7 +372,10 @@ class MiniMaxM2Model(nn.Module):
         pp_proxy_tensors: PPProxyTensors | None = None,
     ) -> torch.Tensor | PPProxyTensors | tuple[torch.Tensor, list[torch.Tensor]]:
         if self.pp_group.is_first_rank:
-            hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+            if input_embeds is None:
+                hidden_states = self.embed_tokens(input_ids)
+            else:  # in bfloat16, to which the engine casts a request's vectors whatever the model is in
+                hidden_states = input_embeds.to(self.embed_tokens.weight.dtype)
             residual = None
         else:
             assert pp_proxy_tensors is not None, "a later pipeline stage needs the tensors of the stage before it"
