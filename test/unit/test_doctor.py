@@ -178,6 +178,13 @@ TALES = {
     "NCCL on a CPU host": (CPU_FACTS, "NCCL", "not applicable", "no GPU", None),
     "sgl_kernel": (GPU_FACTS, "sgl_kernel", "ok", "0.4.1 loads, with kernels for sm90", None),
     "sgl_kernel on Blackwell": (changed(GPU_FACTS, torch={"gpus": [B200]}), "sgl_kernel", "ok", "for sm100", None),
+    "sgl_kernel of another vendor": (
+        changed(GPU_FACTS, torch={"hip": "6.4", "cuda": None}), "sgl_kernel", "not applicable", "ROCm 6.4", None,
+    ),
+    "FlashInfer of another vendor": (
+        replace(changed(GPU_FACTS, torch={"hip": "6.4", "cuda": None}), flashinfer_failure="absent"),
+        "FlashInfer", "not applicable", "ROCm 6.4", None,
+    ),
     "sgl_kernel missing": (
         changed(GPU_FACTS, engine={"packages": {}, "kernel_files": []}),
         "sgl_kernel", "error", "not installed", "sglang-kernel==0.4.1",

@@ -281,7 +281,7 @@ def check_nccl(torch: Torch, engine: Engine) -> Finding:
 def check_kernels(torch: Torch, engine: Engine, failure: str | None) -> Finding:
     """The engine's compiled kernels: the file for this architecture, FA3 on Hopper, and that they load."""
     name = "sgl_kernel"
-    if not torch.gpus:
+    if not torch.gpus or torch.hip:
         return Finding(name, "not applicable", _without_gpus(torch))
     reinstall = f"python -m pip install --force-reinstall --no-deps {engine.pin('sglang-kernel')}"
     version = engine.packages.get("sglang-kernel")
@@ -289,7 +289,7 @@ def check_kernels(torch: Torch, engine: Engine, failure: str | None) -> Finding:
         return Finding(name, "error", "the package sglang-kernel is not installed", reinstall)
     hopper = torch.gpus[0].capability == (9, 0)
     wanted = "sm90" if hopper else "sm100"  # as its loader chooses: the second holds all but Hopper
-    if wanted not in engine.kernel_files and not torch.hip:
+    if wanted not in engine.kernel_files:
         return Finding(name, "error", f"{version or 'it'} has no kernels for {wanted}", reinstall)
     if failure:
         return Finding(name, "error", f"{version or 'it'} cannot be imported: {failure}", reinstall)
@@ -304,7 +304,7 @@ def check_kernels(torch: Torch, engine: Engine, failure: str | None) -> Finding:
 def check_flashinfer(torch: Torch, engine: Engine, failure: str | None) -> Finding:
     """FlashInfer: attention on Blackwell by default, and a fused all-reduce + norm where ours cannot run."""
     name = "FlashInfer"
-    if not torch.gpus:
+    if not torch.gpus or torch.hip:
         return Finding(name, "not applicable", _without_gpus(torch))
     status: Status = "error" if torch.gpus[0].capability[0] >= 10 else "warning"
     means = (
