@@ -83,12 +83,17 @@ def _settle_layout(args: EngineObject) -> None:
     """Checks heads, experts and LoRA against the ranks, and chooses EP where that was left open.
 
     Raises:
-        ValueError: a division that cannot work, with the values that do.
+        ValueError: a division that cannot work, with the values that do; or a use that this model is not for.
     """
     left_alone = isinstance(args.ep_size, LeftAlone)
     args.ep_size = int(args.ep_size)
     if not is_minimax(args.get_model_config()):
         return
+    if args.is_embedding:
+        raise ValueError(
+            f"{ARCHITECTURE} generates text and has no embeddings to give, and --is-embedding would end the server at "
+            f"its first request. Leave it out, or serve an embedding model."
+        )
     from sglang.srt.layers.minimax_sharding import attention_tp_size, expert_shape_of, shard_attention
 
     config = args.get_model_config().hf_config

@@ -105,6 +105,15 @@ def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(folder, 
         read(folder(), *arguments)
 
 
+def test_an_embedding_server_is_refused(folder):
+    with pytest.raises(ValueError, match="--is-embedding would end the server at its first request"):
+        read(folder(), "--is-embedding")
+
+
+def test_an_embedding_server_of_another_model_is_not(folder):
+    assert read(folder(architecture="LlamaForCausalLM"), "--is-embedding").is_embedding
+
+
 def test_under_dp_attention_the_heads_are_divided_over_its_groups(folder):
     args = read(folder(), "--tp", "32", "--dp", "2", "--enable-dp-attention")
     assert args.tp_size == 32
