@@ -411,6 +411,8 @@ def test_a_hub_name_is_found_in_the_local_cache(tmp_path, monkeypatch):
     [
         ({"architectures": ["LlamaForCausalLM"]}, "only MiniMaxM2ForCausalLM is planned"),
         ({"hidden_size": "3072"}, "does not say hidden_size as whole numbers"),
+        ({"num_local_experts": 0}, "does not say num_local_experts as whole numbers above 0"),
+        ({"intermediate_size": -1}, "does not say intermediate_size as whole numbers above 0"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised by 'awq'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
     ],
@@ -418,6 +420,13 @@ def test_a_hub_name_is_found_in_the_local_cache(tmp_path, monkeypatch):
 def test_a_config_that_cannot_be_planned(change, said):
     with pytest.raises(CannotPlan, match=said):
         shape_of_config(config_of(**change), "x")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5"])
+def test_a_config_that_is_no_object_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CannotPlan, match="is no JSON object"):
+        read_model(str(tmp_path))
 
 
 def test_quantising_while_loading_is_refused():

@@ -170,7 +170,7 @@ def _from_folder(model: str, folder: Path) -> ModelShape:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         beside = folder / "hf_quant_config.json"
-        if "quantization_config" not in config and beside.is_file():
+        if isinstance(config, dict) and "quantization_config" not in config and beside.is_file():
             config["quantization_config"] = json.loads(beside.read_text(encoding="utf-8"))["quantization"]
     except (OSError, ValueError, KeyError) as error:
         raise CannotPlan(f"the configuration in {folder} cannot be read: {error}") from error
@@ -183,11 +183,13 @@ def shape_of_config(config: dict[str, Any], name: str) -> ModelShape:
     Raises:
         CannotPlan: another architecture, a key that is missing, or a quantisation whose bytes are not known here.
     """
+    if not isinstance(config, dict):
+        raise CannotPlan(f"the config of {name} is no JSON object")
     if ARCHITECTURE not in (config.get("architectures") or []):
         raise CannotPlan(f"{name} is {config.get('architectures')} and only {ARCHITECTURE} is planned here")
-    missing = [size for size in _SIZES if not isinstance(config.get(size), int)]
+    missing = [size for size in _SIZES if not (isinstance(config.get(size), int) and config[size] > 0)]
     if missing:
-        raise CannotPlan(f"the config of {name} does not say {', '.join(missing)} as whole numbers")
+        raise CannotPlan(f"the config of {name} does not say {', '.join(missing)} as whole numbers above 0")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     fraction = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
@@ -199,14 +201,14 @@ def shape_of_config(config: dict[str, Any], name: str) -> ModelShape:
         name=name,
         **{size: config[size] for size in _SIZES},
         head_dim=head_dim,
-        max_position_embeddings=config.get("max_position_embeddings", 8192),
+        max_position_embeddings=config.get("max_position_embeddings") or 8192,
         rotary_dim=config.get("rotary_dim") or int(head_dim * fraction),
         dtype_bytes=dtype_bytes,
         kv_cache_bytes=1 if _kv_cache_is_fp8(quantization) else dtype_bytes,
         quantisation=_quantisation(quantization, config["num_hidden_layers"], name),
         expert_block=quantisation_block(quantization),
-        use_qk_norm=config.get("use_qk_norm", True),
-        use_routing_bias=config.get("use_routing_bias", True),
+        use_qk_norm=bool(config.get("use_qk_norm", True)),
+        use_routing_bias=bool(config.get("use_routing_bias", True)),
     )
 
 
