@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
+from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.models import minimax_m2, minimax_m2_moe
 from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
 from sglang.srt.models.minimax_m2_moe import ExpertReduction
+from torch import nn
 
 
 def communicator(reduce_scatter: bool, next_norm: bool):
@@ -128,3 +132,26 @@ def test_eagle3_refuses_unknown_layers_and_pipelines():
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62), [62])
     with pytest.raises(ValueError, match="--pp is 2"):
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62, pp_ranks=2), [3])
+
+
+@pytest.mark.parametrize(
+    ("quantised", "tp", "experts_tp", "message"),
+    [
+        (False, 1, 1, None),
+        (False, 4, 4, None),
+        (False, 4, 2, "cut into --tp 4 parts, and 2 ranks share each expert: .* Use --ep 1 and --moe-dp-size 1, or"),
+        (True, 4, 4, "need experts that are not quantised: .* Fp8MoEMethod's weights without their scales"),
+    ],
+)
+def test_adapters_of_experts_need_whole_tp_and_weights_without_scales(monkeypatch, quantised, tp, experts_tp, message):
+    monkeypatch.setattr(minimax_m2_moe, "get_tensor_model_parallel_world_size", lambda: tp)
+    experts = FusedMoEWithLoRA.__new__(FusedMoEWithLoRA)
+    nn.Module.__init__(experts)
+    experts.base_layer = SimpleNamespace(moe_tp_size=experts_tp)
+    method = Fp8MoEMethod if quantised else UnquantizedFusedMoEMethod
+    experts.quant_method = method.__new__(method)
+    if message is None:
+        minimax_m2_moe.check_adapted_experts(experts)
+    else:
+        with pytest.raises(ValueError, match=message):
+            minimax_m2_moe.check_adapted_experts(experts)

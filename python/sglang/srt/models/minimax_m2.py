@@ -60,7 +60,13 @@ from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.lora.utils import get_hidden_dim
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.models.minimax_m2_moe import ExpertReduction, MiniMaxM2MoE, check_experts, recorded_as
+from sglang.srt.models.minimax_m2_moe import (
+    ExpertReduction,
+    MiniMaxM2MoE,
+    check_adapted_experts,
+    check_experts,
+    recorded_as,
+)
 from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, forward_overlapped
 from sglang.srt.models.minimax_m2_weights import CheckedWeights
 from sglang.srt.server_args import get_global_server_args
@@ -456,7 +462,12 @@ class MiniMaxM2ForCausalLM(nn.Module):
         """Inputs and outputs of a module that LoRA adapts, from which the engine makes a rank's buffers.
 
         It divides the outputs by the ranks, so a replicated KV head counts as often as it is held.
+
+        Raises:
+            ValueError: it would leave adapters of that module out, or fail at them later.
         """
+        if module_name in ("gate_up_proj_moe", "down_proj_moe"):
+            check_adapted_experts(self.model.layers[self.start_layer].block_sparse_moe.experts)
         inputs, outputs = get_hidden_dim(module_name, self.config, self.model, layer_idx)
         if module_name == "qkv_proj":
             head_dim = _head_dim(self.config)
