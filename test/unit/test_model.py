@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,10 @@ from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.models import minimax_m2, minimax_m2_moe
 from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
 from sglang.srt.models.minimax_m2_moe import ExpertReduction
+from sglang.srt.utils.hf_transformers_utils import get_config
 from torch import nn
+
+from sglang_minimax.checkpoints import SmallModel, published_config
 
 
 def communicator(reduce_scatter: bool, next_norm: bool):
@@ -155,3 +159,27 @@ def test_adapters_of_experts_need_whole_tp_and_weights_without_scales(monkeypatc
     else:
         with pytest.raises(ValueError, match=message):
             minimax_m2_moe.check_adapted_experts(experts)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.json").write_text(json.dumps(published_config(SmallModel(rope_theta=5000))))
+    return lambda **override: get_config(str(folder), trust_remote_code=False, model_override_args=override)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_an_override_of_rope_that_leaves_out_its_base_is_an_error_that_says_what_to_give(checkpoint_config, key):
+    with pytest.raises(ValueError, match=r"rope_theta None and, among rope_parameters, None.* give rope_parameters"):
+        minimax_m2._rope(checkpoint_config(**{key: YARN}))
+    theta, parameters = minimax_m2._rope(checkpoint_config(**{key: {**YARN, "rope_theta": 700}}))
+    assert theta == 700 and parameters["factor"] == 4.0
+
+
+def test_an_override_of_the_base_that_would_change_nothing_is_an_error(checkpoint_config):
+    assert minimax_m2._rope(checkpoint_config())[0] == 5000
+    with pytest.raises(ValueError, match="rope_theta 700 and, among rope_parameters, 5000"):
+        minimax_m2._rope(checkpoint_config(rope_theta=700))

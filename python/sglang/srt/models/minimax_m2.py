@@ -71,7 +71,6 @@ from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, f
 from sglang.srt.models.minimax_m2_weights import CheckedWeights
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import add_prefix, log_info_on_rank0, make_layers
-from sglang.srt.utils.hf_transformers_utils import get_rope_config
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -183,7 +182,7 @@ class MiniMaxM2Attention(AttentionStages):
                 heads * head_dim for heads in (shards.q.num_heads, shards.kv.num_heads, shards.kv.num_heads)
             ]
         self.project_qkv = choose_projection(self, "qkv_proj")
-        rope_theta, rope_scaling = get_rope_config(config)
+        rope_theta, rope_scaling = _rope(config)
         self.rotary_emb = get_rope(
             head_dim,
             rotary_dim=_rotary_dim(config, head_dim),
@@ -265,6 +264,24 @@ def _qk_norms(config: PretrainedConfig, head_dim: int):
 
 def _head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope(config: PretrainedConfig) -> tuple[float, dict | None]:
+    """RoPE's base, and its parameters, as YaRN's. transformers puts ``rope_theta`` among the parameters.
+
+    Raises:
+        ValueError: there is no base, or there are two; as overrides of a config leave it.
+    """
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    beside, among = getattr(config, "rope_theta", None), (parameters or {}).get("rope_theta")
+    bases = {base for base in (beside, among) if base is not None}
+    if len(bases) != 1:
+        raise ValueError(
+            f"RoPE needs one base: the config has rope_theta {beside} and, among rope_parameters, {among}. "
+            f"In --json-model-override-args rope_scaling and rope_parameters replace all parameters, and rope_theta "
+            f"beside them changes none: give rope_parameters whole, with rope_theta and partial_rotary_factor."
+        )
+    return bases.pop(), parameters
 
 
 def _rotary_dim(config: PretrainedConfig, head_dim: int) -> int:
