@@ -294,6 +294,21 @@ def run_custom_ops_on_cpu(common: EngineModule) -> None:
     common.direct_register_custom_op = direct_register_custom_op
 
 
+def gather_into_any_shape(parallel_state: EngineModule) -> None:
+    """NCCL gathers into any output of as many values, such as [ranks, rows, columns] for the head of DP attention.
+
+    gloo wants the ranks' inputs below each other, which is the same memory.
+    """
+    coordinator = parallel_state.GroupCoordinator
+    engine = coordinator.all_gather_into_tensor
+
+    @functools.wraps(engine)
+    def all_gather_into_tensor(self: EngineObject, output: torch.Tensor, input: torch.Tensor) -> None:
+        engine(self, output.view(self.world_size * input.shape[0], *input.shape[1:]), input)
+
+    coordinator.all_gather_into_tensor = all_gather_into_tensor
+
+
 def leave_nccl_alone(pynccl: EngineModule) -> None:
     """The engine opens a CUDA device for every group of two or more, whatever device the group is for.
 
@@ -474,6 +489,7 @@ ADJUSTMENTS = [
     ("sglang.srt.model_executor.model_runner_kv_cache_mixin", share_memory),
     ("sglang.srt.utils.common", count_cores_without_lscpu),
     ("sglang.srt.utils.common", run_custom_ops_on_cpu),
+    ("sglang.srt.distributed.parallel_state", gather_into_any_shape),
     ("sglang.srt.distributed.device_communicators.pynccl", leave_nccl_alone),
     ("sglang.srt.layers.dp_attention", copy_rows_by_slicing),
     ("sglang.srt.configs.update_config", keep_head_counts),

@@ -235,6 +235,8 @@ ROWS = {
     "tp4_cp2": Row("context parallelism", "2 KV heads", tp=4, arguments={"attn_cp_size": 2}),
     "tp4_dp4_head": Row("the head on each DP rank", "2 KV heads", tp=4, dp=4, placed=((0,), (1, 2), (), (3,)),
                         arguments={"enable_dp_lm_head": True}),
+    "tp4_dp2_head": Row("the head on each DP rank's two ranks", "2 KV heads", tp=4, dp=2, placed=ON_TWO,
+                        arguments={"enable_dp_lm_head": True}),
     # Pipeline, below the scheduler.
     "tp2_pp2": Row("two stages", tp=2, pp=2),
     "tp4_pp2_kv2": Row("two stages, replicas", "2 KV heads", tp=4, pp=2, arrivals={1: 2, 2: 4}),

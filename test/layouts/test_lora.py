@@ -1,4 +1,5 @@
-"""LoRA adapters of attention on real ranks, loaded by the engine, against transformers with them merged."""
+"""LoRA adapters of attention on real ranks, loaded by the engine, against transformers with them merged; and those of
+the experts that are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts.harness import run_layout
+from layouts.harness import LayoutFailed, run_layout
 from safetensors.torch import load_file, save_file
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
@@ -78,3 +79,23 @@ def test_adapters_of_attention_have_their_part_in_the_answer(tmp_path, kv_heads,
         assert tokens == reference.tokens
         chosen = [float(row[token]) for row, token in zip(logprobs, tokens, strict=True)]
         assert chosen == pytest.approx(reference.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("targets", "tp", "ep", "message"),
+    [
+        (["gate_up_proj"], 1, 1, "experts need gate_up_proj and down_proj together"),
+        (["down_proj", "q_proj"], 2, 1, "experts need gate_up_proj and down_proj together"),
+        (["gate_up_proj", "down_proj"], 2, 2, "cut into --tp 2 parts, and 1 rank shares each expert"),
+    ],
+)
+def test_adapters_of_experts_that_the_engine_would_leave_out_or_cut_wrongly_are_refused(
+    tmp_path, targets, tp, ep, message
+):
+    shape = SmallModel(num_hidden_layers=1, num_key_value_heads=2, num_local_experts=4, vocab_size=512)
+    arguments = {"enable_lora": True, "lora_backend": "torch_native", "lora_paths": [], "max_lora_rank": RANK}
+    with pytest.raises(LayoutFailed, match=message):
+        run_layout(
+            write_checkpoint(tmp_path, shape), tp=tp, ep=ep, prompts_by_dp_rank=[[[1]]], steps=0,
+            server_arguments={**arguments, "lora_target_modules": targets},
+        )  # fmt: skip

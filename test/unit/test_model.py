@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
+from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.models import minimax_m2, minimax_m2_moe
 from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
 from sglang.srt.models.minimax_m2_moe import ExpertReduction
+from sglang.srt.utils.hf_transformers_utils import get_config
+from torch import nn
+
+from sglang_minimax.checkpoints import SmallModel, published_config
 
 
 def communicator(reduce_scatter: bool, next_norm: bool):
@@ -146,3 +154,50 @@ def test_embeddings_of_a_request_take_the_models_dtype(dtype):
     batch = SimpleNamespace(can_run_tbo=False)
     result = minimax_m2.MiniMaxM2Model.forward(model, None, None, batch, input_embeds=given)
     assert result.dtype == dtype and torch.equal(result.double(), given.double())
+
+
+@pytest.mark.parametrize(
+    ("quantised", "tp", "experts_tp", "message"),
+    [
+        (False, 1, 1, None),
+        (False, 4, 4, None),
+        (False, 4, 2, "cut into --tp 4 parts, and 2 ranks share each expert: .* Use --ep 1 and --moe-dp-size 1, or"),
+        (True, 4, 4, "need experts that are not quantised: .* Fp8MoEMethod's weights without their scales"),
+    ],
+)
+def test_adapters_of_experts_need_whole_tp_and_weights_without_scales(monkeypatch, quantised, tp, experts_tp, message):
+    monkeypatch.setattr(minimax_m2_moe, "get_tensor_model_parallel_world_size", lambda: tp)
+    experts = FusedMoEWithLoRA.__new__(FusedMoEWithLoRA)
+    nn.Module.__init__(experts)
+    experts.base_layer = SimpleNamespace(moe_tp_size=experts_tp)
+    method = Fp8MoEMethod if quantised else UnquantizedFusedMoEMethod
+    experts.quant_method = method.__new__(method)
+    if message is None:
+        minimax_m2_moe.check_adapted_experts(experts)
+    else:
+        with pytest.raises(ValueError, match=message):
+            minimax_m2_moe.check_adapted_experts(experts)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="module")
+def checkpoint_config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "config.json").write_text(json.dumps(published_config(SmallModel(rope_theta=5000))))
+    return lambda **override: get_config(str(folder), trust_remote_code=False, model_override_args=override)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_an_override_of_rope_that_leaves_out_its_base_is_an_error_that_says_what_to_give(checkpoint_config, key):
+    with pytest.raises(ValueError, match=r"rope_theta None and, among rope_parameters, None.* give rope_parameters"):
+        minimax_m2._rope(checkpoint_config(**{key: YARN}))
+    theta, parameters = minimax_m2._rope(checkpoint_config(**{key: {**YARN, "rope_theta": 700}}))
+    assert theta == 700 and parameters["factor"] == 4.0
+
+
+def test_an_override_of_the_base_that_would_change_nothing_is_an_error(checkpoint_config):
+    assert minimax_m2._rope(checkpoint_config())[0] == 5000
+    with pytest.raises(ValueError, match="rope_theta 700 and, among rope_parameters, 5000"):
+        minimax_m2._rope(checkpoint_config(rope_theta=700))

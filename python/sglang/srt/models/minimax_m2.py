@@ -60,12 +60,17 @@ from sglang.srt.layers.utils import PPMissingLayer
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.lora.utils import get_hidden_dim
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
-from sglang.srt.models.minimax_m2_moe import ExpertReduction, MiniMaxM2MoE, check_experts, recorded_as
+from sglang.srt.models.minimax_m2_moe import (
+    ExpertReduction,
+    MiniMaxM2MoE,
+    check_adapted_experts,
+    check_experts,
+    recorded_as,
+)
 from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, forward_overlapped
 from sglang.srt.models.minimax_m2_weights import CheckedWeights
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import add_prefix, log_info_on_rank0, make_layers
-from sglang.srt.utils.hf_transformers_utils import get_rope_config
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -177,7 +182,7 @@ class MiniMaxM2Attention(AttentionStages):
                 heads * head_dim for heads in (shards.q.num_heads, shards.kv.num_heads, shards.kv.num_heads)
             ]
         self.project_qkv = choose_projection(self, "qkv_proj")
-        rope_theta, rope_scaling = get_rope_config(config)
+        rope_theta, rope_scaling = _rope(config)
         self.rotary_emb = get_rope(
             head_dim,
             rotary_dim=_rotary_dim(config, head_dim),
@@ -259,6 +264,24 @@ def _qk_norms(config: PretrainedConfig, head_dim: int):
 
 def _head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope(config: PretrainedConfig) -> tuple[float, dict | None]:
+    """RoPE's base, and its parameters, as YaRN's. transformers puts ``rope_theta`` among the parameters.
+
+    Raises:
+        ValueError: there is no base, or there are two; as overrides of a config leave it.
+    """
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    beside, among = getattr(config, "rope_theta", None), (parameters or {}).get("rope_theta")
+    bases = {base for base in (beside, among) if base is not None}
+    if len(bases) != 1:
+        raise ValueError(
+            f"RoPE needs one base: the config has rope_theta {beside} and, among rope_parameters, {among}. "
+            f"In --json-model-override-args rope_scaling and rope_parameters replace all parameters, and rope_theta "
+            f"beside them changes none: give rope_parameters whole, with rope_theta and partial_rotary_factor."
+        )
+    return bases.pop(), parameters
 
 
 def _rotary_dim(config: PretrainedConfig, head_dim: int) -> int:
@@ -459,7 +482,12 @@ class MiniMaxM2ForCausalLM(nn.Module):
         """Inputs and outputs of a module that LoRA adapts, from which the engine makes a rank's buffers.
 
         It divides the outputs by the ranks, so a replicated KV head counts as often as it is held.
+
+        Raises:
+            ValueError: it would leave adapters of that module out, or fail at them later.
         """
+        if module_name in ("gate_up_proj_moe", "down_proj_moe"):
+            check_adapted_experts(self.model.layers[self.start_layer].block_sparse_moe.experts)
         inputs, outputs = get_hidden_dim(module_name, self.config, self.model, layer_idx)
         if module_name == "qkv_proj":
             head_dim = _head_dim(self.config)

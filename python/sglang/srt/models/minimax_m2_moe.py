@@ -31,6 +31,8 @@ from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import add_prefix
@@ -232,4 +234,35 @@ def check_experts(config: PretrainedConfig) -> None:
             f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
             f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
             f"keeps experts whole."
+        )
+
+
+def check_adapted_experts(experts: nn.Module) -> None:
+    """Refuses LoRA adapters of experts that the engine would leave out, or end at, once a request asks for one.
+
+    Args:
+        experts: of any layer, after the engine has put its LoRA layers into the model.
+
+    Raises:
+        ValueError: names the division or quantisation of the experts, and what to give instead.
+    """
+    attention_alone = "or adapters of attention alone: --lora-target-modules q_proj k_proj v_proj o_proj"
+    if not isinstance(experts, FusedMoEWithLoRA):
+        raise ValueError(
+            f"LoRA adapters of experts need gate_up_proj and down_proj together: for one of them the engine reads "
+            f"adapters and leaves their part of the answer out. Add --lora-target-modules gate_up_proj down_proj, "
+            f"{attention_alone}."
+        )
+    tp_size, sharing = get_tensor_model_parallel_world_size(), experts.base_layer.moe_tp_size
+    if sharing != tp_size:
+        shares = "1 rank shares" if sharing == 1 else f"{sharing} ranks share"
+        raise ValueError(
+            f"LoRA adapters of experts are cut into --tp {tp_size} parts, and {shares} each expert: the first request "
+            f"for one would end the server. Use --ep 1 and --moe-dp-size 1, {attention_alone}."
+        )
+    if not isinstance(experts.quant_method, UnquantizedFusedMoEMethod):
+        raise ValueError(
+            f"LoRA adapters of experts need experts that are not quantised: beside adapters the engine multiplies "
+            f"{type(experts.quant_method).__name__}'s weights without their scales. Serve a bfloat16 checkpoint, "
+            f"{attention_alone}."
         )
