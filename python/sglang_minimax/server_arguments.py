@@ -157,15 +157,10 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
         not args.enable_flashinfer_allreduce_fusion
         and not args.enforce_disable_flashinfer_allreduce_fusion
         and is_minimax(args.get_model_config())
-        and reason_against_fused_all_reduce(
+        and reason_of_server_against_fused_all_reduce(
+            args,
             device_name=module.get_device_name() or "",
             hopper_or_blackwell=module.is_sm90_supported() or module.is_sm100_supported(),
-            tp_size=args.tp_size,
-            enable_dp_attention=args.enable_dp_attention,
-            nnodes=args.nnodes,
-            attn_cp_size=args.attn_cp_size,
-            moe_a2a_backend=args.moe_a2a_backend,
-            moe_dp_size=args.moe_dp_size,
         )
         is None
     ):
@@ -176,6 +171,22 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
 def _sum_experts_in_kernel(args: EngineObject) -> None:
     if is_minimax(args.get_model_config()):
         expert_sum.mark(args)
+
+
+def reason_of_server_against_fused_all_reduce(
+    args: EngineObject, *, device_name: str, hopper_or_blackwell: bool
+) -> str | None:
+    """:func:`reason_against_fused_all_reduce` for an engine's server arguments."""
+    return reason_against_fused_all_reduce(
+        device_name=device_name,
+        hopper_or_blackwell=hopper_or_blackwell,
+        tp_size=args.tp_size,
+        enable_dp_attention=args.enable_dp_attention,
+        nnodes=args.nnodes,
+        attn_cp_size=args.attn_cp_size,
+        moe_a2a_backend=args.moe_a2a_backend,
+        moe_dp_size=args.moe_dp_size,
+    )
 
 
 def reason_against_fused_all_reduce(

@@ -24,7 +24,7 @@ from sglang_minimax.server_arguments import (
     EP_SIZE_REASON,
     is_minimax,
     logger,
-    reason_against_fused_all_reduce,
+    reason_of_server_against_fused_all_reduce,
 )
 
 KEY = "sglang_minimax"
@@ -179,15 +179,10 @@ def _reason_against_fused_all_reduce(args: EngineObject) -> str:
 
     if args.enforce_disable_flashinfer_allreduce_fusion:
         return "--enforce-disable-flashinfer-allreduce-fusion"
-    reason = reason_against_fused_all_reduce(
+    reason = reason_of_server_against_fused_all_reduce(
+        args,
         device_name=get_device_name() or "",
         hopper_or_blackwell=communicator._is_sm90_supported or communicator._is_sm100_supported,
-        tp_size=args.tp_size,
-        enable_dp_attention=args.enable_dp_attention,
-        nnodes=args.nnodes,
-        attn_cp_size=args.attn_cp_size,
-        moe_a2a_backend=args.moe_a2a_backend,
-        moe_dp_size=args.moe_dp_size,
     )
     if reason is None and not communicator._is_flashinfer_available:
         reason = "FlashInfer is not installed"
