@@ -126,7 +126,7 @@ def chosen_paths(runner: EngineObject) -> list[Path]:
         qk_norm_path(first.self_attn),
         _fused_all_reduce(first, args),
         _expert_sum(first, last, args),
-        *kernel_paths(first, runner.model_config.dtype),
+        *_kernel_paths(first, runner.model_config.dtype),
         _fp4_all_gather(args),
         _a2a_backend(),
         _attention_backend(runner),
@@ -220,7 +220,7 @@ def _expert_sum(first: EngineObject, last: EngineObject, args: EngineObject) -> 
     return Path(name, taken, "; ".join(differing) or "in every layer and for every batch")
 
 
-def kernel_paths(layer: EngineObject, dtype: EngineObject) -> list[Path]:
+def _kernel_paths(layer: EngineObject, dtype: EngineObject) -> list[Path]:
     """Which of this layer's products have kernels of the model's own, and up to how many tokens.
 
     Args:
@@ -237,6 +237,9 @@ def kernel_paths(layer: EngineObject, dtype: EngineObject) -> list[Path]:
             _router(experts),
             _expert_kernels(experts),
         ]
+
+
+_ABOVE = "above that, the engine's"
 
 
 def _projection(name: str, projects: EngineObject, linear: EngineObject) -> Path:
@@ -269,9 +272,6 @@ def _expert_kernels(experts: EngineObject) -> Path:
         return Path("expert kernels", backend, kind)
     limit = minimax_experts.max_tokens(experts.experts)
     return Path("expert kernels", f"two or four of the model's up to {limit} tokens", f"{backend} above that; {kind}")
-
-
-_ABOVE = "above that, the engine's"
 
 
 def _fp4_all_gather(args: EngineObject) -> Path:

@@ -103,7 +103,7 @@ class StepLog:
     """Reads the tool's log line by line; what comes before the measurement proper is its warm-up.
 
     Args:
-        shapes: what is measured, in the tool's order: a line names the batch size at most.
+        shapes: what is measured, in the tool's order: a line names the batch size at most. Errors are found without.
 
     Attributes:
         batches: those that ran to their end.
@@ -119,7 +119,7 @@ class StepLog:
     _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)\b(?:: .*)?)$")
     _FOLLOWS = ("KeyboardInterrupt", "BrokenPipeError", "EOFError", "CancelledError")
 
-    def __init__(self, shapes: Sequence[Shape]) -> None:
+    def __init__(self, shapes: Sequence[Shape] = ()) -> None:
         self.batches: dict[Shape, Batch] = {}
         self.skipped: list[Shape] = []
         self.rank_died = False

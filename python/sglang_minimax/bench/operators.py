@@ -90,7 +90,7 @@ def measure(
             raise CannotBench(f"--op {op}: {error}; more time is --timeout SECONDS") from error
     found["clocks_after"] = record.clocks()
     if exit_code != 0 or not out.exists():
-        reader = StepLog([])  # for its eye for errors
+        reader = StepLog()
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             reader.read(line)
         raise CannotBench(f"--op {op} ended with {exit_code}: {reader.error()}; its log is {log}")

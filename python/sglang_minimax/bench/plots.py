@@ -70,7 +70,7 @@ def _decode_steps(plt: Any, found: dict[str, Any]) -> Any:
     elif len(found["batch_sizes"]) > _MOST_BARS:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for i, (name, column) in enumerate(columns.items()):
-            _line(axes, i, name, {shape.batch_size: cell for shape, cell in column.items()})
+            _line(axes, i, name, {shape.batch_size: _band(cell) for shape, cell in column.items()})
         _finish_lines(axes, "batch size")
     else:
         figure = _bars(plt, columns)
@@ -110,18 +110,26 @@ def _lines_by_context(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> An
     )
     for size, axes in zip(sizes, panels[0], strict=True):
         for i, (name, column) in enumerate(columns.items()):
-            _line(axes, i, name, {shape.input_len: cell for shape, cell in column.items() if shape.batch_size == size})
+            of_size = {shape.input_len: cell for shape, cell in column.items() if shape.batch_size == size}
+            _line(axes, i, name, {length: _band(cell) for length, cell in of_size.items()})
         axes.set_title(f"batch size {size}", fontsize=10)
         _finish_lines(axes, "tokens of context")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
     return figure
 
 
-def _line(axes: Any, i: int, name: str, cells: dict[int, Measured]) -> None:
-    at = sorted(cells)
-    medians = [cells[x].median for x in at]
+Band = tuple[float, float, float]
+"""A median and the ends of what is drawn around it."""
+
+
+def _band(cell: Measured) -> Band:
+    return cell.median, cell.low, cell.high
+
+
+def _line(axes: Any, i: int, name: str, bands: dict[int, Band]) -> None:
+    at = sorted(bands)
+    medians, low, high = ([bands[x][part] for x in at] for part in range(3))
     axes.plot(at, medians, color=_colour(i), marker=_MARKERS[i % len(_MARKERS)], ms=5, label=name)
-    low, high = [cells[x].low for x in at], [cells[x].high for x in at]
     axes.fill_between(at, low, high, color=_colour(i), alpha=0.25, linewidth=0)
 
 
@@ -152,13 +160,8 @@ def _operator_lines(plt: Any, results: dict[str, Any]) -> Any:
     engines = list(dict.fromkeys(engine for column in measured.values() for engine in column))
     for axes, (layout, column) in zip(all_axes[0], measured.items(), strict=True):
         for engine, one in column.items():
-            i = engines.index(engine)
-            tokens = sorted(map(int, one["us_a_layer"]))
-            at = [one["us_a_layer"][str(count)] for count in tokens]
-            axes.plot(tokens, [x["median"] for x in at], color=_COLOURS[i], marker=_MARKERS[i], ms=5, label=engine)
-            axes.fill_between(
-                tokens, [x["p10"] for x in at], [x["p90"] for x in at], color=_COLOURS[i], alpha=0.25, linewidth=0
-            )
+            bands = {int(tokens): (us["median"], us["p10"], us["p90"]) for tokens, us in one["us_a_layer"].items()}
+            _line(axes, engines.index(engine), engine, bands)
         heads, kv_heads, gpus = layout.split(":")
         axes.set_title(f"{heads} q, {kv_heads} KV heads on {gpus} GPU{'s' if gpus != '1' else ''}", fontsize=10)
         axes.set_xscale("log", base=4)

@@ -129,10 +129,12 @@ def choose_projection(owner: torch.nn.Module, name: str) -> Projection:
     linear = getattr(owner, name)
     reason = reason_against_layer(linear) or reason_against_server()
     if reason is not None:
-        _log_way(reason)
+        _log_against(reason)
         return lambda x: getattr(owner, name)(x)[0]
-    _log_way(None, *reversed(linear.weight.shape))
-    return Fp8Linear(linear)
+    projection, (outputs, inputs) = Fp8Linear(linear), linear.weight.shape
+    up_to = f"up to {projection.max_tokens} tokens"
+    log_once(f"Projections of {inputs} to {outputs} quantise and multiply in one kernel {up_to}.")
+    return projection
 
 
 def reason_against_server() -> str | None:
@@ -171,12 +173,8 @@ def reason_against_layer(linear: torch.nn.Module) -> str | None:
     return None if scale.is_contiguous() else "scales of the weights are not contiguous"
 
 
-def _log_way(reason: str | None, inputs: int = 0, outputs: int = 0) -> None:
-    said = f"The qkv and output projections are the engine's linear layers, since {reason}."
-    if reason is None:
-        limit = max(plans_for(inputs, outputs))
-        said = f"Projections of {inputs} to {outputs} quantise and multiply in one kernel up to {limit} tokens."
-    log_once(said)
+def _log_against(reason: str) -> None:
+    log_once(f"The qkv and output projections are the engine's linear layers, since {reason}.")
 
 
 class Fp8Linear:
@@ -204,7 +202,7 @@ class Fp8Linear:
             reason = reason_against_layer(self.linear)
             self.weights_fit = reason is None
             if reason is not None:
-                _log_way(reason)
+                _log_against(reason)
         tokens, inputs = x.shape
         if tokens == 0:
             return x.new_empty(0, self.outputs)
