@@ -169,8 +169,8 @@ def _check_counts(request: EngineObject) -> None:
     if request.text is not None:
         num_prompts = None if isinstance(request.text, str) else len(request.text)
         if request.input_ids is not None:
-            nested, enough = _is_nested(request.input_ids), len(request.input_ids) >= (num_prompts or 0)
-            fits = enough if nested and num_prompts is not None else not nested and num_prompts is None
+            alike = _is_nested(request.input_ids) == (num_prompts is not None)
+            fits = alike and len(request.input_ids) >= (num_prompts or 0)
             _check(fits, "input_ids", request.input_ids, "is a list for each text, where both are given")
     else:
         prompts, depth = (request.input_ids, 1) if request.input_ids is not None else (request.input_embeds, 2)
