@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input-len", type=int, nargs="+", default=[128], help="tokens; each with each batch size (default: 128)"
     )
     steps.add_argument("--output-len", type=int, default=34, help="tokens (default: 34)")
+    steps.add_argument(
+        "--rounds", type=int, default=1,
+        help="times each shape runs in one start; of several the first is a warm-up (default: 1, which has "
+        "compilation in its prefill)",
+    )  # fmt: skip
     steps.add_argument("--repeats", type=int, default=1, help="whole runs of each, in turn (default: 1)")
     steps.add_argument("--timeout", type=float, default=900, help="seconds a run may take (default: 900)")
     steps.add_argument("--logs", type=Path, metavar="FOLDER", help="where logs stay (default: a temporary folder)")
@@ -138,11 +143,12 @@ def _measure_model(arguments: argparse.Namespace) -> int:
         device = ["--device", arguments.device] if arguments.device else []
         flags = (*device, *shlex.split(arguments.layout))
         sizes, lengths = tuple(arguments.batch_sizes), tuple(arguments.input_len)
-        work = model_steps.Work(folder / "model", flags, sizes, lengths, arguments.output_len)
+        work = model_steps.Work(folder / "model", flags, sizes, lengths, arguments.output_len, arguments.rounds)
         model = model_steps.prepare_model(arguments.model, work.model, arguments.num_layers, arguments.part_of)
         found = record.new(
             "model", model=model, layout=arguments.layout, device=arguments.device, batch_sizes=list(sizes),
-            input_lens=list(lengths), output_len=arguments.output_len, repeats=arguments.repeats, contestants={},
+            input_lens=list(lengths), output_len=arguments.output_len, rounds=arguments.rounds,
+            repeats=arguments.repeats, contestants={},
         )  # fmt: skip
         logs = _folder_for_logs(arguments)
         entered = [_enter(contestant, work, folder, found) for contestant in everyone]
@@ -184,7 +190,7 @@ def _run(contestant: Contestant, work: Any, log: Path, timeout: float, found: di
     print(f"{contestant.name}: runs, log {log}", file=sys.stderr, flush=True)
     before, after = record.clocks(), []
     done = model_steps.run_once(
-        work.command(contestant), contestant.environment(), work.shapes, log, timeout,
+        work.command(contestant), contestant.environment(), work, log, timeout,
         on_end=lambda: after.extend(record.clocks()),
     )  # fmt: skip
     data = {**done.as_data(), "clocks_before": before, "clocks_after": after}

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +93,23 @@ def prepare_model(model: Path, folder: Path, num_layers: int | None, part_of: in
 
 @dataclass
 class Batch:
-    """Milliseconds of the prefill and of each decode step."""
+    """Milliseconds of each prefill and of each decode step."""
 
-    prefill_ms: float
+    prefill_ms: list[float] = field(default_factory=list)
     decode_ms: list[float] = field(default_factory=list)
+
+    def add(self, other: Batch) -> None:
+        self.prefill_ms += other.prefill_ms
+        self.decode_ms += other.decode_ms
 
 
 class StepLog:
     """Reads the tool's log line by line; what comes before the measurement proper is its warm-up.
 
     Args:
-        shapes: what is measured, in the tool's order: a line names the batch size at most. Errors are found without.
+        shapes: what is asked, in the tool's order, once a round: a line names the batch size at most. Errors are found
+            without.
+        warm_ups: how many of the shapes, from the first, are not counted.
 
     Attributes:
         batches: those that ran to their end.
@@ -119,14 +125,15 @@ class StepLog:
     _ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception)\b(?:: .*)?)$")
     _FOLLOWS = ("KeyboardInterrupt", "BrokenPipeError", "EOFError", "CancelledError")
 
-    def __init__(self, shapes: Sequence[Shape] = ()) -> None:
+    def __init__(self, shapes: Sequence[Shape] = (), warm_ups: int = 0) -> None:
         self.batches: dict[Shape, Batch] = {}
         self.skipped: list[Shape] = []
         self.rank_died = False
-        self._next = iter(shapes)
+        self._next = iter([(shape, place >= warm_ups) for place, shape in enumerate(shapes)])
         self._measures = False
         self._shape: Shape | None = None
-        self._batch = Batch(0.0)
+        self._counts = False
+        self._batch = Batch()
         self._last_error = self._last_line = ""
         self._first_of_ranks: str | None = None
 
@@ -139,13 +146,16 @@ class StepLog:
         elif not self._measures:
             pass
         elif found := self._PREFILL.search(line):
-            self._shape, self._batch = next(self._next, None), Batch(prefill_ms=float(found[1]) * 1000)
+            self._shape, self._counts = next(self._next, (None, False))
+            self._batch = Batch([float(found[1]) * 1000])
         elif found := self._STEP.search(line):
             self._batch.decode_ms.append(float(found[1]) * 1000)
         elif "Total. latency" in line and self._shape is not None:
-            self.batches[self._shape], self._shape = self._batch, None
+            if self._counts:
+                self.batches.setdefault(self._shape, Batch()).add(self._batch)
+            self._shape = None
         elif self._SKIPPED.search(line):
-            self.skipped.extend(itertools.islice(self._next, 1))
+            self.skipped.extend(shape for shape, _ in itertools.islice(self._next, 1))
         if self._RANK_DIED.search(line):
             self.rank_died = True
         elif (found := self._ERROR.search(line)) and not found[1].startswith(self._FOLLOWS):
@@ -166,7 +176,7 @@ class StepLog:
 
 @dataclass(frozen=True)
 class Work:
-    """What every contestant is asked to do. Lengths are in tokens; each batch size meets each input length.
+    """What every contestant is asked to do. Lengths are in tokens; each batch size meets each input length, each round.
 
     model: the folder of :func:`prepare_model`.
     flags: engine flags of all: device and layout.
@@ -177,6 +187,7 @@ class Work:
     batch_sizes: tuple[int, ...]
     input_lens: tuple[int, ...]
     output_len: int
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         for option, values in (("--batch-sizes", self.batch_sizes), ("--input-len", self.input_lens)):
@@ -184,18 +195,24 @@ class Work:
                 raise CannotBench(f"{option} {' '.join(map(str, values))} must differ and be at least 1")
         if self.output_len < 2:
             raise CannotBench(f"--output-len {self.output_len} must be at least 2: the first token is the prefill's")
+        if self.rounds < 1:
+            raise CannotBench(f"--rounds {self.rounds} must be at least 1")
 
     @property
     def shapes(self) -> list[Shape]:
-        """What is measured, in the tool's order."""
+        """What is measured, in the tool's order of one round."""
         return [Shape(*one) for one in itertools.product(self.batch_sizes, self.input_lens)]
+
+    def new_log(self) -> StepLog:
+        """A reader of the tool's log. The first of several rounds compiles and tunes, and is not counted."""
+        return StepLog(self.shapes * self.rounds, warm_ups=len(self.shapes) if self.rounds > 1 else 0)
 
     def command(self, contestant: Contestant, model: str | None = None) -> list[str]:
         """The child's command; ``model`` stands in for the folder where a record must not name it."""
         return [
             contestant.python if model is None else "python", "-m", TOOL,
             "--model-path", model or str(self.model), "--load-format", "dummy", *self.flags,
-            "--batch-size", *map(str, self.batch_sizes), "--input-len", *map(str, self.input_lens),
+            "--batch-size", *map(str, self.batch_sizes * self.rounds), "--input-len", *map(str, self.input_lens),
             "--output-len", str(self.output_len), "--log-decode-step", "1", "--result-filename", "",
             *contestant.flags,
         ]  # fmt: skip
@@ -212,7 +229,7 @@ class Run:
     def as_data(self) -> dict[str, Any]:
         """The run as a record has it; milliseconds."""
         return {"seconds": round(self.seconds, 1), "error": self.error, "batches": {
-            str(shape): {"prefill_ms": round(one.prefill_ms, 5), "decode_ms": [round(ms, 5) for ms in one.decode_ms]}
+            str(shape): {name: [round(ms, 5) for ms in samples] for name, samples in asdict(one).items()}
             for shape, one in self.batches.items()
         }}  # fmt: skip
 
@@ -220,7 +237,7 @@ class Run:
 def run_once(
     command: Sequence[str],
     environment: dict[str, str],
-    shapes: Sequence[Shape],
+    work: Work,
     log: Path,
     timeout_seconds: float,
     on_end: Callable[[], None] = lambda: None,
@@ -230,7 +247,7 @@ def run_once(
     Args:
         on_end: called as soon as the command has ended, before its session is searched for what is left.
     """
-    started, steps, timed_out = time.monotonic(), StepLog(shapes), False
+    started, steps, timed_out = time.monotonic(), work.new_log(), False
     with SessionProcess(command, log, environment=environment) as process:
         deadline = started + timeout_seconds
         while not process.has_ended():
@@ -250,7 +267,7 @@ def run_once(
         process.stop()
         exit_code = process.wait(timeout_seconds=0) if ended else 0
     error = None
-    if missing := [shape for shape in shapes if shape not in steps.batches]:
+    if missing := [shape for shape in work.shapes if shape not in steps.batches]:
         if timed_out:
             error = f"no end after {timeout_seconds:.0f} s (--timeout); the last line is: {steps.error()}"
         elif set(missing) <= set(steps.skipped):

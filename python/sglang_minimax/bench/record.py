@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FORMAT = 2
+FORMAT = 3
 
 _FACTS = ("uuid", "name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu")

@@ -59,8 +59,8 @@ def decode_cells(record: dict[str, Any]) -> dict[str, dict[Shape, Cell]]:
 
 
 def prefill_cells(record: dict[str, Any]) -> dict[str, dict[Shape, Cell]]:
-    """Milliseconds of the prefill, by contestant; one sample a run."""
-    return _cells(record, lambda batch: [batch["prefill_ms"]])
+    """Milliseconds of the prefill, by contestant; one sample a counted round of a run."""
+    return _cells(record, lambda batch: batch["prefill_ms"])
 
 
 def _cells(record: dict[str, Any], samples: Callable[[dict[str, Any]], list[float]]) -> dict[str, dict[Shape, Cell]]:

@@ -2,6 +2,7 @@
 
 MS          milliseconds of a decode step, with a spread of 10 %
 FAILS_AT    the batch size at which two ranks die, as a process a rank reports it, and the third waits
+COMPILES    milliseconds that the first prefill of each shape takes longer
 SKIPS       the tokens of a batch, as `16 x 128`, that the cache does not hold
 HANGS       nothing is printed after the warm-up
 """
@@ -17,10 +18,16 @@ parser.add_argument("--input-len", type=int, nargs="+")
 parser.add_argument("--output-len", type=int)
 options, _ = parser.parse_known_args()
 seconds = float(os.environ.get("MS", "10")) / 1000
+compiles = float(os.environ.get("COMPILES", "0")) / 1000
+compiled = set()
 
 
 def measure(batch_size: int, input_len: int) -> None:
-    print(f"Prefill. latency: {seconds * 3 * input_len / options.input_len[0]:6.5f} s, throughput:    12.00 token/s")
+    prefill = seconds * 3 * input_len / options.input_len[0]
+    if (batch_size, input_len) not in compiled:
+        prefill += compiles
+        compiled.add((batch_size, input_len))
+    print(f"Prefill. latency: {prefill:6.5f} s, throughput:    12.00 token/s")
     steps = [seconds * (1 + 0.1 * (step % 3 - 1)) for step in range(options.output_len - 1)]
     for step, latency in enumerate(steps):
         print(f"Decode {step}. Batch size: {batch_size}, latency: {latency:6.5f} s, throughput:    12.00 token/s")
