@@ -20,6 +20,14 @@ from sglang.srt.layers.moe.topk import fused_topk  # noqa: E402
 TOKENS = [1, 2, 3, 8, 16, 17, 31, 32, 33, 64, 100, 256, 257, 4096]
 SHAPES = [(experts, hidden_size) for experts in (8, 11, 256) for hidden_size in (512, 3072)]
 TOP_K = 8
+PLANS = router.PLANS | router.PREFILL_PLANS
+
+
+@pytest.fixture(params=[max(router.PLANS), max(router.PREFILL_PLANS)], ids=["decode", "prefill"])
+def limit(request, monkeypatch) -> int:
+    """The token limit, with the plans for prefill left out and served."""
+    monkeypatch.setattr(router, "MAX_TOKENS", request.param)
+    return request.param
 
 
 @functools.lru_cache(maxsize=2)
@@ -52,7 +60,7 @@ def rounded_to_tf32(weight: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-@pytest.mark.parametrize("plan", router.PLANS.values(), ids=lambda plan: "/".join(map(str, plan)))
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: "/".join(map(str, plan)))
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_every_plan_takes_any_shape(plan, tokens, experts, hidden_size):
@@ -60,6 +68,7 @@ def test_every_plan_takes_any_shape(plan, tokens, experts, hidden_size):
     check(router.add_partials(router.partial_logits(x, weight, plan)), exact, bound)
 
 
+@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", [0, *TOKENS])
 def test_the_op_takes_any_number_of_tokens_and_repeats_its_bits(tokens, experts, hidden_size):
@@ -77,21 +86,35 @@ def test_the_bound_would_find_tf32(hidden_size):
     assert ((x.double() @ rounded_to_tf32(weight).double().T - exact).abs() > bound).any()
 
 
-@pytest.mark.parametrize("limit", router.PLANS)
-def test_the_error_is_that_of_the_float32_layer(limit):
-    x, weight, exact, _ = problem(limit, 256, 3072)
-    ours = root_mean_square(router.minimax_router_logits(x, weight) - exact)
+@pytest.mark.parametrize(("tokens", "plan"), PLANS.items(), ids=str)
+def test_the_error_is_that_of_the_float32_layer(tokens, plan):
+    x, weight, exact, _ = problem(min(tokens, 8192), 256, 3072)
+    ours = root_mean_square(router.add_partials(router.partial_logits(x, weight, plan)) - exact)
     stock = root_mean_square(torch.nn.functional.linear(x.float(), weight) - exact)
     assert ours <= 1.5 * stock, f"{ours:.2e}, and the float32 layer's is {stock:.2e}"
 
 
-@pytest.mark.parametrize("plan", router.PLANS.values(), ids=lambda plan: "/".join(map(str, plan)))
+@pytest.mark.parametrize("plan", PLANS.values(), ids=lambda plan: "/".join(map(str, plan)))
 def test_a_weight_is_whole(plan):
     """One activation of 1 and all others 0: a logit is the weight, which two parts of three would not be."""
     _, weight, _, _ = problem(1, 256, 512)
     x = torch.eye(512, device="cuda").bfloat16()
     logits = router.add_partials(router.partial_logits(x, weight, plan))
     torch.testing.assert_close(logits, weight.T.contiguous(), rtol=2**-22, atol=0)
+
+
+def test_more_tokens_than_32_bits_count_values_of(monkeypatch):
+    """The rows of the longest prompt that a server may have, at a stride that puts the last ones beyond 2^31."""
+    monkeypatch.setattr(router, "MAX_TOKENS", max(router.PREFILL_PLANS))
+    tokens, hidden_size = 163840, 3072
+    x = torch.empty(tokens, 13312, dtype=torch.bfloat16, device="cuda")[:, :hidden_size].normal_()
+    assert x[-1].storage_offset() > 2**31
+    weight = problem(1, 256, hidden_size)[1]
+    routed = router.minimax_route(x, weight, None, TOP_K)
+    for rows in (slice(0, 300), slice(tokens // 2, tokens // 2 + 300), slice(tokens - 300, tokens)):
+        exact, magnitudes = x[rows].double() @ weight.double().T, x[rows].double().abs() @ weight.double().abs().T
+        bound = hidden_size**0.5 * 2**-23 * magnitudes
+        check_route([part[rows] for part in routed], exact, bound, None, TOP_K)
 
 
 @functools.lru_cache
@@ -120,6 +143,7 @@ def check_route(routed, exact, bound, bias, top_k):
     assert ((weights - expected).abs() <= 4 * wrong).all(), f"{(weights - expected).abs().max():.2e}"
 
 
+@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("shift", [0.0, 8.0, None])
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", [0, *TOKENS])
@@ -180,10 +204,11 @@ def test_of_equal_choices_the_lower_expert_is_first_as_in_the_engine(warps):
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(512, device="cuda"), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("limit")
 def test_graphs_of_several_sizes_replay_in_any_order():
     weight, bias, graphs = problem(16, 256, 3072)[1], bias_of(256), {}
     torch.cuda.synchronize()
-    for tokens in (64, 16, 1, 256):
+    for tokens in (64, 16, 1, 256, 2048):
         x = torch.zeros(tokens, 3072, device="cuda", dtype=torch.bfloat16)
         router.minimax_route(x, weight, bias, TOP_K)
         torch.cuda.synchronize()
@@ -191,7 +216,7 @@ def test_graphs_of_several_sizes_replay_in_any_order():
         with torch.cuda.graph(graph):
             routed = router.minimax_route(x, weight, bias, TOP_K)
         graphs[tokens] = x, graph, routed
-    for turn, tokens in enumerate([16, 1, 256, 16, 64, 1, 64, 256, 16]):
+    for turn, tokens in enumerate([16, 1, 2048, 256, 16, 64, 1, 64, 256, 2048, 16]):
         x, graph, routed = graphs[tokens]
         generator = torch.Generator("cuda").manual_seed(turn)
         x.copy_(torch.randn(x.shape, device="cuda", generator=generator))
@@ -202,6 +227,7 @@ def test_graphs_of_several_sizes_replay_in_any_order():
         assert all(torch.equal(one, other) for one, other in zip(routed, expected, strict=True))
 
 
+@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_experts_are_those_of_float64(tokens, experts, hidden_size):
@@ -220,6 +246,7 @@ def test_the_experts_are_those_of_float64(tokens, experts, hidden_size):
     assert torch.equal(chosen(router.minimax_router_logits(x, weight))[clear], chosen(exact)[clear])
 
 
+@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_a_captured_graph_replays_on_new_inputs(tokens):
     x, weight, _, _ = problem(tokens, 256, 3072)
@@ -237,6 +264,7 @@ def test_a_captured_graph_replays_on_new_inputs(tokens):
         assert torch.equal(logits, router.minimax_router_logits(x, weight))
 
 
+@pytest.mark.usefixtures("limit")
 def test_compiled_whole_with_a_symbol_for_the_tokens():
     """As the engine compiles the forward: no graph break, and no other graph on the other side of the limit."""
     gate = torch.nn.Linear(3072, 256, bias=False, device="cuda")

@@ -13,7 +13,9 @@ from sglang.srt.layers.minimax_router import Plan
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from unit.interpreted import compile_whole
 
-PLANS = [Plan("reduce", 2, 8, 64, 3, 4), Plan("parts", 16, 16, 64, 2, 4)]
+TILES = Plan("tiles", 32, 16, 64, 2, 4, 3)
+DECODE, PREFILL = max(router.PLANS), max(router.PREFILL_PLANS)  # the token limit without the latter and with them
+PLANS = [Plan("reduce", 2, 8, 64, 3, 4), Plan("parts", 16, 16, 64, 2, 4), TILES]
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +48,32 @@ def test_logits_are_those_of_float64(plan, tokens, experts, hidden_size):
     torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 17, 33, 129, 257, 0])
-def test_the_op_takes_any_number_of_tokens(tokens):
+@pytest.mark.parametrize(
+    ("limit", "tokens", "experts", "hidden_size"), [(512, 257, 160, 192), (512, 300, 11, 200), (2048, 1, 32, 3072)]
+)
+def test_prefill_is_as_near_to_float64_as_the_float32_product(limit, tokens, experts, hidden_size):
+    """Rounded to 2^-24 of the sum of magnitudes in each of n additions, of errors as often up as down sqrt(n). What the
+    tensor cores of a GPU cut off within a block is in test/gpu/test_router.py: here a block is a float32 product."""
+    x, weight = problem(tokens, experts, hidden_size)
+    exact, magnitudes = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    error = (router.add_partials(router.partial_logits(x, weight, router.PREFILL_PLANS[limit])) - exact).abs()
+    assert (error <= hidden_size**0.5 * 2**-24 * magnitudes).all()
+    of_float32 = torch.nn.functional.linear(x.float(), weight) - exact
+    assert error.square().mean() <= 1.5**2 * of_float32.square().mean()
+
+
+def test_prefill_takes_no_more_sums_than_32_bits_count():
+    x, weight = torch.empty(1 << 20, 64, dtype=torch.bfloat16, device="meta"), torch.empty(2048, 64, device="meta")
+    with pytest.raises(AssertionError, match="divide the tokens"):
+        router.partial_logits(x, weight, router.PREFILL_PLANS[1 << 20])
+
+
+@pytest.mark.parametrize(
+    ("limit", "tokens"),
+    [*((DECODE, tokens) for tokens in (1, 2, 3, 17, 33, 129, 257, 0)), (PREFILL, 257), (PREFILL, 0)],
+)
+def test_the_op_takes_any_number_of_tokens(monkeypatch, limit, tokens):
+    monkeypatch.setattr(router, "MAX_TOKENS", limit)
     x, weight = problem(tokens, 11, 512)
     logits = router.minimax_router_logits(x, weight)
     assert logits.shape == (tokens, 11) and logits.dtype == torch.float32
@@ -110,8 +136,11 @@ def test_logits_that_are_no_numbers_still_name_experts_that_exist():
     assert set(ids[3, :6].tolist()) == set(range(250, 256))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 17, 257, 0])
-def test_the_op_routes_any_number_of_tokens(monkeypatch, tokens):
+@pytest.mark.parametrize(
+    ("limit", "tokens"), [*((DECODE, tokens) for tokens in (1, 2, 17, 257, 0)), (PREFILL, 257), (PREFILL, 0)]
+)
+def test_the_op_routes_any_number_of_tokens(monkeypatch, limit, tokens):
+    monkeypatch.setattr(router, "MAX_TOKENS", limit)
     x, weight = problem(tokens, 11, 512)
     bias = torch.linspace(-0.5, 0.5, 11)
     asked = []
@@ -124,7 +153,7 @@ def test_the_op_routes_any_number_of_tokens(monkeypatch, tokens):
 
     monkeypatch.setattr(router, "fused_topk", engines_kernel)
     logits, weights, ids = router.minimax_route(x, weight, bias, 3)
-    assert asked == ([tokens] if tokens > router.MAX_TOKENS else [])
+    assert asked == ([tokens] if tokens > limit else [])
     assert (logits.shape, weights.shape, ids.shape) == ((tokens, 11), (tokens, 3), (tokens, 3))
     check_choice((logits, weights, ids), (x.double() @ weight.double().T)[None], bias, 3)
 
@@ -141,7 +170,21 @@ def test_the_reference_is_the_brute_force():
 def test_a_weight_in_three_parts_is_the_whole_weight():
     """One activation of 1 and all others 0: a logit is the weight, in all of its 24 bits."""
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
-    logits = router.add_partials(router.partial_logits(torch.eye(96).bfloat16(), weight, PLANS[1]))
+    for plan in (PLANS[1], TILES):
+        logits = router.add_partials(router.partial_logits(torch.eye(96).bfloat16(), weight, plan))
+        assert torch.equal(logits, weight.T)
+
+
+def test_prefill_takes_apart_every_weight_whose_parts_are_normal():
+    """Random mantissas at all exponents from 2^-102 on, below which the third part has fewer bits, and the ends: the
+    largest and smallest mantissa, of which the largest weight rounded to bfloat16 would be infinite."""
+    mantissas = torch.randint(0, 1 << 23, (230, 6), generator=torch.Generator().manual_seed(4))
+    mantissas[:, 0], mantissas[:, 1] = 0, (1 << 23) - 1
+    exponents = torch.arange(127 - 102, 255)[:, None]
+    weight = (exponents << 23 | mantissas).int().view(torch.float32)
+    assert weight.isfinite().all() and weight.max() == torch.finfo(torch.float32).max and weight.min() == 2.0**-102
+    weight = torch.cat([weight, -weight], dim=1)
+    logits = router.partial_logits(torch.eye(12).bfloat16(), weight, Plan("tiles", 16, 256, 16, 1, 4))[0]
     assert torch.equal(logits, weight.T)
 
 

@@ -29,8 +29,10 @@ def test_the_kernels_in_tritons_interpreter():
 
 
 def test_every_count_up_to_the_limit_has_the_first_plan_that_is_large_enough():
-    limits = [min(limit for limit in router.PLANS if limit >= tokens) for tokens in range(1, router.MAX_TOKENS + 1)]
-    assert [router.plan_for(tokens) for tokens in range(1, 257)] == [router.PLANS[limit] for limit in limits]
+    plans = router.PLANS | router.PREFILL_PLANS
+    assert router.MAX_TOKENS in (max(router.PLANS), max(router.PREFILL_PLANS))
+    for tokens in [*range(1, 600), *(limit + more for limit in router.PREFILL_PLANS for more in (0, 1))][:-1]:
+        assert router.plan_for(tokens) == plans[min(limit for limit in plans if limit >= tokens)]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_a_layer_takes_the_kernels_where_they_were_measured(monkeypatch, changed
     gate = gate_of(FITS | changed)
     chosen = {router.choose_router_logits(gate) for _ in range(3)}
     assert chosen == {router.fused_router_logits if reason is None else router.linear_router_logits}
-    assert len(said) == 1 and (reason or "two kernels up to 256 tokens") in said[0]
+    assert len(said) == 1 and (reason or f"two kernels up to {router.MAX_TOKENS} tokens") in said[0]
 
 
 def gate_of(case: dict) -> SimpleNamespace:
@@ -98,7 +100,8 @@ def test_a_layer_chooses_in_the_kernel_where_topk_would_do_no_more(monkeypatch, 
     topk = TopK(**(plain | of_topk))
     chosen = {router.choose_route(gate_of(FITS), topk) for _ in range(3)}
     assert chosen == {router.fused_route if reason is None else None}
-    assert len(said) == 1 and (reason or "chosen by the router's second kernel up to 256 tokens") in said[0]
+    assert len(said) == 1
+    assert (reason or f"chosen by the router's second kernel up to {router.MAX_TOKENS} tokens") in said[0]
 
 
 def test_who_listens_to_the_choice_is_told(monkeypatch):

@@ -1,4 +1,4 @@
-"""The router of MiniMax-M2 for few tokens: bfloat16 activations, float32 weights, products and sums.
+"""The router of MiniMax-M2: bfloat16 activations, float32 weights, products and sums.
 
     logits = x.float() @ weight.T                       # [tokens, experts]
     choice = sigmoid(logits) + bias
@@ -10,6 +10,9 @@ is to read 3 MB of weights. Here a first kernel reads x and weights once and lea
 and a second adds these in a fixed order and chooses. No atomics: the same inputs give the same bits. Each kernel loads
 its weights before it waits for the launch before it (programmatic dependent launch), so that launch must not be the one
 that writes them.
+
+For many tokens the product is what takes time. There is another first kernel for them, which takes tiles through a
+pipeline; its plans (:data:`PREFILL_PLANS`) are not served before they are measured.
 
 Where the engine does more than choose (:func:`reason_against_choice`), the second kernel leaves the logits to its
 ``TopK``.
@@ -48,6 +51,9 @@ class Plan(NamedTuple):
         parts   on tensor cores. A float32 weight is the sum of three bfloat16 values, exactly: 24 bits are three
                 times 8. A product of two bfloat16 values is exact in the accumulators, which are float32. So nothing
                 is rounded but the sums, as in any float32 matrix product: this is no TF32.
+        tiles   the same for many tokens: ``steps`` blocks of ``block_k`` one after the other, loaded ``stages - 1``
+                blocks ahead. Tensor cores cut off what an accumulator cannot hold, so they sum over one block only;
+                blocks are added in registers, by additions that round to nearest.
     """
 
     method: str
@@ -56,6 +62,7 @@ class Plan(NamedTuple):
     block_k: int
     steps: int
     warps: int
+    stages: int = 1
 
     def splits(self, hidden_size: int) -> int:
         """Into how many parts the hidden size is divided."""
@@ -73,8 +80,17 @@ PLANS = {  # up to so many tokens
     128: Plan("parts", 64, 32, 128, 1, 4),
     256: Plan("parts", 64, 64, 128, 1, 4),
 }
+# Not measured: two CTAs fit a multiprocessor, so that one multiplies while the other takes weights apart, and there are
+# as many parts as make 256 CTAs of the largest count, one wave on 132 multiprocessors.
+PREFILL_PLANS = {
+    512: Plan("tiles", 128, 64, 64, 3, 4, 4),
+    1024: Plan("tiles", 128, 64, 64, 6, 4, 4),
+    2048: Plan("tiles", 128, 64, 64, 12, 4, 4),
+    4096: Plan("tiles", 128, 64, 64, 24, 4, 4),
+    1 << 20: Plan("tiles", 128, 64, 64, 48, 4, 4),
+}
 MAX_TOKENS = max(PLANS)
-"""No more were measured; above it the float32 linear layer runs."""
+"""No more were measured; above it the float32 linear layer runs. ``max(PREFILL_PLANS)`` serves those plans too."""
 
 
 class ChoicePlan(NamedTuple):
@@ -85,15 +101,15 @@ class ChoicePlan(NamedTuple):
 
 
 # The logits' own plans are the fastest here too, and 2 warps of 1, 2, 4 and 8: more load more in parallel, but each
-# chooses for itself. For one token there are but 6 parts to load, and no barrier with 1.
-CHOICE_PLANS = {limit: ChoicePlan(plan, 1 if limit == 1 else 2) for limit, plan in PLANS.items()}
+# chooses for itself. For one token there are but 6 parts to load, and no barrier with 1. PREFILL_PLANS: not measured.
+CHOICE_PLANS = {limit: ChoicePlan(plan, 1 if limit == 1 else 2) for limit, plan in (PLANS | PREFILL_PLANS).items()}
 CHUNK = tl.constexpr(128)
 """So many experts lie in one tensor: 32 lanes of four values, which a warp compares without shared memory."""
 
 
 def plan_for(tokens: int) -> Plan:
     """The plan for ``tokens`` in 1 to ``MAX_TOKENS``."""
-    return next(plan for limit, plan in PLANS.items() if tokens <= limit)
+    return choice_plan_for(tokens).logits
 
 
 def choice_plan_for(tokens: int) -> ChoicePlan:
@@ -289,22 +305,29 @@ def partial_logits(x: torch.Tensor, weight: torch.Tensor, plan: Plan) -> torch.T
     tokens, hidden_size = x.shape
     experts, splits = weight.shape[0], plan.splits(hidden_size)
     partials = torch.empty(splits, tokens, experts, dtype=torch.float32, device=x.device)
+    assert partials.numel() < 2**31, f"{partials.shape} sums are more than 32 bits count: divide the tokens"
     grid = (triton.cdiv(experts, plan.block_experts), splits, triton.cdiv(tokens, plan.block_tokens))
-    _partial_logits_kernel[grid](
-        x, weight, partials, tokens, experts, hidden_size, x.stride(0), plan.method, plan.block_tokens,
-        plan.block_experts, plan.block_k, plan.steps, **_launch_options(x.device), num_warps=plan.warps,
-    )  # fmt: skip
+    tensors = x, weight, partials, tokens, experts, hidden_size, x.stride(0)
+    blocks = plan.block_tokens, plan.block_experts, plan.block_k, plan.steps
+    options = {**_launch_options(x.device), "num_warps": plan.warps}
+    if plan.method == "tiles":
+        whole = hidden_size % (plan.block_k * plan.steps) == 0
+        _tiled_partial_logits_kernel[grid](*tensors, *blocks, plan.stages, whole, **options)
+    else:
+        _partial_logits_kernel[grid](*tensors, plan.method, *blocks, **options)
     return partials
 
 
 def _launch_options(device: torch.device) -> dict:
-    """Of both kernels: whether they start while the launch before them still runs."""
+    """Of every kernel: whether it starts while the launch before it still runs."""
     return {"PDL": True, "launch_pdl": True} if has_programmatic_launch(device) else {"PDL": False}
 
 
 def add_partials(partials: torch.Tensor) -> torch.Tensor:
     """[tokens, experts] float32: the sum of the parts, in their order."""
     splits, tokens, experts = partials.shape
+    if splits == 1:
+        return partials[0]
     logits = torch.empty(tokens, experts, dtype=torch.float32, device=partials.device)
     _add_partials_kernel[(tokens,)](
         partials, logits, tokens, experts, splits, triton.next_power_of_2(experts),
@@ -316,12 +339,14 @@ def add_partials(partials: torch.Tensor) -> torch.Tensor:
 def choose_experts(
     partials: torch.Tensor, bias: torch.Tensor | None, top_k: int, warps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits, weights and ids of :func:`minimax_route`, from [splits, tokens, experts] partial sums."""
+    """logits, weights and ids of :func:`minimax_route`, from [splits, tokens, experts] partial sums.
+
+    A single part is the logits already, and is returned as such.
+    """
     splits, tokens, experts = partials.shape
-    logits, weights, ids = (
-        torch.empty(tokens, size, dtype=dtype, device=partials.device)
-        for size, dtype in ((experts, torch.float32), (top_k, torch.float32), (top_k, torch.int32))
-    )
+    logits = partials[0] if splits == 1 else partials.new_empty(tokens, experts)
+    weights = partials.new_empty(tokens, top_k)
+    ids = torch.empty_like(weights, dtype=torch.int32)
     _choose_experts_kernel[(tokens,)](
         partials, bias, logits, weights, ids, tokens, experts, splits, triton.next_power_of_2(splits),
         triton.cdiv(experts, CHUNK.value), top_k, triton.next_power_of_2(top_k),
@@ -363,6 +388,57 @@ def _partial_logits_kernel(
             sums = tl.dot(x, tl.trans(first), sums)
     place = partials_ptr + (split * tokens + token[:, None]) * experts + expert[None, :]
     tl.store(place, sums, mask=(token[:, None] < tokens) & (expert[None, :] < experts))
+
+
+@triton.jit
+def _upper_half(value):
+    """A float32 cut off to what bfloat16 holds, as float32. Unlike a rounded one it is finite for every finite value,
+    and takes no conversion, of which a GPU does few at a time."""
+    return (value.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _tiled_partial_logits_kernel(
+    x_ptr, weight_ptr, partials_ptr, tokens, experts, hidden_size, x_stride,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Experts are the rows of a tile, since the tensor cores of Hopper read rows from registers, where the weights are
+    taken apart, and columns from shared memory, where x lies as it was loaded.
+
+    What is lost: an addition in registers rounds to 2^-24 of the sum so far, once a block. Within a block tensor cores
+    add 16 products at once, 3 * BLOCK_K / 16 times, and may cut off 2^-23 of the largest value from every one of them.
+
+    WHOLE: the hidden size is a multiple of BLOCK_K * STEPS.
+    """
+    expert = tl.program_id(0) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
+    split = tl.program_id(1)
+    token = tl.program_id(2) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    k = split * STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Beyond the last row the last one is read again, which takes no mask; its sums are not stored.
+    x_places = x_ptr + tl.minimum(token, tokens - 1)[:, None].to(tl.int64) * x_stride + k[None, :]
+    weight_places = weight_ptr + tl.minimum(expert, experts - 1)[:, None] * hidden_size + k[None, :]
+    sums = tl.zeros((BLOCK_EXPERTS, BLOCK_TOKENS), tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for step in tl.range(STEPS, num_stages=STAGES):
+        if WHOLE:
+            weight = tl.load(weight_places + step * BLOCK_K)
+            x = tl.load(x_places + step * BLOCK_K)
+        else:
+            inside = (k + step * BLOCK_K < hidden_size)[None, :]
+            weight = tl.load(weight_places + step * BLOCK_K, mask=inside, other=0.0)
+            x = tl.load(x_places + step * BLOCK_K, mask=inside, other=0.0)
+        first = _upper_half(weight)
+        rest = weight - first
+        second = _upper_half(rest)
+        # The smallest first, as above.
+        block = tl.dot((rest - second).to(tl.bfloat16), tl.trans(x))
+        block = tl.dot(second.to(tl.bfloat16), tl.trans(x), block)
+        sums += tl.dot(first.to(tl.bfloat16), tl.trans(x), block)
+    place = partials_ptr + (split * tokens + token[:, None]) * experts + expert[None, :]
+    tl.store(place, tl.trans(sums), mask=(token[:, None] < tokens) & (expert[None, :] < experts))
 
 
 @triton.jit
@@ -447,6 +523,7 @@ def _choose_experts_kernel(
         weights = tl.where(slot == rank, score, weights)
     tl.store(weights_ptr + token * TOP_K + slot, weights * (1.0 / total), mask=slot < TOP_K)
     tl.store(ids_ptr + token * TOP_K + slot, ids, mask=slot < TOP_K)
-    for chunk in tl.static_range(CHUNKS):  # last, since it takes a turn through shared memory that nobody waits for
-        expert = chunk * CHUNK + tl.arange(0, CHUNK)
-        tl.store(logits_ptr + token * experts + expert, logits[chunk], mask=expert < experts)
+    if SPLITS > 1:  # last, since it takes a turn through shared memory that nobody waits for
+        for chunk in tl.static_range(CHUNKS):
+            expert = chunk * CHUNK + tl.arange(0, CHUNK)
+            tl.store(logits_ptr + token * experts + expert, logits[chunk], mask=expert < experts)
