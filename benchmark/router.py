@@ -2,18 +2,23 @@
 """Times the router of MiniMax-M2, from bfloat16 activations to logits and to chosen experts: the engine's way and ours.
 
     python benchmark/router.py --tokens 16 1 64 --time-limit 120 --json out.json
+    python benchmark/router.py --prefill --time-limit 45 --json prefill.json
+
+--prefill times ``PREFILL_PLANS`` and other tiles at 512 to 32768 tokens, whether or not a server has them.
 
 Protocol: a CUDA graph of 32 layers, each with its own weights (3 MB; together more than the L2 cache, as in a model,
-where the experts' weights pass between two routers). Before each router a kernel multiplies the activations by 1, as
-in a model a norm would write them: ours start while it still runs. 10 replays to warm up, then 100, each between two
-events. Reported: medians, in microseconds a layer, less the median of a graph with these multiplications alone. Timed:
+where the experts' weights pass between two routers). From 4096 tokens on it holds fewer layers, but 4 at least. Before
+each router a kernel multiplies the activations by 1, as in a model a norm would write them: ours start while it still
+runs. 10 replays to warm up, then 100, each between two events. Reported: medians, in microseconds a layer, less the
+median of a graph with these multiplications alone. Timed:
     stock logits    cast to float32 and F.linear
     stock           these, then the engine's topk_sigmoid
     partials        our first kernel, partial sums
     logits          both of ours, for the plans of each method whose first kernel is fastest
     two steps       the logits that a server has, then the engine's topk_sigmoid
     choice          the choice in our second kernel, for the same plans as logits, by its warps
-    late            choice by the plan that a server has, each kernel launched after the one before it has ended
+    late            choice by the plan that a server has, each kernel launched after the one before it has ended; not
+                    for prefill
 The error is the largest difference of a logit from float64, in units of the root mean square of the logits. A plan
 whose experts or weights are not those of float64, as near as rounding lets them be, is reported and not timed.
 """
@@ -33,15 +38,42 @@ import triton
 from compilers import compilers
 
 TOKENS, EXPERTS, HIDDEN_SIZE, TOP_K = [16, 1, 64, 4, 32, 2, 8, 48, 128, 256], 256, 3072, 8
+PREFILL_TOKENS = [2048, 512, 8192, 1024, 4096, 32768]
+TILES = [  # tokens, experts and columns of a tile, warps, stages; how many such CTAs an H200 holds at once
+    (128, 64, 64, 4, 4, 264),
+    (128, 128, 64, 8, 4, 132),
+    (128, 64, 64, 4, 3, 264),
+    (64, 64, 64, 4, 4, 264),
+    (128, 64, 32, 4, 6, 264),
+    (64, 128, 64, 8, 4, 132),
+]
 LAYERS, WARM_UP, REPLAYS = 32, 10, 100
 WARPS = (4, 1, 2, 8)
 FASTEST = 3  # so many plans of each method go on to the second kernel
 
 
+def prefill_plans(tokens: int):
+    """The plan of this many tokens, and its like with half the parts; then other tiles, each with the most equal parts
+    that make no more than one wave of CTAs."""
+    from sglang.srt.layers.minimax_router import Plan, plan_for
+
+    found = [plan_for(tokens)]
+    if found[0].splits(HIDDEN_SIZE) > 1:
+        found.append(found[0]._replace(steps=2 * found[0].steps))
+    for block_tokens, block_experts, block_k, warps, stages, ctas in TILES:
+        tiles, blocks = triton.cdiv(tokens, block_tokens) * triton.cdiv(EXPERTS, block_experts), HIDDEN_SIZE // block_k
+        splits = next((n for n in (16, 12, 8, 6, 4, 3, 2) if blocks % n == 0 and tiles * n <= ctas), 1)
+        found.append(Plan("tiles", block_tokens, block_experts, block_k, blocks // splits, warps, stages))
+    return list(dict.fromkeys(found))
+
+
 def plans(tokens: int):
     """Plans of the first kernel worth timing at this many tokens."""
-    from sglang.srt.layers.minimax_router import Plan
+    from sglang.srt.layers.minimax_router import PLANS, Plan
 
+    if tokens > max(PLANS):
+        yield from prefill_plans(tokens)
+        return
     rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     parts = [(32, 128, 1, 4), (64, 128, 1, 8), (16, 256, 1, 4), (16, 256, 1, 8), (64, 128, 1, 4), (16, 128, 2, 4)]
     parts += [(16, 128, 1, 4), (32, 256, 1, 8), (32, 128, 2, 4), (32, 128, 2, 8), (64, 64, 2, 4), (64, 128, 2, 8)]
@@ -63,11 +95,27 @@ def compile_plan(plan, tokens: int) -> None:
         return torch.empty(size, device="meta", dtype=dtype)
 
     x, partials = meta(tokens, HIDDEN_SIZE, dtype=torch.bfloat16), meta(plan.splits(HIDDEN_SIZE), tokens, EXPERTS)
-    options = router._launch_options(torch.device("cuda"))
+    options = {**router._launch_options(torch.device("cuda")), "num_warps": plan.warps, "grid": (1,)}
+    tensors = x, meta(EXPERTS, HIDDEN_SIZE), partials, tokens, EXPERTS, HIDDEN_SIZE, HIDDEN_SIZE
     with contextlib.suppress(Exception):
-        router._partial_logits_kernel.warmup(
-            x, meta(EXPERTS, HIDDEN_SIZE), partials, tokens, EXPERTS, HIDDEN_SIZE, HIDDEN_SIZE, *plan[:5],
-            **options, num_warps=plan.warps, grid=(1,),
+        if plan.method == "tiles":
+            whole = HIDDEN_SIZE % (plan.block_k * plan.steps) == 0
+            router._tiled_partial_logits_kernel.warmup(*tensors, *plan[1:5], plan.stages, whole, **options)
+        else:
+            router._partial_logits_kernel.warmup(*tensors, *plan[:5], **options)
+
+
+def compile_sum(splits: int) -> None:
+    """The second kernel where it does not choose, which has one form for any number of tokens."""
+    from sglang_minimax import overlay
+
+    overlay.install()
+    from sglang.srt.layers import minimax_router as router
+
+    with contextlib.suppress(Exception):
+        router._add_partials_kernel.warmup(
+            torch.empty(splits, 1, EXPERTS, device="meta"), torch.empty(1, EXPERTS, device="meta"), 1, EXPERTS, splits,
+            triton.next_power_of_2(EXPERTS), **router._launch_options(torch.device("cuda")), num_warps=4, grid=(1,),
         )  # fmt: skip
 
 
@@ -97,8 +145,9 @@ def compile_all(tokens: list[int]) -> None:
     )
     splits = dict.fromkeys(plan.splits(HIDDEN_SIZE) for plan, _ in of_plans)
     with compilers() as pool:
-        jobs = [pool.submit(compile_choice, count, warps) for count in splits for warps in WARPS]
-        jobs += [pool.submit(compile_plan, plan, count) for plan, count in of_plans]
+        jobs = [pool.submit(compile_plan, plan, count) for plan, count in of_plans]
+        jobs += [pool.submit(compile_choice, count, warps) for count in splits for warps in WARPS]
+        jobs += [pool.submit(compile_sum, count) for count in splits if count > 1]
         concurrent.futures.wait(jobs)
 
 
@@ -165,7 +214,7 @@ def time_plans(problem: Problem, row: dict, deadline: float) -> None:
             one["partials"] = problem.time_of(lambda x, w, p=plan: router.partial_logits(x, w, p))
         except Exception as reason:  # too much shared memory, or a shape that this method does not take
             one["failed"] = why(reason)
-    for method in ("parts", "reduce"):
+    for method in ("parts", "reduce", "tiles"):
         timed = [one for one in row["plans"] if one["plan"].method == method and "partials" in one]
         for one in sorted(timed, key=lambda one: one["partials"])[:FASTEST]:
             if time.monotonic() > deadline:
@@ -188,7 +237,7 @@ def measure(tokens: int, weights: list, bias: torch.Tensor, deadline: float) -> 
     from sglang.srt.layers import minimax_router as router
     from sglang.srt.layers.moe.topk import fused_topk
 
-    problem = Problem(tokens, weights, bias)
+    problem = Problem(tokens, weights[: max(4, 2 * max(PREFILL_TOKENS) // tokens)], bias)
 
     def stock_logits(x, weight):
         return torch.nn.functional.linear(x.to(torch.float32), weight)
@@ -217,6 +266,15 @@ def measure(tokens: int, weights: list, bias: torch.Tensor, deadline: float) -> 
             row[name] = problem.time_of(function)
         except Exception as reason:
             row[f"{name} failed"] = why(reason)
+    if tokens <= max(router.PLANS):
+        time_late(problem, row, served)
+    time_plans(problem, row, deadline)
+    return row
+
+
+def time_late(problem: Problem, row: dict, served) -> None:
+    from sglang.srt.layers import minimax_router as router
+
     early = router.has_programmatic_launch
     router.has_programmatic_launch = lambda device: False
     try:
@@ -225,8 +283,6 @@ def measure(tokens: int, weights: list, bias: torch.Tensor, deadline: float) -> 
         row["late failed"] = why(reason)
     finally:
         router.has_programmatic_launch = early
-    time_plans(problem, row, deadline)
-    return row
 
 
 def tell(tokens: int, row: dict) -> None:
@@ -235,8 +291,8 @@ def tell(tokens: int, row: dict) -> None:
     def microseconds(name: str) -> str:
         return f"{name} {row[name]:.2f}" if name in row else f"{name}: {row.get(name + ' failed')}"
 
-    names = ("stock logits", "stock", "two steps", "served", "late")
-    print(f"{tokens:4} tokens: {', '.join(map(microseconds, names))}; stock's error {row['stock error']:.1e}")
+    names = ["stock logits", "stock", "two steps", "served"] + ["late"] * ("late" in row or "late failed" in row)
+    print(f"{tokens:5} tokens: {', '.join(map(microseconds, names))}; stock's error {row['stock error']:.1e}")
     for one in row["plans"]:
         if "logits" in one:
             choice = " ".join(f"{warps}:{time_us:.2f}" for warps, time_us in one["choice"].items())
@@ -253,13 +309,21 @@ def tell(tokens: int, row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="where to write all numbers")
-    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="in this order")
+    parser.add_argument("--tokens", type=int, nargs="+", help="in this order")
+    parser.add_argument("--prefill", action="store_true", help="counts above those served, by the plans for them")
     parser.add_argument("--time-limit", type=float, default=600, help="seconds after which nothing new is begun")
     options = parser.parse_args()
     deadline = time.monotonic() + options.time_limit
     from sglang_minimax import overlay
 
     overlay.install()
+    from sglang.srt.layers import minimax_router as router
+
+    options.tokens = options.tokens or (PREFILL_TOKENS if options.prefill else TOKENS)
+    if options.prefill:
+        router.MAX_TOKENS = max(router.PREFILL_PLANS)
+    elif max(options.tokens) > router.MAX_TOKENS:
+        parser.error(f"{max(options.tokens)} tokens are more than the {router.MAX_TOKENS} served: add --prefill")
     compile_all(options.tokens)
     print(f"compiled, {deadline - time.monotonic():.0f} s left", flush=True)
     torch.manual_seed(0)

@@ -441,7 +441,7 @@ def _tiled_partial_logits_kernel(
     tl.store(place, tl.trans(sums), mask=(token[:, None] < tokens) & (expert[None, :] < experts))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _add_partials_kernel(
     partials_ptr, logits_ptr, tokens, experts, SPLITS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, PDL: tl.constexpr
 ):
