@@ -356,6 +356,13 @@ def choose_experts(
 
 
 @triton.jit
+def _upper_half(value):
+    """A float32 cut off to what bfloat16 holds, as float32. Unlike a rounded one it is finite for every finite value,
+    and takes no conversion, of which a GPU does few at a time."""
+    return (value.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _partial_logits_kernel(
     x_ptr, weight_ptr, partials_ptr, tokens, experts, hidden_size, x_stride,
     METHOD: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -378,23 +385,15 @@ def _partial_logits_kernel(
         if METHOD == "reduce":
             sums += tl.sum(x.to(tl.float32)[:, None, :] * weight[None, :, :], axis=2)
         else:
-            first = weight.to(tl.bfloat16)
-            rest = weight - first.to(tl.float32)
-            second = rest.to(tl.bfloat16)
-            third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+            first = _upper_half(weight)
+            rest = weight - first
+            second = _upper_half(rest)
             # The smallest first: added to what is large already, they would lose their last bits.
-            sums = tl.dot(x, tl.trans(third), sums)
-            sums = tl.dot(x, tl.trans(second), sums)
-            sums = tl.dot(x, tl.trans(first), sums)
+            sums = tl.dot(x, tl.trans((rest - second).to(tl.bfloat16)), sums)
+            sums = tl.dot(x, tl.trans(second.to(tl.bfloat16)), sums)
+            sums = tl.dot(x, tl.trans(first.to(tl.bfloat16)), sums)
     place = partials_ptr + (split * tokens + token[:, None]) * experts + expert[None, :]
     tl.store(place, sums, mask=(token[:, None] < tokens) & (expert[None, :] < experts))
-
-
-@triton.jit
-def _upper_half(value):
-    """A float32 cut off to what bfloat16 holds, as float32. Unlike a rounded one it is finite for every finite value,
-    and takes no conversion, of which a GPU does few at a time."""
-    return (value.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["tokens"])
