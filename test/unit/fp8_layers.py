@@ -68,3 +68,18 @@ class Layer(torch.nn.Module):
         self.calls += 1
         exact = quantised(x) @ dequantised(self.weight, self.weight_scale_inv).T
         return exact.bfloat16(), None
+
+
+def bfloat16_pairs() -> torch.Tensor:
+    """[groups, 128] bfloat16: for each of the 128 largest magnitudes that differ by more than a power of two, all
+    values of its group down to 2^-20 of it, which is far below the least e4m3 value; signs in turn."""
+    mantissas = 1 + torch.arange(128) / 128
+    smaller = (mantissas * 2.0 ** -torch.arange(21)[:, None]).flatten()
+    rows = []
+    for largest in mantissas:
+        values = smaller[smaller <= largest]
+        values = torch.cat([values, values.new_zeros(-len(values) % 127)]).unflatten(0, (-1, 127))
+        rows.append(torch.cat([torch.full((len(values), 1), largest), values], dim=1))
+    x = torch.cat(rows)
+    x[:, ::2] *= -1
+    return x.bfloat16()
