@@ -12,8 +12,10 @@ import pytest
 import torch
 import triton.language as tl
 from sglang.srt.layers import minimax_experts as experts
+from sglang.srt.layers import minimax_experts_prefill as experts_prefill
 from sglang.srt.layers.minimax_experts import Plan, Projection
 from sglang.srt.layers.minimax_fp8_linear import quantise_reference
+from sglang.srt.layers.minimax_fp8_quantise import quantise_reference as divided_reference
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -99,16 +101,21 @@ def run(plan: Plan, arguments, first_expert: int = 0) -> torch.Tensor:
     return experts.run_plan(plan, *arguments, first_expert)
 
 
-def quantised(x: torch.Tensor) -> torch.Tensor:
-    """Float64 of what the engine's FP8 quantisation makes of x [rows, columns]."""
-    q, scale = quantise_reference(x)
+def quantised(x: torch.Tensor, quantise=quantise_reference) -> torch.Tensor:
+    """Float64 of what the FP8 quantisation makes of x [rows, columns]."""
+    q, scale = quantise(x)
     return q.double() * scale.double().repeat_interleave(128, -1)
 
 
-def exact(plan: Plan, arguments, first_expert: int = 0) -> torch.Tensor:
-    """In float64, but for silu(gate) * up, which are bfloat16, and for what a plan quantises."""
+def exact(plan: Plan, arguments, first_expert: int = 0, engine: bool = False) -> torch.Tensor:
+    """In float64, but for silu(gate) * up, which are bfloat16, and for what a plan quantises.
+
+    ``engine``: gate and up are bfloat16 too, and quantising divides by the scale, where the kernels for few tokens
+    multiply with its inverse: the two differ beside a limit between two e4m3 values.
+    """
+    of_float8 = functools.partial(quantised, quantise=divided_reference) if engine else quantised
     x, routing_weights, ids, w13, w13_scale, w2, w2_scale = arguments
-    of_x, of_activated = (quantised if how.activations == "float8" else torch.Tensor.double for how in plan[1:])
+    of_x, of_activated = (of_float8 if how.activations == "float8" else torch.Tensor.double for how in plan[1:])
     x = of_x(x)
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, choice in np.ndindex(*ids.shape):
@@ -119,7 +126,7 @@ def exact(plan: Plan, arguments, first_expert: int = 0) -> torch.Tensor:
             torch.kron(scale[expert].double(), torch.ones(128, 128)) * weight[expert].double()
             for weight, scale in ((w13, w13_scale), (w2, w2_scale))
         )
-        gate, up = (of_gate_up @ x[token]).chunk(2)
+        gate, up = (of_gate_up @ x[token]).to(torch.bfloat16 if engine else torch.float64).double().chunk(2)
         activated = of_activated((torch.nn.functional.silu(gate) * up).bfloat16()[None])[0]
         out[token] += routing_weights[token, choice].double() * (of_down @ activated)
     return out
@@ -248,3 +255,64 @@ def test_the_choice_by_the_number_of_tokens_breaks_no_graph(monkeypatch):
             else:
                 check(out, exact(experts.plan_for(tokens, WIDTH), (*inputs, *rest)))
     assert len(graphs) == 2
+
+
+@pytest.fixture
+def engines_launches(monkeypatch):
+    """The engine's expert GEMM as on CUDA, with a small configuration; order and sum in plain torch."""
+    from sglang.srt.layers.moe.fused_moe_triton import fused_moe, fused_moe_triton_kernels
+
+    def align(ids, block, experts):
+        """Routes in the order of their experts, each expert's filled up to whole blocks with the number of routes."""
+        routes, blocks = [], []
+        for expert in range(experts):
+            own = (ids.flatten() == expert).nonzero().flatten().tolist()
+            own += [ids.numel()] * (-len(own) % block)
+            routes, blocks = routes + own, blocks + [expert] * (len(own) // block)
+        return tuple(torch.tensor(values, dtype=torch.int32) for values in (routes, blocks, [len(routes)]))
+
+    config = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
+    monkeypatch.setattr(fused_moe_triton_kernels, "_is_cuda", True)
+    monkeypatch.setattr(fused_moe_triton_kernels, "is_sm90_supported", lambda: False)
+    monkeypatch.setattr(fused_moe, "try_get_optimal_moe_config", lambda *args, **kwargs: (config, (None, None)))
+    monkeypatch.setattr(fused_moe, "moe_align_block_size", align)
+    monkeypatch.setattr(
+        fused_moe, "moe_sum_reduce", lambda x, out, factor: out.copy_(x.float().sum(1) * factor), raising=False
+    )
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 128), (70, 128), (9, 384)])
+def test_the_engines_gemms_take_what_is_quantised_here(engines_launches, tokens, width):
+    arguments = problem(tokens, "uniform", width)
+    out = experts_prefill.minimax_experts_of_many(*arguments)
+    expected = exact(PLANS["float8"], arguments, engine=True)
+    # Each route's output is rounded to bfloat16 before the sum: far less than what another scale would make.
+    assert out.dtype == torch.bfloat16 and (out.double() - expected).norm() < 2**-8 * expected.norm()
+    wide = torch.cat([arguments[0], arguments[0]], dim=1)[:, :HIDDEN_SIZE]
+    assert torch.equal(experts_prefill.minimax_experts_of_many(wide, *arguments[1:]), out)
+
+
+def test_more_tokens_than_fit_in_a_pass_take_several_and_none_takes_none(engines_launches, monkeypatch):
+    x, *rest = problem(20)
+    whole = experts_prefill.minimax_experts_of_many(x, *rest)
+    monkeypatch.setattr(experts_prefill, "MOST", 8)
+    assert torch.equal(experts_prefill.minimax_experts_of_many(x, *rest), whole)
+    assert experts_prefill.minimax_experts_of_many(x[:0], rest[0][:0], rest[1][:0], *rest[2:]).shape == (0, HIDDEN_SIZE)
+
+
+def test_piecewise_graphs_hold_it_as_one_operator(engines_launches, monkeypatch):
+    """Compiled with a symbol for the tokens, without a break."""
+    monkeypatch.setattr(experts, "is_in_piecewise_cuda_graph", lambda: True)
+    x, weights, ids, *rest = problem(20)
+    layer = Experts(*rest)
+
+    def forward(x, weights, ids):
+        topk_output = StandardTopKOutput(weights, ids, None)
+        return experts.few_or_many_tokens(MOST, experts_prefill.experts_of_many_tokens, layer, x + 0, topk_output) * 1
+
+    compiled, graphs = compile_whole(forward, monkeypatch)
+    with torch.no_grad():
+        for tokens in (3, 20):
+            inputs = x[:tokens], weights[:tokens], ids[:tokens]
+            assert torch.equal(compiled(*inputs), experts_prefill.minimax_experts_of_many(*inputs, *rest))
+    assert len(graphs) == 1

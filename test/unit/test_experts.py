@@ -87,7 +87,7 @@ def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypa
     said = []
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
     chosen = [experts.choose_experts(layer()) for _ in range(3)]
-    assert {(way.func, way.args) for way in chosen} == {(experts.few_or_many_tokens, (MOST,))}
+    assert {(way.func, way.args) for way in chosen} == {(experts.few_or_many_tokens, (MOST, experts.engine_experts))}
     assert len(said) == 1 and f"kernels up to {MOST} tokens" in said[0]
 
 
@@ -174,7 +174,7 @@ def test_many_tokens_and_piecewise_graphs_are_the_engines(monkeypatch, tokens, p
             calls.append(("engine", None))
 
     topk_output = StandardTopKOutput(torch.empty(tokens, 8), torch.empty(tokens, 8, dtype=torch.int32), None)
-    experts.few_or_many_tokens(MOST, Layer(), torch.empty(tokens, 256), topk_output)
+    experts.few_or_many_tokens(MOST, experts.engine_experts, Layer(), torch.empty(tokens, 256), topk_output)
     assert calls == [(taken, 192 if taken == "ours" else None)], "the fourth EP rank's experts begin at 192"
 
 

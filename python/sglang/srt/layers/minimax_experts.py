@@ -26,13 +26,13 @@ What is rounded, to bfloat16, is silu(gate) * up and the output. No float atomic
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from sglang.srt.compilation.piecewise_context_manager import is_in_piecewise_cuda_graph
+from sglang.srt.layers.minimax_experts_prefill import Experts, choose_experts_of_many
 from sglang.srt.layers.minimax_fp8_linear import _prefetch, _quantise
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
@@ -109,7 +109,7 @@ def max_tokens(experts: torch.nn.Module) -> int:
     return max(plans_for(experts.intermediate_size_per_partition))
 
 
-def choose_experts(experts: torch.nn.Module) -> Callable[[torch.nn.Module, torch.Tensor, TopKOutput], torch.Tensor]:
+def choose_experts(experts: torch.nn.Module) -> Experts:
     """What computes a layer's experts, a function of (experts, hidden_states, topk_output): [tokens, hidden_size].
 
     Called once, when the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
@@ -119,7 +119,7 @@ def choose_experts(experts: torch.nn.Module) -> Callable[[torch.nn.Module, torch
         return engine_experts
     limit = max_tokens(experts)
     log_once(f"The experts' output comes from two or four kernels up to {limit} tokens.")
-    return functools.partial(few_or_many_tokens, limit)
+    return functools.partial(few_or_many_tokens, limit, choose_experts_of_many(experts) or engine_experts)
 
 
 def engine_experts(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput) -> torch.Tensor:
@@ -128,12 +128,12 @@ def engine_experts(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_o
 
 
 def few_or_many_tokens(
-    limit: int, experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput
+    limit: int, many: Experts, experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput
 ) -> torch.Tensor:
-    """The kernels here up to ``limit`` tokens, for which there are plans, and the engine's above."""
-    # The engine has an op for its experts in piecewise graphs. --enable-torch-compile has this traced, plan_for not.
+    """The kernels here up to ``limit`` tokens, for which there are plans, and ``many`` above."""
+    # Piecewise graphs are traced for any number of tokens. --enable-torch-compile has this traced, plan_for not.
     if is_in_piecewise_cuda_graph() or not 0 < hidden_states.shape[0] <= limit:
-        return experts(hidden_states, topk_output)
+        return many(experts, hidden_states, topk_output)
     assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"
     return minimax_experts(
         hidden_states, topk_output.topk_weights, topk_output.topk_ids, experts.w13_weight,
