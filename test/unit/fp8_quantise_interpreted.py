@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sglang.srt.layers import minimax_fp8_linear
 from sglang.srt.layers import minimax_fp8_quantise as fp8
+from sglang.srt.layers.quantization import fp8_utils
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from unit.experts_interpreted import converted
-from unit.fp8_layers import bfloat16_pairs
+from unit.fp8_layers import Layer, bfloat16_pairs, dequantised, problem
 from unit.interpreted import compile_whole
 
 
@@ -112,3 +114,29 @@ def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):
         for rows in (5, 17):
             assert same(compiled(random(rows, 256)), fp8.quantise_reference(random(rows, 256)))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("product", ["cutlass", "deepgemm"])
+def test_above_the_plans_the_engines_product_takes_what_is_quantised_here(monkeypatch, product):
+    x, weight, scale = problem(201, 256, 384)
+    layer, given = Layer(weight, scale), []
+    layer.quant_method.w8a8_block_fp8_linear = getattr(fp8_utils, f"{product}_w8a8_block_fp8_linear_with_fallback")
+
+    def cutlass(q, weight_t, q_scale, weight_scale_t, out_dtype):
+        return deepgemm(q, weight_t.T, q_scale, weight_scale_t.T, [128, 128], out_dtype)
+
+    def deepgemm(q, weight, q_scale, weight_scale, block, output_dtype):
+        given.append((q_scale.stride(), block))
+        values = q.double() * q_scale.double().repeat_interleave(128, 1)
+        return (values @ dequantised(weight, weight_scale).T).to(output_dtype)
+
+    monkeypatch.setattr(fp8, "QUANTISES_PREFILL", True)
+    monkeypatch.setattr(fp8_utils, "fp8_blockwise_scaled_mm", cutlass, raising=False)
+    monkeypatch.setattr(fp8_utils, "w8a8_block_fp8_matmul_deepgemm", deepgemm)
+    project = minimax_fp8_linear.Fp8Linear(layer)
+    q, q_scale = fp8.quantise_reference(x)
+    exact = (q.double() * q_scale.double().repeat_interleave(128, 1)) @ dequantised(weight, scale).T
+    assert torch.equal(project(x), exact.bfloat16())
+    assert given == [((1, 201 if product == "cutlass" else 204), [128, 128])] and layer.calls == 0
+    assert project(x[:0]).shape == (0, 256) and project(x[: project.max_tokens]).shape[1] == 256
+    assert len(given) == 1, "none and few are as before"

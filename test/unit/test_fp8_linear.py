@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers import minimax_fp8_linear as fp8
-from sglang.srt.layers import minimax_log
+from sglang.srt.layers import minimax_fp8_quantise, minimax_log
+from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
 from unit.fp8_layers import Layer, problem
 from unit.interpreted import assert_passes_interpreted
@@ -153,3 +154,29 @@ def test_weights_that_were_changed_after_loading_are_left_to_the_engine(monkeypa
         projection(problem(3, 160, 384)[0])
     minimax_log.log_once.cache_clear()
     assert made.calls == 2 and len(said) == 1 and "torch.int32" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("taken", "way", "outputs", "said"),
+    [
+        (False, fp8_utils.cutlass_w8a8_block_fp8_linear_with_fallback, 256, []),
+        (True, fp8_utils.triton_w8a8_block_fp8_linear, 256, ["by the engine, whose product is triton_w8a8"]),
+        (True, fp8_utils.cutlass_w8a8_block_fp8_linear_with_fallback, 160, ["by the engine, whose product is cutlass"]),
+        (True, fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback, 160, ["by the engine, whose product is deepg"]),
+    ],
+)
+def test_a_product_that_is_not_known_is_left_to_the_engine(monkeypatch, taken, way, outputs, said):
+    """And so is every product until this was measured; ``fp8_quantise_interpreted.py`` has those that are taken."""
+    assert not minimax_fp8_quantise.QUANTISES_PREFILL
+    lines = []
+    monkeypatch.setattr(minimax_fp8_quantise, "QUANTISES_PREFILL", taken)
+    monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: lines.append(text))
+    minimax_log.log_once.cache_clear()
+    x, weight, scale = problem(201, outputs, 384)
+    made = Layer(weight, scale)
+    made.quant_method.w8a8_block_fp8_linear = way
+    project = fp8.Fp8Linear(made)
+    for _ in range(2):
+        assert project(x).shape == (201, outputs)
+    minimax_log.log_once.cache_clear()
+    assert made.calls == 2 and len(lines) == len(said) and all(map(str.__contains__, lines, said))

@@ -23,8 +23,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from sglang.srt.layers import minimax_fp8_quantise
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
+from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
 from sglang.srt.server_args import get_global_server_args
@@ -189,6 +191,7 @@ class Fp8Linear:
         self.outputs, inputs = linear.weight.shape
         self.max_tokens = max(plans_for(inputs, self.outputs))
         self.weights_fit: bool | None = None
+        self.of_many: Projection = self._engine
         self._handle = len(_layers)
         _layers.append(self)
 
@@ -203,13 +206,18 @@ class Fp8Linear:
             self.weights_fit = reason is None
             if reason is not None:
                 _log_against(reason)
+            elif minimax_fp8_quantise.QUANTISES_PREFILL:
+                self.of_many = choose_product(self.linear) or self._engine
         tokens, inputs = x.shape
         if tokens == 0:
             return x.new_empty(0, self.outputs)
         plan = plan_for(tokens, inputs, self.outputs)
         if not self.weights_fit or plan is None:
-            return self.linear(x)[0]
+            return self.of_many(x)
         return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan)
+
+    def _engine(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)[0]
 
 
 _layers: list[Fp8Linear] = []  # a compiled graph names a layer by its place here
@@ -224,6 +232,36 @@ def _no_outputs(layer: int, x: torch.Tensor) -> torch.Tensor:
 def minimax_fp8_linear(layer: int, x: torch.Tensor) -> torch.Tensor:
     """:meth:`Fp8Linear.run` as a torch operator."""
     return _layers[layer].run(x)
+
+
+def choose_product(linear: torch.nn.Module) -> Projection | None:
+    """The engine's product for many tokens on activations that are quantised here, or None: all of it is the engine's.
+
+    Args:
+        linear: with weights for which :func:`reason_against_layer` has no reason.
+    """
+    way, outputs = linear.quant_method.w8a8_block_fp8_linear, linear.weight.shape[0]
+    chosen: Projection | None = None
+    # Other outputs the engine gives to another kernel. Weights are looked up at each call: an update may replace them.
+    if way is fp8_utils.cutlass_w8a8_block_fp8_linear_with_fallback and outputs % GROUP == 0:
+
+        def chosen(x: torch.Tensor) -> torch.Tensor:
+            q, scale = minimax_fp8_quantise.quantise(x, column_major=True)
+            weight, weight_scale = linear.weight, linear.weight_scale_inv
+            return fp8_utils.fp8_blockwise_scaled_mm(q, weight.T, scale, weight_scale.T, out_dtype=x.dtype)
+
+    elif way is fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback and outputs % 64 == 0:
+
+        def chosen(x: torch.Tensor) -> torch.Tensor:
+            q, scale = minimax_fp8_quantise.quantise(x, column_major=True, tma_aligned=True)
+            weight, weight_scale = linear.weight, linear.weight_scale_inv
+            return fp8_utils.w8a8_block_fp8_matmul_deepgemm(
+                q, weight, scale, weight_scale, [GROUP, GROUP], output_dtype=x.dtype
+            )
+
+    said = "in a launch of ours" if chosen is not None else f"by the engine, whose product is {way.__name__}"
+    log_once(f"Activations of many tokens are quantised for projections {said}.")
+    return chosen
 
 
 def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
