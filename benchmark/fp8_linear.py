@@ -75,7 +75,7 @@ def graph_time(function, arguments: list, replays: int = REPLAYS) -> float:
     return statistics.median(graph_timing.replay_times(graph, len(arguments), WARM_UP, replays))
 
 
-def measure(backend: str, ranks: list[int]) -> None:
+def measure(backend: str, ranks: list[int], token_counts: list[int]) -> None:
     """Prints a row of JSON for each projection and number of tokens, as it comes."""
     import torch
     import tune_experts as tuner
@@ -94,7 +94,7 @@ def measure(backend: str, ranks: list[int]) -> None:
                     weight = torch.randn(outputs, inputs, device="cuda").to(torch.float8_e4m3fn)
                     scale = (0.5 + torch.rand(outputs // BLOCK, inputs // BLOCK, device="cuda")) * inputs**-0.5
                     weights.append((weight, scale))
-                for tokens in TOKENS:
+                for tokens in token_counts:
                     x = torch.randn(tokens, inputs, device="cuda").bfloat16()
                     arguments = [(x, weight, [BLOCK, BLOCK], scale) for weight, scale in weights]
                     error = relative_error(linear(*arguments[0]), *quantise(x, BLOCK), *weights[0])
@@ -324,19 +324,20 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, help=argparse.SUPPRESS)
     parser.add_argument("--plans", action="store_true", help="time the plans of minimax_fp8_linear.py beside --stock")
     parser.add_argument("--stock", nargs="+", choices=BACKENDS, default=["cutlass"])
-    parser.add_argument("--tokens", type=int, nargs="+", help="with --plans")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of a layer; a prefill has 512 to 8192")
     parser.add_argument("--time-limit", type=float, default=180, help="with --plans: seconds, compilation included")
     options = parser.parse_args()
     if options.plans:
         measure_plans(options)
         return
-    options.ranks = options.ranks or [4, 2]
+    options.ranks, options.tokens = options.ranks or [4, 2], options.tokens or TOKENS
     if options.backend:
-        measure(options.backend, options.ranks)
+        measure(options.backend, options.ranks, options.tokens)
         return
     results: dict[str, dict] = {}
     for backend in options.backends:
         command = [sys.executable, __file__, "--backend", backend, "--ranks", *map(str, options.ranks)]
+        command += ["--tokens", *map(str, options.tokens)]
         # Without PRECOMPILE the engine compiles DeepGEMM's kernels for the shapes at hand only, not for all of them.
         deep_gemm = {
             "SGLANG_ENABLE_JIT_DEEPGEMM": str(int(backend == "deep_gemm")),
