@@ -2,6 +2,7 @@
 """Tunes the engine's Triton expert GEMMs for MiniMax-M2 in FP8 (blocks of 128 x 128) on the GPU of this host.
 
     python benchmark/tune_experts.py --out FOLDER [--shapes 256:384 128:768] [--time-limit 300]
+    python benchmark/tune_experts.py --out FOLDER --shapes 256:384 --tokens 1024 2048 4096 8192 --onto TABLES
     python benchmark/tune_experts.py --out FOLDER --dry-run        # no GPU: compiles for sm90, times nothing
 
 A shape is local experts : a rank's part of an expert's width, E : N in the engine's file names. The published model
@@ -15,7 +16,8 @@ a routing each, so that few tokens do not find their experts in the L2 cache. Ev
 those within 8 % of the best are timed again over 30. Then the whole of ``fused_experts`` runs with the engine's
 default and with the tables, read back from the files: compared with float32 arithmetic on the same FP8 values, and
 timed. A shape is written once all of its token counts are done and right. Compilation runs in parallel processes,
-which launch nothing, while the one process that owns the GPU measures.
+which launch nothing, while the one process that owns the GPU measures. With ``--onto`` the tables written have, for
+the token counts that were not tuned, what those under TABLES/configs have.
 """
 
 from __future__ import annotations
@@ -99,6 +101,8 @@ def candidates(tokens: int, stage: Stage) -> list[Config]:
         found += [config(64, n, 8, stages, group) for n in (128, 256) for stages in (3, 4) for group in (1, 16)]
         found += [config(128, 128, w, stages, group) for w in (4, 8) for stages in (3, 4) for group in (1, 16)]
         found += [config(128, 64, 4, 4), config(128, 64, 4, 4, 16), config(128, 256, 8, 3), config(128, 256, 8, 3, 16)]
+        found += [config(m, 64, 4, stages, group=16) for m in (32, 64) for stages in (3, 4)]
+        found += [config(64, 128, 4, 4, group=32), config(128, 128, 8, 3, group=32)]
     if tokens >= 1024 and stage is DOWN:
         found += [config(m, 128, warps, 3, tma=True) for m in (64, 128) for warps in (4, 8)]
     return found
@@ -458,11 +462,14 @@ def table_files(root: Path, shape: Shape) -> dict[Stage, Path]:
     }
 
 
-def write_tables(root: Path, shape: Shape, best: dict[int, dict[Stage, Config]]) -> None:
+def write_tables(root: Path, shape: Shape, best: dict[int, dict[Stage, Config]], onto: Path | None = None) -> None:
+    """Into ``root``: the best by token count, and for other counts what the tables under ``onto`` have."""
+    before = table_files(onto, shape) if onto else {}
     for stage, path in table_files(root, shape).items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        table = {str(tokens): chosen[stage] for tokens, chosen in best.items()}
-        path.write_text(json.dumps(table, indent=4) + "\n")
+        table = json.loads(before[stage].read_text()) if before else {}
+        table |= {str(tokens): chosen[stage] for tokens, chosen in best.items()}
+        path.write_text(json.dumps({count: table[count] for count in sorted(table, key=int)}, indent=4) + "\n")
 
 
 def use_tables(root: Path | None) -> None:
@@ -508,7 +515,7 @@ def tune_shape(kernels, shape: Shape, compilers: Compilers, options, deadline: f
         # What is wrong, or slower as a whole, must not be shipped: there the table says what the engine's default is.
         if not row["tuned_error"] < TOLERANCE or row["tuned_us"] > row["default_us"]:
             best[tokens], row["kept_default"] = dict.fromkeys(STAGES, DEFAULT), 1.0
-    write_tables(options.out, shape, best)
+    write_tables(options.out, shape, best, options.onto)
     del weights
     torch.cuda.empty_cache()
     chosen = {t: {stage.name: block for stage, block in pair.items()} for t, pair in best.items()}
@@ -556,6 +563,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for configs/ and tune_experts.json")
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=[Shape.parse(text) for text in SHAPES])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--onto", type=Path, metavar="TABLES", help="folder with configs/ whose other counts are kept")
     parser.add_argument("--time-limit", type=float, default=1800, help="seconds; a shape that is not done is left out")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
     parser.add_argument("--dry-run", action="store_true", help="compile for sm90 without a GPU and stop")
