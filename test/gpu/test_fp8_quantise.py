@@ -59,7 +59,7 @@ def test_silu_of_gate_times_up_is_quantised_from_its_bfloat16(rows, plan):
     expected = expected_values.double() * expected_scales
     step = torch.maximum(expected.abs() * 2**-3, expected_scales * 2**-9)
     assert ((values.double() * scales - expected).abs() <= 1.1 * step).all(), "no further than the next e4m3 value"
-    assert ((values.double() * scales) != expected).double().mean() < 2**-7
+    assert ((values.double() * scales) != expected).sum() <= 128 + values.numel() * 2**-7
     assert same(fp8.quantise_activated(gate_up, plan), (values, scale))
 
 

@@ -15,7 +15,6 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from unit.experts_interpreted import converted
 from unit.fp8_layers import Layer, bfloat16_pairs, dequantised, problem
-from unit.interpreted import compile_whole
 
 
 @pytest.fixture(autouse=True)
@@ -105,15 +104,6 @@ def test_other_groups_are_refused():
         fp8.quantise(random(2, 200))
     with pytest.raises(AssertionError, match="float16"):
         fp8.quantise(random(2, 256).half())
-
-
-def test_compiled_whole_with_a_symbol_for_the_tokens(monkeypatch):
-    """As piecewise CUDA graphs trace the forward pass."""
-    compiled, graphs = compile_whole(lambda x: fp8.quantise(x * 1, column_major=True), monkeypatch)
-    with torch.no_grad():
-        for rows in (5, 17):
-            assert same(compiled(random(rows, 256)), fp8.quantise_reference(random(rows, 256)))
-    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("product", ["cutlass", "deepgemm"])

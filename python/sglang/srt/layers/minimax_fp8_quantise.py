@@ -8,6 +8,8 @@ once, so that what follows has the bits that it has behind the engine's own kern
 
 The engine has a kernel with a group for each CTA, before its linear layers, and one that reads its input twice, before
 its experts. Here a CTA has several groups, and reads each once, 16 bytes a thread at a time.
+
+These functions are called in operators only, those of the experts and of a projection, into which no compiler looks.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from sglang.srt.layers.quantization.fp8_kernel import create_per_token_group_quant_fp8_output_scale
-from sglang.srt.utils.custom_op import register_custom_op
 
 GROUP = 128
 E4M3_MAX = 448.0
@@ -64,12 +65,19 @@ def quantise_activated(gate_up: torch.Tensor, plan: tuple[int, int] | None = Non
 def _quantised(
     x: torch.Tensor, columns: int, column_major: bool, tma_aligned: bool, plan: tuple[int, int]
 ) -> Quantised:
+    """Of x where it has as many ``columns``, else of silu(gate) * up."""
     if columns % GROUP or columns == 0:
         raise ValueError(f"{columns} columns are no multiple of {GROUP}, the group of a scale: leave them unquantised")
-    shape = x.shape[0], columns
+    assert x.dtype == torch.bfloat16 and x.stride(1) == 1, f"rows of bfloat16, each contiguous, and not {x.dtype}"
+    assert x.stride(0) % 8 == 0, f"rows start at multiples of 16 bytes, and these are {x.stride(0)} values apart"
+    shape, (block, warps) = (x.shape[0], columns), plan
     values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = create_per_token_group_quant_fp8_output_scale(shape, x.device, GROUP, column_major, tma_aligned, False)
-    minimax_quantise(x, values, scale, *plan)
+    if groups := shape[0] * (columns // GROUP):
+        _quantise_kernel[(triton.cdiv(groups, block),)](
+            x, values, scale, groups, x.stride(0), scale.stride(0), scale.stride(1), columns // GROUP,
+            x.shape[1] != columns, block, num_warps=warps,
+        )  # fmt: skip
     return values, scale
 
 
@@ -85,23 +93,6 @@ def activated_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up as :func:`quantise_activated` quantises it, but from float64: [rows, columns] bfloat16."""
     gate, up = gate_up.double().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).bfloat16()
-
-
-# An op of its own: piecewise graphs trace the forward pass with a symbol for the tokens, and the launch is beyond them.
-@register_custom_op(mutates_args=["values", "scale"])
-def minimax_quantise(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, block: int, warps: int) -> None:
-    """Fills ``values`` and ``scale``: of x where it has as many columns as ``values``, else of silu(gate) * up."""
-    rows, columns = values.shape
-    assert x.dtype == torch.bfloat16 and x.stride(1) == 1, f"rows of bfloat16, each contiguous, and not {x.dtype}"
-    assert x.stride(0) % 8 == 0, f"rows start at multiples of 16 bytes, and these are {x.stride(0)} values apart"
-    assert x.shape[1] in (columns, 2 * columns), f"{x.shape[1]} columns of x for {columns} quantised"
-    groups = rows * (columns // GROUP)
-    if groups == 0:
-        return
-    _quantise_kernel[(triton.cdiv(groups, block),)](
-        x, values, scale, groups, x.stride(0), scale.stride(0), scale.stride(1), columns // GROUP,
-        x.shape[1] != columns, block, num_warps=warps,
-    )  # fmt: skip
 
 
 @triton.jit
