@@ -24,6 +24,7 @@ SCRIPTS = {
     "experts": "experts_profile.py",
     "expert-sum": "expert_sum.py",
     "fp8-linear": "fp8_linear.py",
+    "fp8-quantise": "fp8_quantise.py",
 }
 _COMPARES = {"qk-norm": (STOCK, "peer")}  # the others hold the engine's way and ours in one process
 
