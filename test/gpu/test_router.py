@@ -23,13 +23,6 @@ TOP_K = 8
 PLANS = router.PLANS | router.PREFILL_PLANS
 
 
-@pytest.fixture(params=[max(router.PLANS), max(router.PREFILL_PLANS)], ids=["decode", "prefill"])
-def limit(request, monkeypatch) -> int:
-    """The token limit, with the plans for prefill left out and served."""
-    monkeypatch.setattr(router, "MAX_TOKENS", request.param)
-    return request.param
-
-
 @functools.lru_cache(maxsize=2)
 def problem(tokens: int, experts: int, hidden_size: int):
     """x, weight, the logits in float64, and the largest error that summing in float32 explains for each.
@@ -68,7 +61,6 @@ def test_every_plan_takes_any_shape(plan, tokens, experts, hidden_size):
     check(router.add_partials(router.partial_logits(x, weight, plan)), exact, bound)
 
 
-@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", [0, *TOKENS])
 def test_the_op_takes_any_number_of_tokens_and_repeats_its_bits(tokens, experts, hidden_size):
@@ -105,7 +97,6 @@ def test_a_weight_is_whole(plan):
 
 def test_more_tokens_than_32_bits_count_values_of(monkeypatch):
     """The rows of the longest prompt that a server may have, at a stride that puts the last ones beyond 2^31."""
-    monkeypatch.setattr(router, "MAX_TOKENS", max(router.PREFILL_PLANS))
     tokens, hidden_size = 163840, 3072
     x = torch.empty(tokens, 13312, dtype=torch.bfloat16, device="cuda")[:, :hidden_size].normal_()
     assert x[-1].storage_offset() > 2**31
@@ -143,7 +134,6 @@ def check_route(routed, exact, bound, bias, top_k):
     assert ((weights - expected).abs() <= 4 * wrong).all(), f"{(weights - expected).abs().max():.2e}"
 
 
-@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("shift", [0.0, 8.0, None])
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", [0, *TOKENS])
@@ -204,7 +194,6 @@ def test_of_equal_choices_the_lower_expert_is_first_as_in_the_engine(warps):
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(512, device="cuda"), rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("limit")
 def test_graphs_of_several_sizes_replay_in_any_order():
     weight, bias, graphs = problem(16, 256, 3072)[1], bias_of(256), {}
     torch.cuda.synchronize()
@@ -227,7 +216,6 @@ def test_graphs_of_several_sizes_replay_in_any_order():
         assert all(torch.equal(one, other) for one, other in zip(routed, expected, strict=True))
 
 
-@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize(("experts", "hidden_size"), SHAPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_the_experts_are_those_of_float64(tokens, experts, hidden_size):
@@ -246,7 +234,6 @@ def test_the_experts_are_those_of_float64(tokens, experts, hidden_size):
     assert torch.equal(chosen(router.minimax_router_logits(x, weight))[clear], chosen(exact)[clear])
 
 
-@pytest.mark.usefixtures("limit")
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_a_captured_graph_replays_on_new_inputs(tokens):
     x, weight, _, _ = problem(tokens, 256, 3072)
@@ -264,7 +251,6 @@ def test_a_captured_graph_replays_on_new_inputs(tokens):
         assert torch.equal(logits, router.minimax_router_logits(x, weight))
 
 
-@pytest.mark.usefixtures("limit")
 def test_compiled_whole_with_a_symbol_for_the_tokens():
     """As the engine compiles the forward: no graph break, and no other graph on the other side of the limit."""
     gate = torch.nn.Linear(3072, 256, bias=False, device="cuda")

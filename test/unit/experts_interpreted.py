@@ -238,6 +238,7 @@ class Experts(torch.nn.Module):
 def test_the_choice_by_the_number_of_tokens_breaks_no_graph(monkeypatch):
     """As --enable-torch-compile has it, which compiles for each number of tokens."""
     monkeypatch.setattr(experts, "reason_against_plans", lambda layer: None)
+    monkeypatch.setattr(experts, "choose_experts_of_many", lambda layer: None)
     x, weights, ids, *rest = problem(MOST + 1)
     layer = Experts(*rest)
     run_experts = experts.choose_experts(layer)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
+from sglang.srt.layers.quantization.fp8_utils import triton_w8a8_block_fp8_linear
 
 GROUP = 128
 
@@ -30,7 +31,8 @@ def dequantised(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def quantised(x: torch.Tensor) -> torch.Tensor:
     """x as the layer sees it, float64: for each group of 128 the e4m3 values nearest to x / (largest / 448)."""
     groups = x.float().unflatten(-1, (-1, GROUP))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+    largest = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+    scale = largest / torch.full_like(largest, 448)  # by a number, CUDA would multiply with its rounded inverse
     return ((groups * (1 / scale)).to(torch.float8_e4m3fn).double() * scale.double()).flatten(1)
 
 
@@ -61,6 +63,7 @@ class Layer(torch.nn.Module):
         self.bias = None
         self.quant_method = object.__new__(Fp8LinearMethod)
         self.quant_method.use_mxfp8 = self.quant_method.use_marlin = False
+        self.quant_method.w8a8_block_fp8_linear = triton_w8a8_block_fp8_linear  # a way that is left to the engine
         self.quant_method.quant_config = SimpleNamespace(weight_block_size=list(block))
         self.calls = 0
 

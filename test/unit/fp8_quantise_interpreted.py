@@ -120,7 +120,6 @@ def test_above_the_plans_the_engines_product_takes_what_is_quantised_here(monkey
         values = q.double() * q_scale.double().repeat_interleave(128, 1)
         return (values @ dequantised(weight, weight_scale).T).to(output_dtype)
 
-    monkeypatch.setattr(fp8, "QUANTISES_PREFILL", True)
     monkeypatch.setattr(fp8_utils, "fp8_blockwise_scaled_mm", cutlass, raising=False)
     monkeypatch.setattr(fp8_utils, "w8a8_block_fp8_matmul_deepgemm", deepgemm)
     project = minimax_fp8_linear.Fp8Linear(layer)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers import minimax_experts as experts
-from sglang.srt.layers import minimax_log
+from sglang.srt.layers import minimax_experts_prefill, minimax_log
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from unit.interpreted import assert_passes_interpreted
@@ -52,15 +52,15 @@ def layer(**changes):
     config = {
         "activation": "silu", "is_gated": True, "apply_router_weight_on_input": False, "no_combine": False,
         "num_fused_shared_experts": 0, "gemm1_alpha": None, "gemm1_clamp_limit": None, "routed_scaling_factor": None,
-        "top_k": 8,
+        "top_k": 8, "num_experts": 256, "num_local_experts": 64,
     }  # fmt: skip
     config |= {name: changes.pop(name) for name in list(changes) if name in config}
     triton = changes.pop("runner", "triton")
     backend = SimpleNamespace(is_triton=lambda: triton == "triton", value=triton)
     own = {
         "quant_method": method, "moe_runner_config": SimpleNamespace(**config), "hidden_size": 3072,
-        "intermediate_size_per_partition": 384, "reduce_results": False, "moe_ep_rank": 1, "num_local_experts": 64,
-        "runner": SimpleNamespace(runner_backend=backend),
+        "intermediate_size_per_partition": 384, "reduce_results": False, "moe_ep_rank": 1,
+        "num_local_experts": config["num_local_experts"], "runner": SimpleNamespace(runner_backend=backend),
     }  # fmt: skip
     return SimpleNamespace(**own | changes)
 
@@ -70,25 +70,33 @@ def server(monkeypatch):
     """A server's arguments on an H200, no dispatcher."""
     arguments = SimpleNamespace(
         enable_lora=None, lora_paths=None, enable_symm_mem=False, enable_deterministic_inference=False,
-        cpu_offload_gb=0, offload_group_size=-1, moe_runner_backend="cutlass",
+        enable_fused_moe_sum_all_reduce=False, cpu_offload_gb=0, offload_group_size=-1, moe_runner_backend="cutlass",
     )  # fmt: skip
     monkeypatch.setattr(experts, "is_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(experts, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
     monkeypatch.setattr(experts, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: False)
-    monkeypatch.setattr(experts, "get_global_server_args", lambda: arguments)
+    for module in (experts, minimax_experts_prefill):
+        monkeypatch.setattr(module, "get_global_server_args", lambda: arguments)
     minimax_log.log_once.cache_clear()
     yield arguments
     minimax_log.log_once.cache_clear()
 
 
-def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypatch):
+@pytest.mark.parametrize(
+    ("on_this_rank", "of_many", "why"),
+    [
+        (256, minimax_experts_prefill.experts_of_many_tokens, "in two launches of ours"),
+        (64, experts.engine_experts, "routes to experts of other ranks"),
+    ],
+)
+def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypatch, on_this_rank, of_many, why):
     said = []
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
-    chosen = [experts.choose_experts(layer()) for _ in range(3)]
-    assert {(way.func, way.args) for way in chosen} == {(experts.few_or_many_tokens, (MOST, experts.engine_experts))}
-    assert len(said) == 1 and f"kernels up to {MOST} tokens" in said[0]
+    chosen = [experts.choose_experts(layer(num_local_experts=on_this_rank)) for _ in range(3)]
+    assert {(way.func, way.args) for way in chosen} == {(experts.few_or_many_tokens, (MOST, of_many))}
+    assert len(said) == 2 and f"kernels up to {MOST} tokens" in said[0] and why in said[1]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.layers import minimax_experts, minimax_experts_prefill, minimax_fp8_quantise, minimax_log
+from sglang.srt.layers import minimax_experts, minimax_experts_prefill, minimax_log
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from sglang_minimax import adjustments, quantised_inputs
@@ -21,10 +21,9 @@ def layer(experts: int | None = 256, local: int = 256):
 def choose(monkeypatch):
     """What is chosen, and the line that it logs."""
 
-    def chosen(experts, taken: bool = True, sums: bool = False):
+    def chosen(experts, sums: bool = False):
         said: list[str] = []
         arguments = SimpleNamespace(enable_fused_moe_sum_all_reduce=sums)
-        monkeypatch.setattr(minimax_fp8_quantise, "QUANTISES_PREFILL", taken)
         monkeypatch.setattr(minimax_experts_prefill, "get_global_server_args", lambda: arguments)
         monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
         minimax_log.log_once.cache_clear()
@@ -33,11 +32,6 @@ def choose(monkeypatch):
         return found, said
 
     return chosen
-
-
-def test_off_until_it_was_measured(choose):
-    assert not minimax_fp8_quantise.QUANTISES_PREFILL
-    assert choose(layer(), taken=False) == (None, [])
 
 
 def test_all_experts_on_a_rank_take_it_and_say_so(choose):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sglang.srt.layers import minimax_fp8_linear as fp8
-from sglang.srt.layers import minimax_fp8_quantise, minimax_log
+from sglang.srt.layers import minimax_log
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
 from unit.fp8_layers import Layer, problem
@@ -157,19 +157,16 @@ def test_weights_that_were_changed_after_loading_are_left_to_the_engine(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("taken", "way", "outputs", "said"),
+    ("way", "outputs", "said"),
     [
-        (False, fp8_utils.cutlass_w8a8_block_fp8_linear_with_fallback, 256, []),
-        (True, fp8_utils.triton_w8a8_block_fp8_linear, 256, ["by the engine, whose product is triton_w8a8"]),
-        (True, fp8_utils.cutlass_w8a8_block_fp8_linear_with_fallback, 160, ["by the engine, whose product is cutlass"]),
-        (True, fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback, 160, ["by the engine, whose product is deepg"]),
+        (fp8_utils.triton_w8a8_block_fp8_linear, 256, ["by the engine, whose product is triton_w8a8"]),
+        (fp8_utils.cutlass_w8a8_block_fp8_linear_with_fallback, 160, ["by the engine, whose product is cutlass"]),
+        (fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback, 160, ["by the engine, whose product is deepg"]),
     ],
 )
-def test_a_product_that_is_not_known_is_left_to_the_engine(monkeypatch, taken, way, outputs, said):
-    """And so is every product until this was measured; ``fp8_quantise_interpreted.py`` has those that are taken."""
-    assert not minimax_fp8_quantise.QUANTISES_PREFILL
+def test_a_product_that_is_not_known_is_left_to_the_engine(monkeypatch, way, outputs, said):
+    """``fp8_quantise_interpreted.py`` has those that are taken."""
     lines = []
-    monkeypatch.setattr(minimax_fp8_quantise, "QUANTISES_PREFILL", taken)
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: lines.append(text))
     minimax_log.log_once.cache_clear()
     x, weight, scale = problem(201, outputs, 384)

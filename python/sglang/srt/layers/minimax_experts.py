@@ -94,6 +94,7 @@ PLANS: dict[int, dict[int, Plan]] = {
 }
 
 
+@functools.cache
 def plans_for(width: int) -> dict[int, Plan]:
     """The plans of a width by the most tokens that they are for; those of the width nearest to it."""
     return PLANS[min(PLANS, key=lambda planned: max(planned / width, width / planned))]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from sglang.srt.layers import minimax_fp8_quantise
 from sglang.srt.layers.minimax_fp8_quantise import GROUP, Quantised, quantise, quantise_activated
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.moe.fused_moe_triton import fused_moe
@@ -32,8 +31,6 @@ def choose_experts_of_many(experts: torch.nn.Module) -> Experts | None:
     Args:
         experts: a layer against whose plans for few tokens there is no reason.
     """
-    if not minimax_fp8_quantise.QUANTISES_PREFILL:
-        return None
     if (reason := reason_against(experts)) is not None:
         log_once(f"Activations of many tokens are quantised for the experts by the engine's kernels, since {reason}.")
         return None

@@ -17,6 +17,7 @@ Weights do not depend on the kernel before: they are read, or fetched into the L
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -108,6 +109,7 @@ PLANS: dict[tuple[int, int], dict[int, Plan]] = {
 }
 
 
+@functools.cache
 def plans_for(inputs: int, outputs: int) -> dict[int, Plan]:
     """The plans of a shape by the most tokens that they are for; those of the shape nearest to it by both sides."""
 
@@ -180,7 +182,7 @@ def _log_against(reason: str) -> None:
 
 
 class Fp8Linear:
-    """A linear layer of the engine through the plan for each number of tokens; above them through the layer itself.
+    """A linear layer of the engine through the plan for each number of tokens; above them, its own product.
 
     Args:
         linear: with weights for which :func:`reason_against_layer` has no reason.
@@ -206,7 +208,7 @@ class Fp8Linear:
             self.weights_fit = reason is None
             if reason is not None:
                 _log_against(reason)
-            elif minimax_fp8_quantise.QUANTISES_PREFILL:
+            else:
                 self.of_many = choose_product(self.linear) or self._engine
         tokens, inputs = x.shape
         if tokens == 0:

@@ -227,42 +227,49 @@ class QKNormRope:
         return self._run_exchange
 
     def _check(self, qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+        """Raises ValueError. Words are made for what fails alone: in a prefill without graphs they would cost time."""
         tokens = qkv.shape[0]
-        _require(
-            qkv.dim() == 2 and qkv.shape[1] == sum(self.row_sizes) and qkv.stride(1) == 1,
-            f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}, and must be [tokens, {sum(self.row_sizes)}] "
-            "with contiguous rows: pass the output of the qkv projection as it is",
-        )
-        for name, weight, size in (("q_weight", q_weight, self.sizes[0]), ("k_weight", k_weight, self.sizes[1])):
-            _require(
-                weight.numel() == size and weight.is_contiguous(),
-                f"{name} has {weight.numel()} values, and this rank's shard has {size}: load the shard of this rank",
+        if not (qkv.dim() == 2 and qkv.shape[1] == sum(self.row_sizes) and qkv.stride(1) == 1):
+            raise ValueError(
+                f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}, and must be [tokens, "
+                f"{sum(self.row_sizes)}] with contiguous rows: pass the output of the qkv projection as it is"
             )
-        _require(
-            positions.shape == (tokens,) and positions.is_contiguous(),
-            f"positions has shape {tuple(positions.shape)} and strides {positions.stride()}, and must have one position"
-            f" for each of {tokens} tokens, one behind the other",
-        )
-        _require(
-            cos_sin_cache.shape[-1] == self.rotary_dim and cos_sin_cache.is_contiguous(),
-            f"cos_sin_cache has shape {tuple(cos_sin_cache.shape)}, and must be [max_position, {self.rotary_dim}]",
-        )
+        for name, weight, size in (("q_weight", q_weight, self.sizes[0]), ("k_weight", k_weight, self.sizes[1])):
+            if not (weight.numel() == size and weight.is_contiguous()):
+                raise ValueError(
+                    f"{name} has {weight.numel()} values, and this rank's shard has {size}: load the shard of this rank"
+                )
+        if not (positions.shape == (tokens,) and positions.is_contiguous()):
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)} and strides {positions.stride()}, and must have one "
+                f"position for each of {tokens} tokens, one behind the other"
+            )
+        if not (cos_sin_cache.shape[-1] == self.rotary_dim and cos_sin_cache.is_contiguous()):
+            raise ValueError(
+                f"cos_sin_cache has shape {tuple(cos_sin_cache.shape)}, and must be [max_position, {self.rotary_dim}]"
+            )
         if k_cache is None and v_cache is None:
             return
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-            _require(
-                cache is not None
-                and cache.dtype == qkv.dtype
-                and cache.shape[1:] == (self.num_kv_heads, self.head_dim)
-                and cache[0].is_contiguous(),
-                f"{name} must be [slots, {self.num_kv_heads}, {self.head_dim}] of {qkv.dtype}, and is "
-                f"{None if cache is None else (tuple(cache.shape), cache.dtype)}: without caches nothing is stored, "
-                "and the engine's set_kv_buffer stores to a cache of any dtype",
+            if not self._is_cache(cache, qkv.dtype):
+                raise ValueError(
+                    f"{name} must be [slots, {self.num_kv_heads}, {self.head_dim}] of {qkv.dtype}, and is "
+                    f"{None if cache is None else (tuple(cache.shape), cache.dtype)}: without caches nothing is "
+                    "stored, and the engine's set_kv_buffer stores to a cache of any dtype"
+                )
+        if out_cache_loc is None or out_cache_loc.shape != (tokens,) or not out_cache_loc.is_contiguous():
+            raise ValueError(
+                f"out_cache_loc must have one slot for each of {tokens} tokens, one behind the other, where there is a "
+                "cache to store to"
             )
-        _require(
-            out_cache_loc is not None and out_cache_loc.shape == (tokens,) and out_cache_loc.is_contiguous(),
-            f"out_cache_loc must have one slot for each of {tokens} tokens, one behind the other, where there is a "
-            "cache to store to",
+
+    def _is_cache(self, cache: torch.Tensor | None, dtype: torch.dtype) -> bool:
+        return (
+            cache is not None
+            and cache.dtype == dtype
+            and cache.shape[1:] == (self.num_kv_heads, self.head_dim)
+            and cache.stride(2) == 1
+            and (self.num_kv_heads == 1 or cache.stride(1) == self.head_dim)
         )
 
     def _run_torch(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
@@ -587,8 +594,3 @@ def _qk_norm_rope_kernel(
             )  # fmt: skip
     if RANKS > 1:
         tl.store(epochs_ptr + cta, epoch)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)

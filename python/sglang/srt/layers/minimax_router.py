@@ -12,7 +12,7 @@ its weights before it waits for the launch before it (programmatic dependent lau
 that writes them.
 
 For many tokens the product is what takes time. There is another first kernel for them, which takes tiles through a
-pipeline; its plans (:data:`PREFILL_PLANS`) are not served before they are measured.
+pipeline.
 
 Where the engine does more than choose (:func:`reason_against_choice`), the second kernel leaves the logits to its
 ``TopK``.
@@ -80,8 +80,8 @@ PLANS = {  # up to so many tokens
     128: Plan("parts", 64, 32, 128, 1, 4),
     256: Plan("parts", 64, 64, 128, 1, 4),
 }
-# Not measured: two CTAs fit a multiprocessor, so that one multiplies while the other takes weights apart, and there are
-# as many parts as make 256 CTAs of the largest count, one wave on 132 multiprocessors.
+# Two CTAs fit a multiprocessor, so that one multiplies while the other takes weights apart, and there are as many parts
+# as make 256 CTAs of the largest count, one wave on 132 multiprocessors. That of 2048 tokens was measured.
 PREFILL_PLANS = {
     512: Plan("tiles", 128, 64, 64, 3, 4, 4),
     1024: Plan("tiles", 128, 64, 64, 6, 4, 4),
@@ -89,8 +89,8 @@ PREFILL_PLANS = {
     4096: Plan("tiles", 128, 64, 64, 24, 4, 4),
     1 << 20: Plan("tiles", 128, 64, 64, 48, 4, 4),
 }
-MAX_TOKENS = max(PLANS)
-"""No more were measured; above it the float32 linear layer runs. ``max(PREFILL_PLANS)`` serves those plans too."""
+MAX_TOKENS = max(PREFILL_PLANS)
+"""Above it the float32 linear layer runs: 32 bits no longer count the sums of 2048 experts."""
 
 
 class ChoicePlan(NamedTuple):
@@ -101,8 +101,11 @@ class ChoicePlan(NamedTuple):
 
 
 # The logits' own plans are the fastest here too, and 2 warps of 1, 2, 4 and 8: more load more in parallel, but each
-# chooses for itself. For one token there are but 6 parts to load, and no barrier with 1. PREFILL_PLANS: not measured.
-CHOICE_PLANS = {limit: ChoicePlan(plan, 1 if limit == 1 else 2) for limit, plan in (PLANS | PREFILL_PLANS).items()}
+# chooses for itself. For one token there are but 6 parts to load, and no barrier with 1; for many tokens warps are busy
+# with other tokens anyhow.
+CHOICE_PLANS = {
+    limit: ChoicePlan(plan, 2 if 1 < limit <= 256 else 1) for limit, plan in (PLANS | PREFILL_PLANS).items()
+}
 CHUNK = tl.constexpr(128)
 """So many experts lie in one tensor: 32 lanes of four values, which a warp compares without shared memory."""
 
