@@ -117,6 +117,24 @@ def test_each_batch_size_meets_each_context(model, tmp_path, capsys):
     assert "--max-total-tokens" in stock[2] and stock[5][3] == "10.00"
 
 
+def test_side_by_side_all_load_before_one_is_measured(model, tmp_path):
+    """And one that never is ready is ended first, and has its error."""
+    out, entered = tmp_path / "out.json", tmp_path / "entered"
+    environments = f"stock={FAKE},peer={FAKE}:{tmp_path},late={FAKE}:{tmp_path}:{tmp_path}"
+    words = ["--env", f"ENTERS={entered}", "--env", "stock:MS=20", "--env", "peer:MS=10", "--env", "late:MS=5"]
+    words += ["--env", "late:HANGS=1", "--side-by-side", "--timeout", "8", "--json", str(out)]
+    assert bench(model, "--compare", environments, *words, *NO_OURS) == 1
+    lines = entered.read_text().splitlines()
+    warm, measured = lines[:6], lines[6:]
+    assert sorted(warm) == sorted(f"{ms} {what}" for ms in (20, 10, 5) for what in ("loads", "measures"))
+    assert measured == ["20 measures"] * 2 + ["10 measures"] * 2
+    found = record.read(out)
+    assert found["side_by_side"] and "turns.py" in found["contestants"]["peer"]["command"]
+    runs = {name: one["runs"] for name, one in found["contestants"].items()}
+    assert [list(runs[name][0]["batches"]) for name in ("stock", "peer")] == [["1 x 128", "16 x 128"]] * 2
+    assert "no end after 8 s" in runs["late"][0]["error"] and runs["late"][0]["batches"] == {}
+
+
 def test_ending_the_benchmark_ends_what_it_started(model, tmp_path):
     words = ["--model", str(model), "--compare", f"stock={FAKE}", "--env", "HANGS=1", *NO_OURS, "--logs", str(tmp_path)]
     with subprocess.Popen([sys.executable, "-m", "sglang_minimax", "bench", *words], stderr=subprocess.PIPE) as process:

@@ -62,7 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compilation in its prefill)",
     )  # fmt: skip
     steps.add_argument("--repeats", type=int, default=1, help="whole runs of each, in turn (default: 1)")
-    steps.add_argument("--timeout", type=float, default=900, help="seconds a run may take (default: 900)")
+    steps.add_argument(
+        "--side-by-side", action="store_true",
+        help="all load at once, which takes memory for all, and are measured one after the other",
+    )  # fmt: skip
+    steps.add_argument(
+        "--timeout", type=float, default=900,
+        help="seconds a run may take, or side by side to be ready, and to be measured (default: 900)",
+    )  # fmt: skip
     steps.add_argument("--logs", type=Path, metavar="FOLDER", help="where logs stay (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write host, versions and all numbers here")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw into this folder; needs matplotlib")
@@ -143,20 +150,28 @@ def _measure_model(arguments: argparse.Namespace) -> int:
         device = ["--device", arguments.device] if arguments.device else []
         flags = (*device, *shlex.split(arguments.layout))
         sizes, lengths = tuple(arguments.batch_sizes), tuple(arguments.input_len)
-        work = model_steps.Work(folder / "model", flags, sizes, lengths, arguments.output_len, arguments.rounds)
+        work = model_steps.Work(
+            folder / "model", flags, sizes, lengths, arguments.output_len, arguments.rounds, arguments.side_by_side
+        )
         model = model_steps.prepare_model(arguments.model, work.model, arguments.num_layers, arguments.part_of)
         found = record.new(
             "model", model=model, layout=arguments.layout, device=arguments.device, batch_sizes=list(sizes),
             input_lens=list(lengths), output_len=arguments.output_len, rounds=arguments.rounds,
-            repeats=arguments.repeats, contestants={},
+            repeats=arguments.repeats, side_by_side=arguments.side_by_side, contestants={},
         )  # fmt: skip
         logs = _folder_for_logs(arguments)
+        _say(f"the logs are in {logs}")
         entered = [_enter(contestant, work, folder, found) for contestant in everyone]
+        runs = model_steps.run_side_by_side if arguments.side_by_side else model_steps.run_one_by_one
         ready = [contestant for contestant in entered if contestant is not None]
         for repeat in range(arguments.repeats):
-            for contestant in ready:
-                log = logs / f"{contestant.name}.{repeat}.log"
-                _run(contestant, work, log, arguments.timeout, found)
+            starts = {
+                one.name: model_steps.Start(work.command(one), one.environment(), logs / f"{one.name}.{repeat}.log")
+                for one in ready
+            }
+            for name, done in runs(starts, work, arguments.timeout, lambda name: _say(f"{name}: runs")):
+                found["contestants"][name]["runs"].append(done.as_data())
+                _say(f"{name}: {done.error or 'measured'}, {done.seconds:.0f} s")
                 if arguments.json:  # after each run: what was measured stays whatever becomes of the next
                     record.write(found, arguments.json)
     if arguments.json:  # once more: with nobody to run, nothing was written yet
@@ -184,15 +199,5 @@ def _enter(contestant: Contestant, work: Any, folder: Path, found: dict[str, Any
     return contestant
 
 
-def _run(contestant: Contestant, work: Any, log: Path, timeout: float, found: dict[str, Any]) -> None:
-    from sglang_minimax.bench import model_steps
-
-    print(f"{contestant.name}: runs, log {log}", file=sys.stderr, flush=True)
-    before, after = record.clocks(), []
-    done = model_steps.run_once(
-        work.command(contestant), contestant.environment(), work, log, timeout,
-        on_end=lambda: after.extend(record.clocks()),
-    )  # fmt: skip
-    data = {**done.as_data(), "clocks_before": before, "clocks_after": after}
-    found["contestants"][contestant.name]["runs"].append(data)
-    print(f"{contestant.name}: {done.error or 'measured'}, {done.seconds:.0f} s", file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

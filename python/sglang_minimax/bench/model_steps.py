@@ -6,27 +6,32 @@ from the tool's result file: that has medians only, and nothing at all when the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sglang_minimax.bench import record
 from sglang_minimax.bench.contestants import Contestant
 from sglang_minimax.bench.record import CannotBench, Shape
 from sglang_minimax.checkpoints import SmallModel, write_tokenizer
 from sglang_minimax.server_process import SessionProcess
 
 TOOL = "sglang.bench_one_batch"
+TURNS, TURN_VARIABLE = Path(__file__).with_name("turns.py"), "SGLANG_MINIMAX_BENCH_TURN"
 SMALLEST_VOCABULARY = 10_000  # the tool draws its prompts' tokens from so many, whatever the model has
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.py", "*.txt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _LARGEST_COPIED_BYTES = 64 * 2**20
+_SHARES_GPUS = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}  # others load meanwhile, not on all GPUs at once
 _GRACE_SECONDS = 10.0  # for what a failing rank and its peers still have to say
 _POLL_SECONDS = 0.2
 
@@ -180,6 +185,7 @@ class Work:
 
     model: the folder of :func:`prepare_model`.
     flags: engine flags of all: device and layout.
+    side_by_side: the command waits for its turn, for :func:`run_side_by_side`.
     """
 
     model: Path
@@ -188,6 +194,7 @@ class Work:
     input_lens: tuple[int, ...]
     output_len: int
     rounds: int = 1
+    side_by_side: bool = False
 
     def __post_init__(self) -> None:
         for option, values in (("--batch-sizes", self.batch_sizes), ("--input-len", self.input_lens)):
@@ -209,8 +216,9 @@ class Work:
 
     def command(self, contestant: Contestant, model: str | None = None) -> list[str]:
         """The child's command; ``model`` stands in for the folder where a record must not name it."""
+        tool = ("-m", TOOL) if not self.side_by_side else (TURNS.name if model else str(TURNS),)
         return [
-            contestant.python if model is None else "python", "-m", TOOL,
+            contestant.python if model is None else "python", *tool,
             "--model-path", model or str(self.model), "--load-format", "dummy", *self.flags,
             "--batch-size", *map(str, self.batch_sizes * self.rounds), "--input-len", *map(str, self.input_lens),
             "--output-len", str(self.output_len), "--log-decode-step", "1", "--result-filename", "",
@@ -220,60 +228,135 @@ class Work:
 
 @dataclass(frozen=True)
 class Run:
-    """One run: seconds in all, the batches that were measured, and what went wrong if not all were."""
+    """One run: seconds in all, the batches that were measured, what went wrong if not all were, the GPUs' clocks."""
 
     seconds: float
     batches: dict[Shape, Batch]
     error: str | None
+    clocks_before: list[dict[str, str]]
+    clocks_after: list[dict[str, str]]
 
     def as_data(self) -> dict[str, Any]:
         """The run as a record has it; milliseconds."""
         return {"seconds": round(self.seconds, 1), "error": self.error, "batches": {
             str(shape): {name: [round(ms, 5) for ms in samples] for name, samples in asdict(one).items()}
             for shape, one in self.batches.items()
-        }}  # fmt: skip
+        }, "clocks_before": self.clocks_before, "clocks_after": self.clocks_after}  # fmt: skip
 
 
-def run_once(
-    command: Sequence[str],
-    environment: dict[str, str],
-    work: Work,
-    log: Path,
-    timeout_seconds: float,
-    on_end: Callable[[], None] = lambda: None,
-) -> Run:
-    """Runs the tool to its end, or ends it with all its ranks: after ``timeout_seconds``, or once a rank has died.
+@dataclass(frozen=True)
+class Start:
+    """How a contestant's run begins: its command, what is added to the environment, and where its log goes."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+
+
+class _Running:
+    """A run that goes on. Use it as a context manager, which ends it with all its ranks."""
+
+    def __init__(self, start: Start, work: Work) -> None:
+        self.work, self.steps, self.started = work, work.new_log(), time.monotonic()
+        self.deadline, self.timed_out_after = float("inf"), 0.0
+        self.clocks_before: list[dict[str, str]] = []
+        self.process = SessionProcess(start.command, start.log, environment=start.environment)
+
+    def __enter__(self) -> _Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stop()
+
+    def goes_on(self) -> bool:
+        """Reads its log. False once it has ended, is past its deadline, or a rank died and the others had their say."""
+        died_before = self.steps.rank_died
+        for line in self.process.new_lines():
+            self.steps.read(line)
+        if self.steps.rank_died and not died_before:
+            self.deadline = min(self.deadline, time.monotonic() + _GRACE_SECONDS)
+        return not self.process.has_ended() and time.monotonic() <= self.deadline
+
+    def limit(self, seconds: float) -> None:
+        """Gives it ``seconds`` from now on."""
+        if not self.steps.rank_died:
+            self.deadline, self.timed_out_after = time.monotonic() + seconds, seconds
+
+    def measure(self, timeout_seconds: float) -> Run:
+        """Lets it run to its end, or to the end of this time."""
+        self.clocks_before = record.clocks()
+        self.limit(timeout_seconds)
+        while self.goes_on():
+            time.sleep(_POLL_SECONDS)
+        return self.finish()
+
+    def finish(self) -> Run:
+        """Ends it, if it has not ended."""
+        clocks_after = record.clocks()  # at once, before its session is searched for what is left
+        ended, exit_code = self.process.has_ended(), 0
+        for line in self.process.new_lines():
+            self.steps.read(line)
+        self.process.stop()
+        if ended:
+            exit_code = self.process.wait(timeout_seconds=0)
+        steps, error = self.steps, None
+        if missing := [shape for shape in self.work.shapes if shape not in steps.batches]:
+            if not ended and not steps.rank_died:
+                limit = f"{self.timed_out_after:.0f} s (--timeout)"
+                error = f"no end after {limit}; the last line is: {steps.error()}"
+            elif set(missing) <= set(steps.skipped):
+                error = (
+                    "the KV cache holds fewer tokens: lower --batch-sizes or --input-len, or raise --max-total-tokens"
+                )
+            elif exit_code < 0:
+                error = f"ended by signal {-exit_code}; the last line is: {steps.error()}"
+            else:
+                error = steps.error()
+        return Run(time.monotonic() - self.started, steps.batches, error, self.clocks_before, clocks_after)
+
+
+def run_one_by_one(
+    starts: Mapping[str, Start], work: Work, timeout_seconds: float, on_turn: Callable[[str], None]
+) -> Iterator[tuple[str, Run]]:
+    """Runs the tool for each to its end, or ends it with all its ranks: after ``timeout_seconds``, or if one has died.
 
     Args:
-        on_end: called as soon as the command has ended, before its session is searched for what is left.
+        starts: by name.
+        on_turn: called with each name before it runs.
     """
-    started, steps, timed_out = time.monotonic(), work.new_log(), False
-    with SessionProcess(command, log, environment=environment) as process:
-        deadline = started + timeout_seconds
-        while not process.has_ended():
-            died_before = steps.rank_died
-            for line in process.new_lines():
-                steps.read(line)
-            if steps.rank_died and not died_before:
-                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-            if time.monotonic() > deadline:
-                timed_out = not steps.rank_died
-                break
+    for name, start in starts.items():
+        on_turn(name)
+        with _Running(start, work) as running:
+            yield name, running.measure(timeout_seconds)
+
+
+def run_side_by_side(
+    starts: Mapping[str, Start], work: Work, timeout_seconds: float, on_turn: Callable[[str], None]
+) -> Iterator[tuple[str, Run]]:
+    """Loads all at once and measures one after the other, while the others sleep: see ``turns.py``.
+
+    Args:
+        starts: by name; with the commands of a ``Work`` that is side by side.
+        timeout_seconds: what each may take until it is ready, and for its turn.
+        on_turn: called with each name before it is measured.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sglang-minimax-turns-")))
+        everyone: dict[str, _Running] = {}
+        for name, start in starts.items():
+            environment = {**start.environment, TURN_VARIABLE: str(folder / name), **_SHARES_GPUS}
+            everyone[name] = stack.enter_context(_Running(replace(start, environment=environment), work))
+            everyone[name].limit(timeout_seconds)
+
+        def is_ready(name: str) -> bool:
+            return (folder / f"{name}.ready").exists()
+
+        while any(running.goes_on() and not is_ready(name) for name, running in everyone.items()):
             time.sleep(_POLL_SECONDS)
-        on_end()
-        for line in process.new_lines():
-            steps.read(line)
-        ended = process.has_ended()
-        process.stop()
-        exit_code = process.wait(timeout_seconds=0) if ended else 0
-    error = None
-    if missing := [shape for shape in work.shapes if shape not in steps.batches]:
-        if timed_out:
-            error = f"no end after {timeout_seconds:.0f} s (--timeout); the last line is: {steps.error()}"
-        elif set(missing) <= set(steps.skipped):
-            error = "the KV cache holds fewer tokens: lower --batch-sizes or --input-len, or raise --max-total-tokens"
-        elif exit_code < 0:
-            error = f"ended by signal {-exit_code}; the last line is: {steps.error()}"
-        else:
-            error = steps.error()
-    return Run(time.monotonic() - started, steps.batches, error)
+        ready = [name for name in everyone if is_ready(name)]
+        for name in everyone.keys() - set(ready):  # first, so that they are gone while the others are measured
+            yield name, everyone[name].finish()
+        for name in ready:
+            on_turn(name)
+            (folder / f"{name}.turn").touch()
+            yield name, everyone[name].measure(timeout_seconds)

@@ -1,0 +1,58 @@
+"""The engine's ``bench_one_batch``, which waits for its turn between its warm-up and what it measures.
+
+Run by path, in a contestant's environment, with the tool's own arguments: any contestant's Python can run it. Several
+such may then load at once, and have the GPUs for themselves while they are measured. In ``SGLANG_MINIMAX_BENCH_TURN``
+is a path: a file of that name and ``.ready`` says that this one waits, one and ``.turn`` that it may go on. Ranks that
+wait sleep, and leave the GPUs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "SGLANG_MINIMAX_BENCH_TURN"
+_POLL_SECONDS = 0.05
+
+# Where the functions are: later releases leave nothing but their names where the tool was.
+tool: Any = sys.modules[importlib.import_module("sglang.bench_one_batch").latency_test.__module__]
+measure, run_once = tool.latency_test, tool.latency_test_run_once
+
+
+def latency_test(server_args: Any, port_args: Any, bench_args: Any, gpu_id: int, tp_rank: int) -> None:
+    """The tool's work of one rank, in a process of its own: this file is imported there again."""
+    calls = itertools.count()
+
+    def run_in_turn(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:  # the first was the warm-up
+            _wait(says_so=tp_rank == 0)
+        return run_once(*args, **kwargs)
+
+    tool.latency_test_run_once = run_in_turn
+    measure(server_args, port_args, bench_args, gpu_id, tp_rank)
+
+
+def _wait(says_so: bool) -> None:
+    path = os.environ[VARIABLE]
+    if says_so:
+        Path(f"{path}.ready").touch()
+    while not os.path.exists(f"{path}.turn"):
+        time.sleep(_POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    tool.latency_test = latency_test
+    parser = argparse.ArgumentParser()
+    tool.ServerArgs.add_cli_args(parser)
+    tool.BenchArgs.add_cli_args(parser)
+    given = parser.parse_args()
+    server_args = tool.ServerArgs.from_cli_args(given)
+    logging.basicConfig(level=getattr(logging, server_args.log_level.upper()), format="%(message)s")
+    tool.main(server_args, tool.BenchArgs.from_cli_args(given))
