@@ -240,6 +240,7 @@ def _kernel_paths(layer: EngineObject, dtype: EngineObject) -> list[Path]:
 
 
 _ABOVE = "above that, the engine's"
+_ABOVE_QUANTISED = f"{_ABOVE} product, of activations quantised by a kernel of the model's"
 
 
 def _projection(name: str, projects: EngineObject, linear: EngineObject) -> Path:
@@ -248,7 +249,8 @@ def _projection(name: str, projects: EngineObject, linear: EngineObject) -> Path
     reason = fp8.reason_against_server() or fp8.reason_against_layer(linear)
     if not isinstance(projects, fp8.Fp8Linear) or reason is not None:
         return Path(name, "the engine's layer", reason or "its weights were others when it was built")
-    return Path(name, f"quantised and multiplied in one kernel up to {projects.max_tokens} tokens", _ABOVE)
+    above = _ABOVE_QUANTISED if fp8.choose_product(linear) else _ABOVE
+    return Path(name, f"quantised and multiplied in one kernel up to {projects.max_tokens} tokens", above)
 
 
 def _router(experts: EngineObject) -> Path:
@@ -263,7 +265,7 @@ def _router(experts: EngineObject) -> Path:
 
 
 def _expert_kernels(experts: EngineObject) -> Path:
-    from sglang.srt.layers import minimax_experts
+    from sglang.srt.layers import minimax_experts, minimax_experts_prefill
     from sglang.srt.layers.moe import get_moe_runner_backend
 
     backend = get_moe_runner_backend().value
@@ -271,7 +273,10 @@ def _expert_kernels(experts: EngineObject) -> Path:
     if experts.run_experts is minimax_experts.engine_experts:
         return Path("expert kernels", backend, kind)
     limit = minimax_experts.max_tokens(experts.experts)
-    return Path("expert kernels", f"two or four of the model's up to {limit} tokens", f"{backend} above that; {kind}")
+    above = f"{backend} above that"
+    if experts.run_experts.args[1] is minimax_experts_prefill.experts_of_many_tokens:
+        above += ", on activations quantised by kernels of the model's"
+    return Path("expert kernels", f"two or four of the model's up to {limit} tokens", f"{above}; {kind}")
 
 
 def _fp4_all_gather(args: EngineObject) -> Path:

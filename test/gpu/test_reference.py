@@ -81,6 +81,7 @@ class Case:
 
 NO_GRAPHS = " --disable-cuda-graph"
 PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 128"
+ONE_CHUNK = " --chunked-prefill-size 512"  # all prompts at once: more tokens than the router's decode plans are for
 FLASHINFER = " --attention-backend flashinfer"
 EAGLE3 = (
     " --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft}"
@@ -99,6 +100,8 @@ OURS = [
     Case("TP2 of 11 experts", 2, "--tp 2", model="11 experts"),
     Case("TP1 FP8", 1, "--tp 1", model="FP8"),
     Case("TP2 FP8, EP chosen", 2, "--tp 2", model="FP8"),
+    Case("TP1 FP8 in one chunk", 1, "--tp 1" + ONE_CHUNK, model="FP8"),
+    Case("TP2 FP8 in one chunk, EP chosen", 2, "--tp 2" + ONE_CHUNK, model="FP8"),
     Case("TP1 piecewise graphs", 1, "--tp 1" + PIECEWISE),
     Case("TP2 piecewise graphs", 2, "--tp 2" + PIECEWISE),
     Case("TP1 FP8 piecewise graphs", 1, "--tp 1" + PIECEWISE, model="FP8"),
