@@ -20,6 +20,7 @@ from sglang.srt.layers import (
     flashinfer_comm_fusion,
     minimax_attention_inputs,
     minimax_experts,
+    minimax_experts_prefill,
     minimax_fp8_linear,
     minimax_layer_communicator,
     minimax_router,
@@ -198,6 +199,7 @@ def fp8_kernels(monkeypatch) -> None:
 
     monkeypatch.setattr(minimax_experts, "reason_against_plans", lambda experts: None)
     monkeypatch.setattr(minimax_experts, "run_plan", experts)
+    monkeypatch.setattr(minimax_experts_prefill, "_one_pass", lambda *arguments: experts(None, *arguments, 0))
     monkeypatch.setattr(fp8.Fp8MoEMethod, "apply", apply)
 
 

@@ -11,24 +11,25 @@ import numpy as np
 from layouts import simulations
 from layouts.harness import run_layout
 from layouts.matrix import NUM_LAYERS, STEPS, TOLERANCE, Oracles
+from sglang.srt.layers import minimax_router
 
 from sglang_minimax import serving
 
-SIZES = [8, 16, 64, 128]  # tokens of the graphs: above 64 the engine's projections and experts run
+SIZES = [8, 16, 64, 128]  # tokens of the graphs: above 64 projections and experts are those for many
 OPERATORS = {
     "minimax_fp8_linear": 2 * NUM_LAYERS,
     "minimax_qk_norm_rope": NUM_LAYERS,
     "unified_attention_with_output": NUM_LAYERS,
     "minimax_all_reduce_norm": 2 * NUM_LAYERS - 1,  # behind the last experts comes the engine's
     "minimax_route": NUM_LAYERS,
-    "moe_forward_piecewise_cuda_graph_impl": NUM_LAYERS,
+    "minimax_experts_of_many": NUM_LAYERS,
 }
 
 
 TAKEN = {
     "qkv projection": "quantised and multiplied in one kernel up to 64 tokens",
     "output projection": "quantised and multiplied in one kernel up to 64 tokens",
-    "router": "logits and choice in two kernels up to 256 tokens",
+    "router": f"logits and choice in two kernels up to {minimax_router.MAX_TOKENS} tokens",
     "expert kernels": "two or four of the model's up to 64 tokens",
 }
 
