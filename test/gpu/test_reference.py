@@ -56,6 +56,7 @@ MODELS = {
     "2 KV heads": MODEL,
     "1 KV head": dataclasses.replace(MODEL, num_key_value_heads=1),  # TP2 puts it on both ranks
     "8 KV heads": dataclasses.replace(MODEL, num_key_value_heads=8),  # TP16 puts each on two ranks, as published
+    "24 heads": dataclasses.replace(MODEL, num_attention_heads=24, num_key_value_heads=1, intermediate_size=384),
     "11 experts": dataclasses.replace(MODEL, num_local_experts=11),
     # 384 / 2 = 192 and 384 / 4 = 96 are no multiples of the FP8 block, like the published 1536 / 8 and 1536 / 16.
     # All experts are chosen: FP8 would tip many a near tie of the router over, and drown what is looked for.
@@ -82,6 +83,7 @@ class Case:
 NO_GRAPHS = " --disable-cuda-graph"
 PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 128"
 ONE_CHUNK = " --chunked-prefill-size 512"  # all prompts at once: more tokens than the router's decode plans are for
+TWICE = " --ep-num-redundant-experts 4"
 FLASHINFER = " --attention-backend flashinfer"
 EAGLE3 = (
     " --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft}"
@@ -110,6 +112,8 @@ OURS = [
     Case("TP2 FlashInfer attention", 2, "--tp 2" + FLASHINFER),
     Case("TP1 with an EAGLE3 draft", 1, "--tp 1" + EAGLE3),
     Case("TP2 with an EAGLE3 draft", 2, "--tp 2" + EAGLE3),
+    Case("TP2 EP2, 4 experts twice", 2, "--tp 2 --ep 2" + TWICE),
+    Case("TP2 of mixed chunks", 2, "--tp 2 --enable-mixed-chunk"),
     Case("PP2", 2, "--pp-size 2"),
     Case("TP2 DP2", 2, DP2),
     Case("TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS),
@@ -117,13 +121,19 @@ OURS = [
     Case("TP4", 4, "--tp 4"),
     Case("TP4 without graphs", 4, "--tp 4" + NO_GRAPHS),
     Case("TP4 without fused all-reduce", 4, "--tp 4 --enforce-disable-flashinfer-allreduce-fusion"),
+    Case("TP3 of 24 heads", 3, "--tp 3", model="24 heads"),
     Case("TP4 EP4", 4, "--tp 4 --ep 4"),
+    Case("TP4 EP4, 4 experts twice", 4, "--tp 4 --ep 4" + TWICE),
+    Case("TP4, the experts on 2 ranks and again on 2", 4, "--tp 4 --moe-dp-size 2"),
     Case("TP4 FP8, EP chosen", 4, "--tp 4", model="FP8"),
     Case("PP2 TP2", 4, "--pp-size 2 --tp 2"),
     Case("TP4 DP4", 4, DP4),
     Case("TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS),
     Case("TP4 DP2", 4, "--tp 4 --dp 2 --enable-dp-attention"),
     Case("TP4 DP4 EP4", 4, DP4 + " --ep 4"),
+    Case("TP4 DP4 EP4, 4 experts twice", 4, DP4 + " --ep 4" + TWICE),
+    Case("TP4 DP4, the head on each rank", 4, DP4 + " --enable-dp-lm-head"),
+    Case("TP4 DP2, the head on two ranks", 4, "--tp 4 --dp 2 --enable-dp-attention --enable-dp-lm-head"),
     Case("TP2 on two nodes", 2, "--tp 2", nodes=2),
     Case("TP2 on two nodes without graphs", 2, "--tp 2" + NO_GRAPHS, nodes=2),
     Case("TP2 of one KV head on two nodes", 2, "--tp 2", model="1 KV head", nodes=2),
