@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 import tempfile
@@ -169,11 +170,13 @@ def _measure_model(arguments: argparse.Namespace) -> int:
                 one.name: model_steps.Start(work.command(one), one.environment(), logs / f"{one.name}.{repeat}.log")
                 for one in ready
             }
-            for name, done in runs(starts, work, arguments.timeout, lambda name: _say(f"{name}: runs")):
-                found["contestants"][name]["runs"].append(done.as_data())
-                _say(f"{name}: {done.error or 'measured'}, {done.seconds:.0f} s")
-                if arguments.json:  # after each run: what was measured stays whatever becomes of the next
-                    record.write(found, arguments.json)
+            # Closed before anything else is done about an interruption: with it ends all that it started.
+            with contextlib.closing(runs(starts, work, arguments.timeout, lambda name: _say(f"{name}: runs"))) as done:
+                for name, run in done:
+                    found["contestants"][name]["runs"].append(run.as_data())
+                    _say(f"{name}: {run.error or 'measured'}, {run.seconds:.0f} s")
+                    if arguments.json:  # after each run: what was measured stays whatever becomes of the next
+                        record.write(found, arguments.json)
     if arguments.json:  # once more: with nobody to run, nothing was written yet
         record.write(found, arguments.json)
     _print([found], [""])

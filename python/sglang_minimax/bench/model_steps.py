@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -317,7 +317,7 @@ class _Running:
 
 def run_one_by_one(
     starts: Mapping[str, Start], work: Work, timeout_seconds: float, on_turn: Callable[[str], None]
-) -> Iterator[tuple[str, Run]]:
+) -> Generator[tuple[str, Run], None, None]:
     """Runs the tool for each to its end, or ends it with all its ranks: after ``timeout_seconds``, or if one has died.
 
     Args:
@@ -332,7 +332,7 @@ def run_one_by_one(
 
 def run_side_by_side(
     starts: Mapping[str, Start], work: Work, timeout_seconds: float, on_turn: Callable[[str], None]
-) -> Iterator[tuple[str, Run]]:
+) -> Generator[tuple[str, Run], None, None]:
     """Loads all at once and measures one after the other, while the others sleep: see ``turns.py``.
 
     Args:

@@ -20,6 +20,7 @@ from sglang_minimax.bench.record import CannotBench
 
 SCRIPTS = {
     "qk-norm": "qk_norm_rope.py",
+    "all-reduce-norm": "all_reduce_norm.py",
     "router": "router.py",
     "experts": "experts_profile.py",
     "expert-sum": "expert_sum.py",
