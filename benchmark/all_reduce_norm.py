@@ -3,6 +3,7 @@
 
     python benchmark/all_reduce_norm.py --json out.json                 # on all GPUs of the host
     python benchmark/all_reduce_norm.py --ranks 2 --flashinfer --time-limit 240 --json out.json
+    python benchmark/all_reduce_norm.py --plans 16/1 --time-limit 90 --json out.json     # what is served, in a minute
 
 A process a rank. Protocol: a CUDA graph of 16 layers, each with its own x, residual and weight; 10 replays to warm up,
 then 120, each between two events; the time of a layer is a replay's time / 16. Reported: the median over replays, in
@@ -36,7 +37,13 @@ import graph_timing
 
 TOKENS, HIDDEN_SIZE, EPS = [1, 16, 64, 4, 128, 256, 512], 3072, 1e-6
 LAYERS, WARM_UP, REPLAYS = 16, 10, 120
+FEW = 2  # so many plans the ranks compile by themselves
 PLANS = [(16, 1), (8, 1), (4, 1), (16, 2), (8, 2), (8, 4), (4, 4)]  # (warps, CTAs a multiprocessor)
+
+
+def plan(text: str) -> tuple[int, int]:
+    warps, ctas = map(int, text.split("/"))
+    return warps, ctas
 
 
 class NoServer:
@@ -278,7 +285,9 @@ def main() -> None:
     parser.add_argument("--rank", nargs=3, type=int, metavar=("RANK", "WORLD", "PORT"), help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--plans", type=plan, nargs="+", default=PLANS, metavar="WARPS/CTAS", help="ours to time")
     options = parser.parse_args()
+    PLANS[:] = options.plans
     if options.rank:
         return measure_rank(*options.rank, options)
 
@@ -290,14 +299,16 @@ def main() -> None:
     if ranks > gpus:
         sys.exit(f"{ranks} ranks need {ranks} GPUs, one each, and this host has {gpus}: ask for fewer with --ranks")
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(len(PLANS), (os.cpu_count() or 2)), context) as pool:
-        list(pool.map(compile_plan, PLANS, [ranks] * len(PLANS)))
+    if len(PLANS) > FEW:  # in a process each, which has to start too
+        with concurrent.futures.ProcessPoolExecutor(min(len(PLANS), (os.cpu_count() or 2)), context) as pool:
+            list(pool.map(compile_plan, PLANS, [ranks] * len(PLANS)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     folder = Path(tempfile.mkdtemp(prefix="all_reduce_norm."))
     result = options.json or folder / "result.json"
     command = [sys.executable, __file__, "--tokens", *map(str, options.tokens), "--deadline", str(deadline)]
+    command += ["--plans", *(f"{warps}/{ctas}" for warps, ctas in PLANS)]
     command += ["--result", str(result), *(["--flashinfer"] if options.flashinfer else [])]
     logs = [(folder / f"log.{rank}").open("w") for rank in range(ranks)]
     processes = [
