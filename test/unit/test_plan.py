@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import resource
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ from sglang_minimax.plan.shape import PUBLISHED_CONFIG, CannotPlan, read_model, 
 
 H200, B200 = GPUS["h200"], GPUS["b200"]
 M25 = read_model("m2.5")
+RECORDS = scaling.DOCUMENT.parents[1] / "benchmark" / "results"
 
 
 def name_of(value) -> str | None:
@@ -474,6 +476,17 @@ def test_the_model_of_the_step_says_how_far_off_it_is():
     largest = step.largest_errors()
     assert largest.keys() == said.keys()
     assert all(abs(largest[kind]) < most for kind, most in said.items()), largest
+
+
+def test_the_steps_that_the_model_is_held_against_are_the_medians_of_their_records():
+    for measured in step.MEASURED:
+        record = json.loads((RECORDS / measured.record).read_text(encoding="utf-8"))
+        layers = [] if measured.num_layers == 62 else [f"{measured.num_layers} of 62 layers"]
+        assert record["model"]["changes"] == layers
+        assert sorted(record["layout"].split()) == sorted(" ".join(measured.flags.words()).split())
+        (run,) = record["contestants"][measured.engine]["runs"]
+        samples = run["batches"][f"{measured.batch // measured.flags.dp} x {measured.input_len}"]["decode_ms"]
+        assert measured.ms == pytest.approx(statistics.median(samples), abs=0.0051)
 
 
 def test_a_launch_takes_its_nearest_measured_time():
