@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sglang_minimax.plan.memory import MIB, Memory
 from sglang_minimax.plan.report import BASIS, RankHolds, Report
-from sglang_minimax.plan.step import ASSUMPTIONS, Candidate, errors, unexplained_us_per_layer
+from sglang_minimax.plan.step import ASSUMPTIONS, FITTED, MEASURED, Candidate, errors, fitted, largest_errors
 
 _GIB = 1024 * MIB
 _RANKS_IN_A_ROW = 8  # of the drawing, so that it fits 80 columns
@@ -172,16 +172,19 @@ def show_search(candidates: Sequence[Candidate], title: str, limit: int, console
     console.print("\n[bold]A model, not a measurement.[/] It assumes:")
     for assumption in ASSUMPTIONS:
         console.print(f"- {assumption}", markup=False)
+    console.print(f"\nWhat no launch explains is fitted: {fitted()}.")
     console.print(
-        f"\nThe constant is {unexplained_us_per_layer():.0f} us a layer. The model's error on measured steps of stock "
-        f"TP4 on H200 (512 tokens in, 34 out;\ndummy weights, which do not route evenly: a step lies between two "
-        "predictions):"
+        "The model's error on measured steps of ours on H200, 62 layers (dummy weights, whose tokens go to few "
+        "experts: a step lies between two predictions, and near the first):"
     )
-    for error in errors():
+    for error in errors(step for step in MEASURED if step.engine == "ours" and step.num_layers == 62):
         measured = error.measured
-
-        def against(predicted: float, ms: float = measured.ms) -> str:
-            return f"{predicted:.2f} ms ({predicted / ms - 1:+.0%})"
-
-        model = f"model {against(error.even_ms)} if routed evenly, {against(error.alike_ms)} if all tokens go alike"
-        console.print(f"- batch {measured.batch}: measured {measured.ms} ms, {model}", markup=False)
+        off = "fitted" if measured in FITTED else f"{error.alike:+.0%}"
+        console.print(
+            f"- {measured.layout}, batch {measured.batch_name}, {measured.input_len} tokens in: "
+            f"measured {measured.ms:.2f} ms; all tokens alike {error.alike_ms:.2f} ({off}), even routing "
+            f"{error.even_ms:.2f}",
+            markup=False,
+        )
+    largest = "; ".join(f"{kind} {error:+.0%}" for kind, error in largest_errors().items())
+    console.print(f"Largest error of all measured steps, stock's too, all tokens alike: {largest}.", markup=False)

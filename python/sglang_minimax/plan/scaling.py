@@ -6,12 +6,13 @@ python -m sglang_minimax.plan.scaling --write     puts them into docs/scaling.md
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 from sglang_minimax.plan import collectives, step
 from sglang_minimax.plan.hardware import GPUS
-from sglang_minimax.plan.launches import ENGINES, GAP_US, QK_NORM
+from sglang_minimax.plan.launches import ENGINES, QK_NORM
 from sglang_minimax.plan.layout import Flags, settle
 from sglang_minimax.plan.shape import read_model
 
@@ -45,27 +46,46 @@ def _launches() -> str:
     rows = []
     for stock, ours in zip(ENGINES["stock"], ENGINES["ours"], strict=True):
         same = ours is stock
+        name = f"{stock.name}, {stock.context} tokens or more in a request" if stock.context else stock.name
+        times = [", ".join(f"{each.at(batch):.2f}" for batch in BATCHES) for each in (stock, ours)]
         rows.append(
-            [stock.name, f"{stock.at(16):.2f}", "the same" if same else f"{ours.at(16):.2f}",
-             str(stock.kernels) if same else f"{stock.kernels}, {ours.kernels}",
+            [name, times[0], "the same" if same else times[1],
              stock.source if same else f"{stock.source}; ours: {ours.source}"]
         )  # fmt: skip
-    text = _table("launch | stock, us | ours, us | kernels | from", rows)
-    rest = step.unexplained_us_per_layer()
-    return f"{text}\n\nAt 16 tokens. What no launch explains, fitted: {rest:.1f} us a layer."
+    text = _table("launch | stock, us | ours, us | from", rows)
+    return f"{text}\n\nAt 1, 16 and 64 tokens. What no launch explains, fitted: {step.fitted()}."
 
 
 def _measured() -> str:
     rows = []
-    for error in step.errors() + step.errors(step.MEASURED_OF_OTHERS):
+    for error in step.errors():
         measured = error.measured
-        fitted = " (fitted)" if measured is step.MEASURED[0] else ""
         rows.append(
-            [f"{measured.engine} TP{measured.tp}, {measured.num_layers} layers", str(measured.batch),
-             f"{measured.ms:.2f}", f"{error.alike_ms:.2f}{fitted}", f"{error.even_ms:.2f}{fitted}", measured.note]
+            [measured.engine, measured.layout, str(measured.num_layers), str(measured.input_len),
+             measured.batch_name, f"{measured.ms:.2f}",
+             f"{error.alike_ms:.2f}", "fitted" if measured in step.FITTED else f"{error.alike:+.1%}",
+             f"{error.even_ms:.2f}"]
         )  # fmt: skip
-    head = "server | batch | measured, ms | model, all tokens alike | model, even routing | against the measurement"
-    return _table(head, rows)
+    head = (
+        "engine | layout | layers | tokens in | batch | measured, ms | model, all tokens alike | off by | even routing"
+    )
+    records = "\n".join(f"- `benchmark/results/{record}`" for record in dict.fromkeys(m.record for m in step.MEASURED))
+    return f"{_table(head, rows)}\n\n{_largest_errors()}\n\nMedian steps, from\n\n{records}"
+
+
+def _largest_errors() -> str:
+    """The largest error of each kind of measured step, and what DP attention is without its constant."""
+    constants = dataclasses.replace(step.fitted(), dp_layer_us=0.0)
+    without = [
+        step.predict_measured(measured, constants, routed_alike=True).ms / measured.ms - 1
+        for measured in step.MEASURED
+        if measured.flags.dp > 1
+    ]
+    largest = "; ".join(f"{kind} {error:+.1%}" for kind, error in step.largest_errors().items())
+    return (
+        f"Largest error of what is not fitted: {largest}. Without the constant of DP attention its three steps are "
+        f"{', '.join(f'{error:+.0%}' for error in without)}."
+    )
 
 
 def _predictions() -> str:
@@ -90,10 +110,10 @@ def _two_nodes() -> str:
     rows, ranks = [], layout.tp_ranks_per_node
     for batch in BATCHES:
         whole = step.predict(_MODEL, layout, _GPU, batch, CONTEXT, counterpart=False).ms
-        all_ranks = collectives.over_nodes_us(ranks, 2, 8.0 * batch) + GAP_US
+        all_ranks = collectives.over_nodes_us(ranks, 2, 8.0 * batch)
         ways = {
             f"one all-reduce over {2 * ranks} ranks": all_ranks,
-            "within nodes, then between pairs": collectives.over_nodes_us(1, 2, 8.0 * batch) + 2 * GAP_US,
+            "within nodes, then between pairs": collectives.over_nodes_us(1, 2, 8.0 * batch),
             "counterparts projected": extra_us,
         }
         for name, us in ways.items():

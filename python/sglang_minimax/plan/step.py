@@ -3,12 +3,13 @@
 The model, for a rank:
 
     step = max(bytes read / HBM rate, operations / FP8 rate) + collectives
-           + layers * (launches beyond the bytes that they read + gaps between them + what no launch explains)
+           + layers * (launches beyond the bytes that they read + what DP attention adds)
+           + what a step has once, and for each request
 
 Launches are those of :mod:`sglang_minimax.plan.launches`, collectives those of :mod:`sglang_minimax.plan.collectives`.
-Its assumptions, each of which :data:`ASSUMPTIONS` says in words: it ranks layouts, it does not promise times. One
-constant is fitted to one measured step (:func:`unexplained_us_per_layer`); the other measured steps are predictions,
-and :func:`errors` says how far off they are.
+Its assumptions, each of which :data:`ASSUMPTIONS` says in words: it ranks layouts, it does not promise times. Three
+constants are fitted to three measured steps (:func:`fitted`); the other measured steps are predictions, and
+:func:`errors` says how far off they are.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from sglang_minimax import sharding
 from sglang_minimax.plan import collectives
 from sglang_minimax.plan.hardware import GPUS, GPUS_PER_NODE, Gpu
-from sglang_minimax.plan.launches import ENGINES, GAP_US, QK_NORM, QK_NORM_ALL_REDUCE_US
+from sglang_minimax.plan.launches import (
+    ATTENTION,
+    ENGINES,
+    PROJECTIONS,
+    QK_NORM,
+    QK_NORM_ALL_REDUCE_US,
+    for_context,
+)
 from sglang_minimax.plan.layout import Flags, Layout, has_counterpart, padded_vocabulary, settle
 from sglang_minimax.plan.memory import kv_bytes_per_token, plan_memory, weight_bytes
 from sglang_minimax.plan.shape import ModelShape, read_model
@@ -35,11 +43,10 @@ ASSUMPTIONS = (
     f"HBM gives {HBM_SHARE:.0%} of the datasheet's rate (a copy on an H200 was measured at 4.3 of 4.8 TB/s)",
     "weights of an expert are read once where a token of the batch goes to it; routing is even and independent, "
     "and the ranks wait for the EP group to which most experts of a batch fall",
-    "stock's expert products take what their weights' bytes take, ours so much and what the table says (stock's were "
-    "measured at TP4, batch 16, dummy weights: 27.8 us, in which HBM reads 34 of 256 experts)",
-    "every other launch takes what plan/launches.py has for TP4 on H200, on every GPU and in every layout; of a "
-    "projection and the router, the part that their weights' bytes do not explain",
-    f"{GAP_US} us are lost before each kernel of a CUDA graph (measured: 0.7 to 1)",
+    "a launch takes what plan/launches.py has for TP4 on H200, on every GPU and in every layout; of the projections, "
+    "the router, the experts and attention, the part that their bytes do not explain",
+    "launches follow each other without a gap: what one costs before it starts is in the times that were measured",
+    "beyond the bytes of keys and values attention takes the same for all requests of 512 tokens and more",
     f"a collective inside a node takes {collectives.NODE_US:.0f} us on 2 to 8 GPUs (measured on four H200: an "
     "all-reduce of 98 kB), plus its bytes at the link's datasheet rate; the exchange of QK norm is in its launch",
     "a collective across nodes takes what NCCL's own model of its trees says (plan/collectives.py), over InfiniBand "
@@ -47,48 +54,127 @@ ASSUMPTIONS = (
     "two all-reduces a layer, of attention's and of the experts' output; an all-gather more under DP attention; one "
     "more, of QK norm's sums, where these cross nodes",
     "arithmetic runs at the datasheet's dense FP8 rate, beside the memory reads",
-    "what is left of a layer is a constant, the same on every GPU and for every batch: fitted to the measured TP4 step "
-    "at batch 1 of the stock engine",
+    "what a step has once (the host's work, logits, sampling) is a constant, and another for each further request, the "
+    "same for both engines: fitted to stock's TP4 steps with 16 layers, batch 1 and 64",
+    "what a layer has more under DP attention (norms, gathers and scatters in launches of their own, attention of all "
+    "heads) is a constant: fitted to our TP4 DP4 EP4 step with one request a rank",
     "pipeline stages work on parts of the batch in turn, without gaps",
-    "prefill, scheduling and sampling are left out",
+    "prefill and scheduling are left out",
 )
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A decode step that was measured on H200, with FP8 blocks and dummy weights.
+    """The median decode step that ``sglang-minimax bench`` measured: FP8 blocks, dummy weights, 34 tokens out.
 
-    Of stock: sglang 0.5.10.post1, ``sglang.bench_one_batch``, 62 layers, --attention-backend triton, CUDA graphs, 512
-    tokens in and 34 out, median step; four H200 of one host, CUDA 13, torch 2.11.
+    On H200 with CUDA 13.0, torch 2.11 and triton 3.6.0, ``--attention-backend triton`` and CUDA graphs; stock is sglang
+    0.5.10.post1. All samples are in ``benchmark/results/``, in the file that ``record`` names.
 
-    Dummy weights do not route evenly. At batch 16 a layer's expert GEMMs were measured at 27.8 us, in which 4.3 TB/s
-    reads 34 of a rank's 256 expert parts; even routing would touch 102. So these steps lie between the model's two
-    predictions, for even routing and for all tokens alike, and do not say which of a real model's is nearer.
+    Dummy weights do not route evenly: all tokens of a batch go to few experts. So a step lies between the model's two
+    predictions, for all tokens alike and for even routing, and near the first.
 
-    note: what stands against the measurement.
+    batch: requests of all DP groups.
+    input_len: tokens of each request before the first step.
     """
 
+    engine: str
+    num_layers: int
+    input_len: int
     batch: int
     ms: float
-    context: int = 529
-    engine: str = "stock"
-    tp: int = 4
-    num_layers: int = 62
-    note: str = ""
+    record: str
+    flags: Flags = TABLE_FLAGS
+
+    @property
+    def context(self) -> int:
+        """Tokens of each request in the median step of 33."""
+        return self.input_len + 17
+
+    @property
+    def layout(self) -> str:
+        """TP4, for example, or TP4 DP4 EP4."""
+        return f"TP{self.flags.tp}" + (f" DP{self.flags.dp} EP{self.flags.ep}" if self.flags.dp > 1 else "")
+
+    @property
+    def batch_name(self) -> str:
+        """DP groups x the batch of each, if there are several."""
+        groups = self.flags.dp
+        return f"{groups} x {self.batch // groups}" if groups > 1 else str(self.batch)
 
 
-MEASURED = (MeasuredStep(1, 8.66), MeasuredStep(16, 9.67), MeasuredStep(64, 11.11))
+_DP_FLAGS = Flags(tp=4, dp=4, ep=4, enable_dp_attention=True)
 
-_SHARDS = "TP4's shards on two H200, one peer instead of three"
-MEASURED_OF_OTHERS = (
-    MeasuredStep(1, 2.76, 145, "stock", 4, 16, _SHARDS),
-    MeasuredStep(16, 3.00, 145, "stock", 4, 16, _SHARDS),
-    MeasuredStep(64, 3.31, 145, "stock", 4, 16, _SHARDS),
-    MeasuredStep(1, 1.50, 145, "ours", 4, 16, _SHARDS),
-    MeasuredStep(16, 1.78, 145, "ours", 4, 16, _SHARDS),
-    MeasuredStep(64, 2.20, 145, "ours", 4, 16, _SHARDS),
+
+def _measured(
+    record: str, num_layers: int, rows: dict[tuple[str, int], tuple[float, float, float]], flags: Flags = TABLE_FLAGS
+) -> tuple[MeasuredStep, ...]:
+    """``rows``: by engine and tokens in, milliseconds for 1, 16 and 64 requests in each DP group."""
+    return tuple(
+        MeasuredStep(engine, num_layers, input_len, batch * flags.dp, ms, record, flags)
+        for (engine, input_len), times in rows.items()
+        for batch, ms in zip((1, 16, 64), times, strict=True)
+    )
+
+
+MEASURED = (
+    # One host with eight H200, jobs of ours on the other four while TP4 ran.
+    *_measured(
+        "steps_tp4_62_layers_h200.json",
+        62,
+        {
+            ("stock", 512): (8.03, 9.12, 10.81),
+            ("ours", 512): (4.19, 5.16, 7.86),
+            ("stock", 128): (7.45, 8.66, 10.11),
+            ("ours", 128): (3.77, 4.65, 7.13),
+        },
+    ),
+    # Another host, with four; the engines took turns.
+    *_measured(
+        "steps_tp4_16_layers_h200.json",
+        16,
+        {
+            ("stock", 512): (2.58, 2.94, 3.69),
+            ("ours", 512): (1.67, 2.01, 2.88),
+            ("stock", 128): (2.46, 2.82, 3.42),
+            ("ours", 128): (1.53, 1.84, 2.54),
+        },
+    ),
+    *_measured("steps_tp4_dp4_ep4_62_layers_h200.json", 62, {("ours", 128): (8.14, 10.17, 17.42)}, _DP_FLAGS),
 )
-"""Steps that nothing is fitted to: those of other layouts, engines and numbers of layers."""
+
+
+def _one(engine: str, num_layers: int, input_len: int, batch: int, dp: int = 1) -> MeasuredStep:
+    (found,) = (
+        step
+        for step in MEASURED
+        if (step.engine, step.num_layers, step.input_len, step.batch, step.flags.dp)
+        == (engine, num_layers, input_len, batch, dp)
+    )
+    return found
+
+
+FITTED = (_one("stock", 16, 512, 1), _one("stock", 16, 512, 64), _one("ours", 62, 128, 4, dp=4))
+"""What the model's three constants are fitted to, in the order of :class:`Constants`."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What no launch explains.
+
+    step_us: once a step, with its first request.
+    request_us: for each further request, of all DP groups: every rank has the logits of them all.
+    dp_layer_us: a layer under DP attention.
+    """
+
+    step_us: float = 0.0
+    request_us: float = 0.0
+    dp_layer_us: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.step_us:.0f} us a step, {self.request_us:.1f} us for each request after the first, "
+            f"{self.dp_layer_us:.0f} us a layer under DP attention"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,10 +186,11 @@ class Step:
     arithmetic_ms: float
     collectives_ms: float
     launches_ms: float
+    once_ms: float
 
     @property
     def ms(self) -> float:
-        return max(self.memory_ms, self.arithmetic_ms) + self.collectives_ms + self.launches_ms
+        return max(self.memory_ms, self.arithmetic_ms) + self.collectives_ms + self.launches_ms + self.once_ms
 
     @property
     def tokens_per_s(self) -> float:
@@ -116,7 +203,7 @@ def predict(
     gpu: Gpu,
     batch: int,
     context: int,
-    unexplained_us: float | None = None,
+    constants: Constants | None = None,
     routed_alike: bool = False,
     engine: str = "ours",
     counterpart: bool | None = None,
@@ -126,12 +213,12 @@ def predict(
     With pipeline stages, the time until each request has its next token: all stages, each on its part of the batch.
 
     Args:
-        unexplained_us: what a layer costs besides; None: as fitted.
+        constants: what no launch explains; None: as fitted.
         routed_alike: all tokens go to the same experts, instead of evenly to all.
         engine: whose launches, of :data:`sglang_minimax.plan.launches.ENGINES`.
         counterpart: whether ranks project q and k of the other node too; None: where the model does.
     """
-    unexplained_us = unexplained_us_per_layer() if unexplained_us is None else unexplained_us
+    constants = fitted() if constants is None else constants
     if counterpart is None:
         counterpart = engine != "stock" and has_counterpart(layout, model)
     part = math.ceil(batch / layout.pp)
@@ -143,34 +230,36 @@ def predict(
     if not counterpart and has_counterpart(layout, model):
         read -= num_layers * counterpart_bytes(model, layout)
     over_nodes = layout.attention_ranks > layout.tp_ranks_per_node
-    launches_us = sum(launch_times_us(model, engine, requests, part).values())
+    launches_us = sum(launch_times_us(model, engine, requests, part, context).values())
     if over_nodes and engine == "stock":
         launches_us -= QK_NORM_ALL_REDUCE_US
     sums_cross = model.use_qk_norm and over_nodes and not counterpart
-    if sums_cross:
-        launches_us += GAP_US
+    if layout.dp_groups > 1:
+        launches_us += constants.dp_layer_us
     reduced_us = _collectives_us(model, layout, gpu, part, sums_cross)
     return Step(
         batch,
         read / rate * 1e3,
         _operations(model, layout, part, requests, context) / (gpu.fp8_tflops * 1e12) * 1e3,
         (num_layers * reduced_us + (layout.pp - 1) * collectives.NODE_US) / 1e3,
-        num_layers * (launches_us + unexplained_us) / 1e3,
+        num_layers * launches_us / 1e3,
+        (constants.step_us + constants.request_us * (batch - 1)) / 1e3,
     )
 
 
-def launch_times_us(model: ModelShape, engine: str, requests: int, tokens: int) -> dict[str, float]:
-    """By launch, microseconds of one layer beyond the bytes that it reads, with its gaps.
+def launch_times_us(model: ModelShape, engine: str, requests: int, tokens: int, context: int) -> dict[str, float]:
+    """By launch, microseconds of one layer beyond the bytes that it reads.
 
     Args:
         requests: tokens that attention has on a rank.
         tokens: tokens that the experts and the router have.
+        context: tokens that each request holds.
     """
-    by_requests = ("qkv and o projections", "their activations to FP8", QK_NORM, "attention")
+    by_requests = (PROJECTIONS, QK_NORM, ATTENTION)
     times = {}
-    for launch in ENGINES[engine]:
+    for launch in for_context(ENGINES[engine], context):
         us = launch.at(requests if launch.name in by_requests else tokens)
-        times[launch.name] = max(0.0, us - _bytes_us(launch.reads)) + launch.kernels * GAP_US
+        times[launch.name] = max(0.0, us - _bytes_us(launch.reads))
     if not model.use_qk_norm:
         del times[QK_NORM]
     return times
@@ -247,18 +336,24 @@ def _collectives_us(model: ModelShape, layout: Layout, gpu: Gpu, tokens: int, su
 
 
 @functools.cache
-def unexplained_us_per_layer() -> float:
-    """What no launch explains of a layer, in microseconds: the rest of the measured step at batch 1."""
-    measured = MEASURED[0]
-    step = predict_measured(measured, 0.0)
-    return (measured.ms - step.ms) * 1e3 / measured.num_layers
+def fitted() -> Constants:
+    """The model's constants, one after the other: what is left of each step of ``FITTED``."""
+
+    def rest_us(measured: MeasuredStep, so_far: Constants) -> float:
+        return (measured.ms - predict_measured(measured, so_far, routed_alike=True).ms) * 1e3
+
+    first, many, dp = FITTED
+    constants = Constants()
+    constants = replace(constants, step_us=rest_us(first, constants))
+    constants = replace(constants, request_us=rest_us(many, constants) / (many.batch - 1))
+    return replace(constants, dp_layer_us=rest_us(dp, constants) / dp.num_layers)
 
 
-def predict_measured(measured: MeasuredStep, unexplained_us: float | None = None, routed_alike: bool = False) -> Step:
+def predict_measured(measured: MeasuredStep, constants: Constants | None = None, routed_alike: bool = False) -> Step:
     """The model's step for what was measured."""
     model, gpu = replace(read_model("m2.5"), num_hidden_layers=measured.num_layers), GPUS[TABLE_GPU]
-    layout = settle(Flags(tp=measured.tp), model, gpu)
-    return predict(model, layout, gpu, measured.batch, measured.context, unexplained_us, routed_alike, measured.engine)
+    layout = settle(measured.flags, model, gpu)
+    return predict(model, layout, gpu, measured.batch, measured.context, constants, routed_alike, measured.engine)
 
 
 @dataclass(frozen=True)
@@ -269,10 +364,24 @@ class Error:
     even_ms: float
     alike_ms: float
 
+    @property
+    def alike(self) -> float:
+        """How much too long the model is, as a share of the measured step, where all tokens go alike."""
+        return self.alike_ms / self.measured.ms - 1
 
-def errors(measured: tuple[MeasuredStep, ...] = MEASURED) -> list[Error]:
-    """How far the model is off the measured steps; the first of ``MEASURED`` was fitted."""
+
+def errors(measured: Iterable[MeasuredStep] = MEASURED) -> list[Error]:
+    """How far the model is off the measured steps; it was fitted to those of ``FITTED``."""
     return [Error(step, predict_measured(step).ms, predict_measured(step, routed_alike=True).ms) for step in measured]
+
+
+def largest_errors() -> dict[str, float]:
+    """By layout and number of layers the largest :attr:`Error.alike` of the steps that nothing was fitted to."""
+    found: dict[str, float] = {}
+    for error in errors(step for step in MEASURED if step not in FITTED):
+        kind = f"{error.measured.layout}, {error.measured.num_layers} layers"
+        found[kind] = max(found.get(kind, 0.0), error.alike, key=abs)
+    return found
 
 
 @dataclass(frozen=True)
@@ -366,11 +475,16 @@ def as_data(candidates: list[Candidate]) -> dict[str, object]:
             for candidate in candidates
         ],
         "assumptions": ASSUMPTIONS,
-        "fitted_to_batch": MEASURED[0].batch,
         "errors": [
             {
+                "engine": error.measured.engine,
+                "flags": " ".join(error.measured.flags.words()),
+                "num_layers": error.measured.num_layers,
+                "input_len": error.measured.input_len,
                 "batch": error.measured.batch,
                 "measured_ms": error.measured.ms,
+                "record": error.measured.record,
+                "fitted": error.measured in FITTED,
                 "model_ms": error.even_ms,
                 "model_ms_all_tokens_routed_alike": error.alike_ms,
             }
