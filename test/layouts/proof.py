@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from layouts.harness import LayoutFailed
-from layouts.matrix import ROWS, TOLERANCE, Oracles, Outcome, run_row
+from layouts.matrix import CPU, GPUS, ROWS, TOLERANCE, Device, Oracles, Outcome, run_row
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
 BEGIN, END = "<!-- matrix: written by the command below -->", "<!-- end of matrix -->"
@@ -25,13 +25,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python test/layouts/matrix.py", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="PART", help="rows whose names contain one of these")
     parser.add_argument("--write", action="store_true", help="write docs/proof.md; all rows must hold")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the ranks run (default: cpu)")
     options = parser.parse_args(arguments)
-    if options.only and options.write:
-        parser.error("--write needs all rows: leave --only out")
+    if options.write and (options.only or options.device != "cpu"):
+        parser.error("--write needs all rows on the CPU: leave --only and --device out")
     names = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
+    device = {one.name: one for one in (CPU, GPUS)}[options.device]
+    if device is GPUS:
+        gpus = count_gpus()
+        names = [name for name in names if ROWS[name].simulation is None and ROWS[name].ranks <= gpus]
+        if not names:
+            parser.error(f"none of these rows can run on {gpus} GPUs: one a rank, and nothing simulated")
     started = time.monotonic()
     outcomes = {}
-    for name, outcome in run_rows(names):
+    for name, outcome in run_rows(names, device):
         outcomes[name] = outcome
         print(line(name, outcome), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
     seconds = time.monotonic() - started
@@ -43,9 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def run_rows(names: list[str]) -> Iterator[tuple[str, Outcome]]:
+def count_gpus() -> int:
+    """NVIDIA GPUs of this host, without a CUDA context in this process."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def run_rows(names: list[str], device: Device) -> Iterator[tuple[str, Outcome]]:
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
-        oracles = Oracles(Path(folder))
+        oracles = Oracles(Path(folder), device)
         for name in names:
             oracles.of(ROWS[name].shape)  # so that a row's seconds are its own
             try:
