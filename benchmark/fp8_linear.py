@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -60,19 +59,7 @@ def shapes(ranks: int) -> dict[str, tuple[int, int]]:
 
 
 def graph_time(function, arguments: list, replays: int = REPLAYS) -> float:
-    import torch
-
-    function(*arguments[0])
-    torch.cuda.synchronize()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        function(*arguments[0])
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        for one in arguments:
-            function(*one)
-        graph.capture_end()
-    return statistics.median(graph_timing.replay_times(graph, len(arguments), WARM_UP, replays))
+    return graph_timing.graph_time(function, arguments, WARM_UP, replays)
 
 
 def measure(backend: str, ranks: list[int], token_counts: list[int]) -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from typing import Any
 
@@ -39,16 +38,7 @@ ALLOWED_ERROR = 2.5e-3  # relative, of the norm, from float64 of the same FP8 va
 
 
 def graph_time(function, arguments: list[tuple]) -> float:
-    """Median microseconds of one of the calls of a graph that has one for each of ``arguments``."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        function(*arguments[0])
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        for one in arguments:
-            function(*one)
-        graph.capture_end()
-    return statistics.median(graph_timing.replay_times(graph, len(arguments), WARM_UP, REPLAYS))
+    return graph_timing.graph_time(function, arguments, WARM_UP, REPLAYS)
 
 
 def inputs_of(rows: int, columns: int) -> list[tuple]:
