@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from layouts.harness import run_layout
-from layouts.matrix import PROMPT_LENGTHS, ROWS, SHAPES, TOLERANCE
+from layouts.matrix import FIFTH, PROMPT_LENGTHS, ROWS, SHAPES, TOLERANCE, distributions
 
 from sglang_minimax.checkpoints import write_checkpoint
 from sglang_minimax.reference import Reference
@@ -38,18 +38,19 @@ def oracle(tmp_path_factory):
 def test_sixteen_greedy_tokens(oracle, name):
     row = ROWS[name]
     checkpoint, prompts, expected = oracle(row.shape)
+    placed = [[index for index in own if index != FIFTH] for own in row.placed]  # which shares a prefix of the matrix's
     result = run_layout(
         checkpoint,
         tp=row.tp,
         dp=row.dp,
         ep=row.ep,
-        prompts_by_dp_rank=[[prompts[index] for index in own] for own in row.placed],
+        prompts_by_dp_rank=[[prompts[index] for index in own] for own in placed],
         steps=STEPS,
         timeout_s=240,
     )
-    for own, tokens, logprobs in zip(row.placed, result.tokens, result.logprobs, strict=True):
+    for own, tokens, logprobs in zip(placed, result.tokens, result.logprobs, strict=True):
         for index, answer, rows in zip(own, tokens, logprobs, strict=True):
             assert answer == expected[index].tokens
-            reference = np.array([[logprob for _, logprob in sorted(step)] for step in expected[index].top])
+            reference = distributions(expected[index])
             assert rows.shape == reference.shape == (STEPS, reference.shape[1])
             assert np.abs(rows - reference).max() < TOLERANCE
