@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -308,6 +309,18 @@ def _rank_main(layout: Layout, rank: int, log: Path, connection) -> None:
     os._exit(0)  # a rank has nothing to clean up that its peers, or an interpreter shutting down, could not hang
 
 
+def _take_own_lock_of_progress_bars() -> None:
+    """A rank that is killed while it draws one would keep the lock that it shares with the process it was forked from,
+    which then waits for ever before its own next bar."""
+    import tqdm
+
+    lock, classes = threading.RLock(), [tqdm.tqdm]
+    while classes:
+        one = classes.pop()
+        one.set_lock(lock)
+        classes += one.__subclasses__()
+
+
 def _prepare_process(layout: Layout) -> None:
     import logging
 
@@ -322,6 +335,7 @@ def _prepare_process(layout: Layout) -> None:
         # OpenMP's threads do not survive a fork: a rank that asked for more than its own would wait for them.
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+        _take_own_lock_of_progress_bars()
     logging.basicConfig(level=logging.INFO, force=True)
     from sglang.srt.utils import kill_itself_when_parent_died
 

@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+import tqdm
 from layouts.harness import LayoutFailed, run_layout
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
@@ -55,6 +56,21 @@ def test_a_lost_rank_ends_the_run(checkpoint, probe, said):
     assert all(part in str(failure.value) for part in said), str(failure.value)
     assert time.monotonic() - started < 45
     assert set(psutil.Process().children(recursive=True)) == before
+
+
+def die_within_a_progress_bar(runner):
+    tqdm.tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_that_dies_within_a_progress_bar_keeps_no_lock_of_ours(checkpoint):
+    """What loads weights next would wait for it for ever."""
+    locks = tqdm.tqdm.get_lock().locks  # one of which is shared with forked processes
+    with pytest.raises(LayoutFailed, match="died"):
+        run_layout(checkpoint, prompts_by_dp_rank=PROMPTS, probe=die_within_a_progress_bar)
+    assert all(lock.acquire(True, 5) for lock in locks)
+    for lock in locks:
+        lock.release()
 
 
 def test_forced_tokens_are_fed_back(checkpoint):
