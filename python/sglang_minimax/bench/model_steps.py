@@ -134,10 +134,9 @@ class StepLog:
         self.batches: dict[Shape, Batch] = {}
         self.skipped: list[Shape] = []
         self.rank_died = False
-        self._next = iter([(shape, place >= warm_ups) for place, shape in enumerate(shapes)])
+        self._next = iter([None] * warm_ups + list(shapes[warm_ups:]))  # None: not counted
         self._measures = False
         self._shape: Shape | None = None
-        self._counts = False
         self._batch = Batch()
         self._last_error = self._last_line = ""
         self._first_of_ranks: str | None = None
@@ -151,16 +150,14 @@ class StepLog:
         elif not self._measures:
             pass
         elif found := self._PREFILL.search(line):
-            self._shape, self._counts = next(self._next, (None, False))
-            self._batch = Batch([float(found[1]) * 1000])
+            self._shape, self._batch = next(self._next, None), Batch([float(found[1]) * 1000])
         elif found := self._STEP.search(line):
             self._batch.decode_ms.append(float(found[1]) * 1000)
         elif "Total. latency" in line and self._shape is not None:
-            if self._counts:
-                self.batches.setdefault(self._shape, Batch()).add(self._batch)
+            self.batches.setdefault(self._shape, Batch()).add(self._batch)
             self._shape = None
         elif self._SKIPPED.search(line):
-            self.skipped.extend(shape for shape, _ in itertools.islice(self._next, 1))
+            self.skipped.extend(shape for shape in itertools.islice(self._next, 1) if shape is not None)
         if self._RANK_DIED.search(line):
             self.rank_died = True
         elif (found := self._ERROR.search(line)) and not found[1].startswith(self._FOLLOWS):
