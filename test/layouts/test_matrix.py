@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
 from layouts import proof, simulations, spies
@@ -20,9 +21,13 @@ from layouts.matrix import (
     Oracles,
     Outcome,
     run_row,
+    small,
 )
 from sglang.srt.layers import minimax_counterpart
 from sglang.srt.models import minimax_m2, minimax_m2_moe
+
+from sglang_minimax.checkpoints import write_checkpoint
+from sglang_minimax.reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +170,20 @@ def test_a_row_that_does_not_meet_what_it_says_is_a_fault(oracles):
     faults = run_row(row, oracles).faults
     assert "no rank met IDLE" in faults
     assert "layer 2 was summed by ['MODEL'], not ['NEXT_NORM']" in faults and len(faults) == 4
+
+
+def test_bfloat16_stays_near_float32(tmp_path):
+    """The same bfloat16 weights: transformers computes in float32, the ranks in bfloat16, on the same tokens."""
+    steps = 16
+    path = write_checkpoint(tmp_path, small(num_key_value_heads=2, dtype="bfloat16"))
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8]]
+    expected = Reference(path).greedy(prompts, steps)
+    tokens = [completion.tokens for completion in expected]
+    result = run_layout(path, tp=4, dtype="bfloat16", prompts_by_dp_rank=[prompts], forced_tokens=[tokens], steps=steps)
+    for completion, rows in zip(expected, result.logprobs[0], strict=True):
+        got = rows[np.arange(steps), completion.tokens]
+        assert np.abs(got - completion.logprobs).mean() < 0.1
+        assert np.abs(got - completion.logprobs).max() < 0.5
 
 
 def test_in_bfloat16_a_row_holds_and_a_fault_is_found(tmp_path):
