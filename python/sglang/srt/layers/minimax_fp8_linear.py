@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from sglang.srt.layers import minimax_fp8_quantise
+from sglang.srt.layers.minimax_fp8_quantise import GROUP, _scale_of
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.quantization import fp8_utils
@@ -36,11 +37,6 @@ from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
-
-GROUP = 128
-"""Inputs under one scale, and outputs under one scale of the weights: the published checkpoint's blocks."""
-E4M3_MAX = 448.0
-EPS = 1e-10  # the engine's: what a group of zeros is scaled by, times 448
 
 
 class Plan(NamedTuple):
@@ -275,9 +271,7 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         [tokens, inputs] e4m3 and [tokens, inputs / GROUP] float32, whose product is about ``x``.
     """
-    groups = x.float().unflatten(-1, (-1, GROUP))
-    largest = groups.abs().amax(-1, keepdim=True).clamp(min=EPS)
-    scale = largest / torch.full_like(largest, E4M3_MAX)  # by a number, CUDA would multiply with its rounded inverse
+    groups, scale = minimax_fp8_quantise.groups_and_scales(x)
     return (groups * scale.reciprocal()).to(torch.float8_e4m3fn).flatten(1), scale.squeeze(-1)
 
 
@@ -321,7 +315,7 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 def _quantise(x):
     """[tokens, 128] of any float to e4m3 and its scales [tokens, 1]: those of :func:`quantise_reference`."""
     x = x.to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-10), 448.0)
+    scale = _scale_of(x)
     # Largest is 448 but for the last bit, so nothing is clamped.
     return (x * tl.div_rn(1.0, scale)).to(tl.float8e4nv), scale
 

@@ -20,8 +20,9 @@ import triton.language as tl
 from sglang.srt.layers.quantization.fp8_kernel import create_per_token_group_quant_fp8_output_scale
 
 GROUP = 128
+"""Columns under one scale; of weights, rows too: the published checkpoint's blocks."""
 E4M3_MAX = 448.0
-EPS = 1e-10
+EPS = 1e-10  # the engine's: what a group of zeros is scaled by, times 448
 
 # Groups of a CTA, and its warps: of four plans the fastest at 2048 rows or within 3% of it from 512 to 8192, of x as of
 # silu(gate) * up. Measured on one H200, benchmark/results/fp8_quantise_h200.json.
@@ -81,16 +82,27 @@ def _quantised(
 
 def quantise_reference(x: torch.Tensor) -> Quantised:
     """:func:`quantise` in plain torch."""
+    groups, scale = groups_and_scales(x)
+    return (groups / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1), scale.squeeze(-1)
+
+
+def groups_and_scales(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, groups, GROUP] and [rows, groups, 1] float32, in plain torch: x, and what its groups are divided by."""
     groups = x.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True).clamp(min=EPS)
-    scale = largest / torch.full_like(largest, E4M3_MAX)  # by a number, CUDA would multiply with its rounded inverse
-    return (groups / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1), scale.squeeze(-1)
+    return groups, largest / torch.full_like(largest, E4M3_MAX)  # by a number, CUDA would multiply with its inverse
 
 
 def activated_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up as :func:`quantise_activated` quantises it, but from float64: [rows, columns] bfloat16."""
     gate, up = gate_up.double().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).bfloat16()
+
+
+@triton.jit
+def _scale_of(x):
+    """[groups, 1]: what each group of x [groups, 128] float32 is divided by."""
+    return tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-10), 448.0)
 
 
 @triton.jit
@@ -121,7 +133,7 @@ def _quantise_kernel(
     if ACTIVATE:
         up = tl.load(source + GROUPS * 128, mask=is_group[:, None], other=0.0).to(tl.float32)
         x = (x / (1.0 + tl.exp(-x)) * up).to(tl.bfloat16).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1, keep_dims=True), 1e-10), 448.0)
+    scale = _scale_of(x)
     # The largest is 448 but for the last bit, and rounds to it.
     values = _divide(x, scale).to(tl.float8e4nv)
     tl.store(values_ptr + group.to(tl.int64)[:, None] * 128 + column, values, mask=is_group[:, None])

@@ -104,7 +104,7 @@ class ChoicePlan(NamedTuple):
 # chooses for itself. For one token there are but 6 parts to load, and no barrier with 1; for many tokens warps are busy
 # with other tokens anyhow.
 CHOICE_PLANS = {
-    limit: ChoicePlan(plan, 2 if 1 < limit <= 256 else 1) for limit, plan in (PLANS | PREFILL_PLANS).items()
+    limit: ChoicePlan(plan, 2 if 1 < limit <= max(PLANS) else 1) for limit, plan in (PLANS | PREFILL_PLANS).items()
 }
 CHUNK = tl.constexpr(128)
 """So many experts lie in one tensor: 32 lanes of four values, which a warp compares without shared memory."""
@@ -366,6 +366,15 @@ def _upper_half(value):
 
 
 @triton.jit
+def _parts(weight):
+    """Three float32 values whose sum is the weight and of which bfloat16 holds each, the largest first."""
+    first = _upper_half(weight)
+    rest = weight - first
+    second = _upper_half(rest)
+    return first, second, rest - second
+
+
+@triton.jit
 def _partial_logits_kernel(
     x_ptr, weight_ptr, partials_ptr, tokens, experts, hidden_size, x_stride,
     METHOD: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -388,11 +397,9 @@ def _partial_logits_kernel(
         if METHOD == "reduce":
             sums += tl.sum(x.to(tl.float32)[:, None, :] * weight[None, :, :], axis=2)
         else:
-            first = _upper_half(weight)
-            rest = weight - first
-            second = _upper_half(rest)
+            first, second, third = _parts(weight)
             # The smallest first: added to what is large already, they would lose their last bits.
-            sums = tl.dot(x, tl.trans((rest - second).to(tl.bfloat16)), sums)
+            sums = tl.dot(x, tl.trans(third.to(tl.bfloat16)), sums)
             sums = tl.dot(x, tl.trans(second.to(tl.bfloat16)), sums)
             sums = tl.dot(x, tl.trans(first.to(tl.bfloat16)), sums)
     place = partials_ptr + (split * tokens + token[:, None]) * experts + expert[None, :]
@@ -432,11 +439,9 @@ def _tiled_partial_logits_kernel(
             inside = (k + step * BLOCK_K < hidden_size)[None, :]
             weight = tl.load(weight_places + step * BLOCK_K, mask=inside, other=0.0)
             x = tl.load(x_places + step * BLOCK_K, mask=inside, other=0.0)
-        first = _upper_half(weight)
-        rest = weight - first
-        second = _upper_half(rest)
+        first, second, third = _parts(weight)
         # The smallest first, as above.
-        block = tl.dot((rest - second).to(tl.bfloat16), tl.trans(x))
+        block = tl.dot(third.to(tl.bfloat16), tl.trans(x))
         block = tl.dot(second.to(tl.bfloat16), tl.trans(x), block)
         sums += tl.dot(first.to(tl.bfloat16), tl.trans(x), block)
     place = partials_ptr + (split * tokens + token[:, None]) * experts + expert[None, :]
