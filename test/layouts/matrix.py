@@ -3,7 +3,8 @@
     python test/layouts/matrix.py                     runs all rows and prints the table
     python test/layouts/matrix.py --only tp16 dp4     the rows whose names contain one of these
     python test/layouts/matrix.py --write             all rows, and writes docs/proof.md
-    python test/layouts/matrix.py --device cuda       a GPU a rank: the rows that this host has the GPUs for
+    python test/layouts/matrix.py --device cuda       a GPU a rank: the rows that this host has the GPUs for; with
+                                                      --write into a table of their own, with --at-once N sooner
 
 Each row is run on one process a rank. The ranks are given transformers' tokens whatever they would have chosen, so a
 tie between two tokens can neither hide an error nor fake one, and the log-probabilities of all tokens of the vocabulary
@@ -356,15 +357,24 @@ class Outcome:
     """What running a row gave.
 
     largest_difference: of any log-probability from transformers', natural log.
+    within: what the tolerance's share of the differences is within, and ``allowed`` what it may be.
     compared: how many log-probabilities that is.
     seconds: from the first rank's start to the last one's end, the reference not counted.
     faults: in words, what was not as it should be; empty if all was.
     """
 
     largest_difference: float
+    within: float
+    allowed: float
     compared: int
     seconds: float
     faults: list[str]
+
+    @classmethod
+    def of_failure(cls, faults: list[str]) -> Outcome:
+        """A run that did not come to its end."""
+        nothing = float("nan")
+        return cls(nothing, nothing, nothing, 0, nothing, faults)
 
 
 class Oracles:
@@ -395,6 +405,11 @@ class Oracles:
             completions = reference.greedy(self.prompts, STEPS, top_k=SHAPES[shape].vocab_size)
             self._made[shape] = checkpoint, reference, completions
         return self._made[shape]
+
+    def prepare(self, shape: str) -> None:
+        """Makes what there is to be made for ``shape``."""
+        self.of(shape)
+        self.tolerance(shape)
 
     def tolerance(self, shape: str) -> Tolerance:
         """How far a rank's log-probabilities may lie from the reference's."""
@@ -473,7 +488,7 @@ def run_row(row: Row, oracles: Oracles) -> Outcome:
     within = float(np.quantile(differences, tolerance.share))
     if not within < tolerance.limit:
         faults.append(f"log-probabilities differ by up to {largest:.2e}, {tolerance.share:.0%} by {within:.2e}")
-    return Outcome(largest, differences.size, seconds, faults)
+    return Outcome(largest, within, tolerance.limit, differences.size, seconds, faults)
 
 
 class Probes:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import re
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from layouts.harness import LayoutFailed
-from layouts.matrix import CPU, GPUS, ROWS, TOLERANCE, Device, Oracles, Outcome, run_row
+from layouts.matrix import CPU, GPUS, ROWS, SHARE, TOLERANCE, Device, Oracles, Outcome, run_row
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
-BEGIN, END = "<!-- matrix: written by the command below -->", "<!-- end of matrix -->"
 COMMAND = "python test/layouts/matrix.py --write"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The lines of the document between which a device's table lies."""
+
+    begin: str
+    end: str
+
+
+MARKS = {
+    CPU.name: Marks("<!-- matrix: written by the command below -->", "<!-- end of matrix -->"),
+    GPUS.name: Marks("<!-- matrix on GPUs: written by the command below -->", "<!-- end of matrix on GPUs -->"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,9 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="rows whose names contain one of these")
     parser.add_argument("--write", action="store_true", help="write docs/proof.md; all rows must hold")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the ranks run (default: cpu)")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="rows that run at a time, on GPUs only")
     options = parser.parse_args(arguments)
-    if options.write and (options.only or options.device != "cpu"):
-        parser.error("--write needs all rows on the CPU: leave --only and --device out")
+    if options.write and options.only:
+        parser.error("--write needs all rows: leave --only out")
+    if options.at_once < 1 or (options.at_once > 1 and options.device == "cpu"):
+        # Ranks on a CPU are forked, which a process with threads cannot do safely.
+        parser.error(f"--at-once {options.at_once} must be 1 on the CPU and at least 1 on GPUs")
     names = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
     device = {one.name: one for one in (CPU, GPUS)}[options.device]
     if device is GPUS:
@@ -38,14 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"none of these rows can run on {gpus} GPUs: one a rank, and nothing simulated")
     started = time.monotonic()
     outcomes = {}
-    for name, outcome in run_rows(names, device):
+    for name, outcome in run_rows(names, device, options.at_once):
         outcomes[name] = outcome
         print(line(name, outcome), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
     seconds = time.monotonic() - started
     wrong = [name for name, outcome in outcomes.items() if outcome.faults]
     print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} rows hold; {seconds:.0f} s, the reference included")
     if options.write and not wrong:
-        write(DOCUMENT, table(outcomes, seconds))
+        command = COMMAND if device is CPU else f"{COMMAND} --device {device.name} --at-once {options.at_once}"
+        write(DOCUMENT, MARKS[device.name], table(outcomes, command, seconds, device))
         print(f"wrote {DOCUMENT}")
     return 1 if wrong else 0
 
@@ -57,15 +77,26 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def run_rows(names: list[str], device: Device) -> Iterator[tuple[str, Outcome]]:
+def run_rows(names: list[str], device: Device, at_once: int = 1) -> Iterator[tuple[str, Outcome]]:
+    """The rows' outcomes in order; ``at_once`` of them run at a time."""
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
         oracles = Oracles(Path(folder), device)
-        for name in names:
-            oracles.of(ROWS[name].shape)  # so that a row's seconds are its own
+
+        def outcome(name: str) -> Outcome:
             try:
-                yield name, run_row(ROWS[name], oracles)
+                return run_row(ROWS[name], oracles)
             except LayoutFailed as failure:
-                yield name, Outcome(float("nan"), 0, float("nan"), str(failure).splitlines()[:40])
+                return Outcome.of_failure(str(failure).splitlines()[:40])
+
+        if at_once == 1:
+            for name in names:
+                oracles.prepare(ROWS[name].shape)  # so that a row's seconds are its own
+                yield name, outcome(name)
+            return
+        for shape in {ROWS[name].shape for name in names}:
+            oracles.prepare(shape)  # before there are threads, which would each make it
+        with ThreadPoolExecutor(at_once) as pool:
+            yield from zip(names, pool.map(outcome, names), strict=True)
 
 
 def line(name: str, outcome: Outcome) -> str:
@@ -73,47 +104,66 @@ def line(name: str, outcome: Outcome) -> str:
     return f"{name:24} {ROWS[name].layout:16} {ROWS[name].ranks:3} ranks {held:>8} {outcome.seconds:6.1f} s"
 
 
-def table(outcomes: dict[str, Outcome], seconds: float) -> str:
+def table(outcomes: dict[str, Outcome], command: str, seconds: float, device: Device = CPU) -> str:
+    """The lines between a device's marks, the marks included."""
     compared = sum(outcome.compared for outcome in outcomes.values())
-    lines = [
-        BEGIN,
-        "",
-        f"`{COMMAND}` on {hardware()}: {len(outcomes)} rows in {seconds:.0f} s, the reference included. "
-        f"{compared:,} log-probabilities were compared; the largest difference allowed is {TOLERANCE:g}.",
-        "",
-        "| row | layout | model, and what happens | ranks | largest difference | seconds | evidence |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- |",
-    ]
+    allowed = f"the largest difference allowed is {TOLERANCE:g}"
+    if device is GPUS:
+        allowed = f"{SHARE:.0%} of the differences must be smaller than what is allowed"
+    own = ("90% within", "allowed") if device is GPUS else ()
+    titles = ["row", "layout", "model, and what happens", "ranks", *own, "largest difference", "seconds"]
+    numbers = len(titles) - 3
+    if device is CPU:
+        titles.append("evidence")
+    rows = [titles, ["---"] * 3 + ["---:"] * numbers + ["---"] * (device is CPU)]
     for name, outcome in outcomes.items():
         row = ROWS[name]
-        lines.append(
-            f"| {name} | {row.layout} | {row.shape}; {row.what} | {row.ranks} | {outcome.largest_difference:.1e} "
-            f"| {outcome.seconds:.1f} | {row.evidence} |"
-        )
-    return "\n".join([*lines, "", END])
+        cells = [name, row.layout, f"{row.shape}; {row.what}", str(row.ranks)]
+        cells += [f"{outcome.within:.3f}", f"{outcome.allowed:.3f}"] if device is GPUS else []
+        cells += [f"{outcome.largest_difference:.1e}", f"{outcome.seconds:.1f}"]
+        rows.append(cells + ([row.evidence] if device is CPU else []))
+    return "\n".join([
+        MARKS[device.name].begin,
+        "",
+        f"`{command}` on {hardware(device)}: {len(outcomes)} rows in {seconds:.0f} s, the reference included. "
+        f"{compared:,} log-probabilities were compared; {allowed}.",
+        "",
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+        "",
+        MARKS[device.name].end,
+    ])  # fmt: skip
 
 
-def hardware() -> str:
-    """Processor, cores, memory and versions, as this process has them."""
+def hardware(device: Device) -> str:
+    """Processor, cores, memory and versions, as this process has them; on GPUs these instead of the processor."""
+    if device is GPUS:
+        import torch
+
+        where = f"{count_gpus()} {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+        return f"{where}; Python {platform.python_version()}, {versions('sglang', 'torch', 'triton', 'transformers')}"
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = ", ".join(f"{name} {version(name)}" for name in ("sglang", "torch", "transformers"))
     return (
         f"{len(os.sched_getaffinity(0))} cores of {model[1] if model else platform.processor()}, {memory:.0f} GiB; "
-        f"Python {platform.python_version()}, {versions}"
+        f"Python {platform.python_version()}, {versions('sglang', 'torch', 'transformers')}"
     )
 
 
-def write(document: Path, matrix: str) -> None:
-    """Puts ``matrix`` between its two marks in ``document`` and leaves the rest as it is.
+def versions(*packages: str) -> str:
+    """As the packages themselves say: what PYTHONPATH adds is not always known to be installed."""
+    return ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in packages)
+
+
+def write(document: Path, marks: Marks, matrix: str) -> None:
+    """Puts ``matrix`` between its two ``marks`` in ``document`` and leaves the rest as it is.
 
     Raises:
         ValueError: the document lacks the marks.
     """
     text = document.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, behind = rest.partition(END)
+    before, begin, rest = text.partition(marks.begin)
+    _, end, behind = rest.partition(marks.end)
     if not (begin and end):
-        raise ValueError(f"{document} needs the lines {BEGIN!r} and {END!r}: the table goes between them")
+        raise ValueError(f"{document} needs the lines {marks.begin!r} and {marks.end!r}: the table goes between them")
     document.write_text(before + matrix + behind, encoding="utf-8")

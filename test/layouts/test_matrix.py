@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -198,21 +199,61 @@ def test_in_bfloat16_a_row_holds_and_a_fault_is_found(tmp_path):
 
 
 def test_the_table_is_written_between_its_marks_and_nowhere_else(tmp_path):
-    document = tmp_path / "proof.md"
-    document.write_text(f"before\n{proof.BEGIN}\nold\n{proof.END}\nbehind\n")
-    outcomes = {"tp2_next_norm": Outcome(1.2e-6, 1234, 2.5, [])}
-    proof.write(document, proof.table(outcomes, 60))
+    document, marks = tmp_path / "proof.md", proof.MARKS["cpu"]
+    document.write_text(f"before\n{marks.begin}\nold\n{marks.end}\nbehind\n")
+    outcomes = {"tp2_next_norm": Outcome(1.2e-6, 1.2e-6, 1e-4, 1234, 2.5, [])}
+    proof.write(document, marks, proof.table(outcomes, proof.COMMAND, 60))
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nbehind\n") and "old" not in text
     assert "1,234 log-probabilities" in text and "1 rows in 60 s" in text
     assert "| tp2_next_norm | TP2 | 8 KV heads; the next norm | 2 | 1.2e-06 | 2.5 | CPU ranks, simulated: " in text
     document.write_text("no marks")
     with pytest.raises(ValueError, match="needs the lines"):
-        proof.write(document, "")
+        proof.write(document, marks, "")
+
+
+def test_the_table_of_gpus_says_what_was_allowed(monkeypatch):
+    monkeypatch.setattr(proof, "hardware", lambda device: "four GPUs")
+    outcomes = {"tp2_kv8": Outcome(0.75, 0.03125, 0.125, 1234, 2.5, [])}
+    lines = proof.table(outcomes, "the command", 60, GPUS).splitlines()
+    assert "| tp2_kv8 | TP2 | 8 KV heads; 4 KV heads a rank | 2 | 0.031 | 0.125 | 7.5e-01 | 2.5 |" in lines
+    assert any(line.startswith("`the command` on four GPUs: ") and "90% of the differences" in line for line in lines)
+
+
+def test_rows_at_once_come_in_order_and_one_that_fails_is_a_fault(monkeypatch):
+    prepared = []
+
+    class Prepared:
+        def __init__(self, folder, device):
+            pass
+
+        def prepare(self, shape):
+            prepared.append(shape)
+
+    def run(row, oracles):
+        if row is ROWS["tp2_kv8"]:
+            raise LayoutFailed("rank 1 failed")
+        time.sleep(0.2 if row is ROWS["tp1"] else 0)
+        return Outcome(0.75, 0.03125, 0.125, 1234, 2.5, [])
+
+    monkeypatch.setattr(proof, "Oracles", Prepared)
+    monkeypatch.setattr(proof, "run_row", run)
+    outcomes = list(proof.run_rows(["tp1", "tp2_kv8", "tp4_kv8"], GPUS, at_once=3))
+    assert [name for name, _ in outcomes] == ["tp1", "tp2_kv8", "tp4_kv8"]
+    assert [outcome.faults for _, outcome in outcomes] == [[], ["rank 1 failed"], []]
+    assert sorted(prepared) == ["2 KV heads", "8 KV heads"]
+
+
+def test_rows_on_a_cpu_run_one_at_a_time(capsys):
+    with pytest.raises(SystemExit):
+        proof.main(["--at-once", "2"])
+    assert "--at-once 2 must be 1 on the CPU" in capsys.readouterr().err
 
 
 def test_the_document_names_every_row():
     """A row that was added or taken away asks for another run of the command."""
     text = proof.DOCUMENT.read_text()
-    written = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| tp")]
+    marks = proof.MARKS["cpu"]
+    table = text[text.index(marks.begin) : text.index(marks.end)]
+    written = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| tp")]
     assert written == list(ROWS)
