@@ -56,7 +56,10 @@ MODELS = {
     "2 KV heads": MODEL,
     "1 KV head": dataclasses.replace(MODEL, num_key_value_heads=1),  # TP2 puts it on both ranks
     "8 KV heads": dataclasses.replace(MODEL, num_key_value_heads=8),  # TP16 puts each on two ranks, as published
-    "24 heads": dataclasses.replace(MODEL, num_attention_heads=24, num_key_value_heads=1, intermediate_size=384),
+    # A vocabulary for three ranks, which the published one is too.
+    "24 heads": dataclasses.replace(
+        MODEL, num_attention_heads=24, num_key_value_heads=1, intermediate_size=384, vocab_size=1152
+    ),
     "11 experts": dataclasses.replace(MODEL, num_local_experts=11),
     # 384 / 2 = 192 and 384 / 4 = 96 are no multiples of the FP8 block, like the published 1536 / 8 and 1536 / 16.
     # All experts are chosen: FP8 would tip many a near tie of the router over, and drown what is looked for.

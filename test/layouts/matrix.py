@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,7 @@ CPU = Device("cpu")
 GPUS = Device(
     "cuda",
     "bfloat16",
-    {"head_dim": 128, "hidden_size": 512, "intermediate_size": 512},
+    {"head_dim": 128, "hidden_size": 512, "intermediate_size": 384},
     {"attention_backend": "triton", "disable_cuda_graph": True, "disable_piecewise_cuda_graph": True},
     timeout_seconds=400,  # the first to run a kernel compiles it
 )
@@ -391,6 +392,8 @@ class Oracles:
         self.prompts = [generator.integers(0, 700, length).tolist() for length in PROMPT_LENGTHS]
         self.prompts.append(self.prompts[2][:SHARED_PREFIX] + generator.integers(0, 700, 5).tolist())
         self._made: dict = {}
+        self._hooked = threading.Lock()  # rows that run at once have one reference
+        self._rounded: dict[str, Reference] = {}
         self._tolerances: dict[str, Tolerance] = {}
 
     def of(self, shape: str) -> tuple[Path, Reference, list[Completion]]:
@@ -416,10 +419,9 @@ class Oracles:
         if self.device is CPU:
             return Tolerance(TOLERANCE, 1.0, "float32, another order of summation")
         if shape not in self._tolerances:
-            checkpoint, _, precise = self.of(shape)
-            reference = Reference(checkpoint, dtype=self.device.dtype, device=self.device.name)
+            _, _, precise = self.of(shape)
             tokens = [completion.tokens for completion in precise]
-            rounded = reference.score(self.prompts, tokens, top_k=SHAPES[shape].vocab_size)
+            rounded = self.rounded(shape).score(self.prompts, tokens, top_k=SHAPES[shape].vocab_size)
             differences = [
                 np.abs(distributions(one) - distributions(other)) for one, other in zip(precise, rounded, strict=True)
             ]
@@ -428,18 +430,31 @@ class Oracles:
             self._tolerances[shape] = Tolerance(3 * scale, SHARE, why)
         return self._tolerances[shape]
 
-    def hidden_states(self, shape: str, tokens: list[int], layers: tuple[int, ...]) -> np.ndarray:
-        """float32 [tokens, len(layers) * hidden_size]: what comes out of transformers' ``layers``, 0-based."""
+    def rounded(self, shape: str) -> Reference:
+        """The reference in the ranks' dtype."""
+        if shape not in self._rounded:
+            checkpoint, _, _ = self.of(shape)
+            self._rounded[shape] = Reference(checkpoint, dtype=self.device.dtype, device=self.device.name)
+        return self._rounded[shape]
+
+    def hidden_states(
+        self, shape: str, tokens: list[int], layers: tuple[int, ...], rounded: bool = False
+    ) -> np.ndarray:
+        """float32 [tokens, len(layers) * hidden_size]: what comes out of transformers' ``layers``, 0-based.
+
+        Args:
+            rounded: computed in the ranks' dtype instead of float32.
+        """
         import torch
 
-        _, reference, _ = self.of(shape)
+        reference = self.rounded(shape) if rounded else self.of(shape)[1]
         entering_last_norm = []
         norm = reference.model.model.norm
-        handle = norm.register_forward_pre_hook(lambda _, args: entering_last_norm.append(args[0]))
-        with torch.inference_mode():
+        with self._hooked, torch.inference_mode():
+            handle = norm.register_forward_pre_hook(lambda _, args: entering_last_norm.append(args[0]))
             ids = torch.tensor([tokens], device=self.device.name)
             output = reference.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        handle.remove()
+            handle.remove()
         # The first of them are the embeddings, and the last are normed, which the last layer's output is not.
         states = [*output.hidden_states[1:-1], *entering_last_norm]
         return torch.cat([states[layer][0] for layer in layers], dim=-1).float().cpu().numpy()
@@ -483,7 +498,7 @@ def run_row(row: Row, oracles: Oracles) -> Outcome:
     faults = [fault for rank in result.probed for fault in _reduction_faults(row, rank["passes"])]
     faults += _unexpected_reducers(row, result) if device is CPU else []
     faults += [f"no rank met {what}" for what in (*row.meets, "prefix") if what not in _met(row, result)]
-    faults += _capture_faults(row, result, oracles) if device is CPU else []
+    faults += _capture_faults(row, result, oracles)
     tolerance, largest = oracles.tolerance(row.shape), float(differences.max())
     within = float(np.quantile(differences, tolerance.share))
     if not within < tolerance.limit:
@@ -591,9 +606,13 @@ def _capture_faults(row: Row, result: LayoutResult, oracles: Oracles) -> Iterato
             continue
         for sequence, cached in sequences:
             expected = oracles.hidden_states(row.shape, sequence, row.captures)[cached:]
-            largest = np.abs(captured[tuple(sequence[cached:])] - expected).max()
-            if not largest < TOLERANCE:
-                yield f"rank {rank}: captured hidden states differ by up to {largest:.2e}"
+            share, limit = 1.0, TOLERANCE
+            if oracles.device is not CPU:
+                rounded = oracles.hidden_states(row.shape, sequence, row.captures, rounded=True)[cached:]
+                share, limit = SHARE, 3 * np.quantile(np.abs(rounded - expected), SHARE)
+            found = np.quantile(np.abs(captured[tuple(sequence[cached:])] - expected), share)
+            if not found < limit:
+                yield f"rank {rank}: {share:.0%} of captured hidden states differ by up to {found:.2e}, not {limit:.2e}"
 
 
 if __name__ == "__main__":

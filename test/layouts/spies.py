@@ -25,23 +25,31 @@ def watch_passes(runner):
 class _Watch:
     """Counts collectives that sum hidden states, between the experts' output and the next attention's.
 
-    What the engine's groups and dispatchers use to sum is, on a CPU, one of a few functions of torch.distributed: they
-    are counted there, so that it makes no difference who calls them. Attention's own sums, of squares and in
-    ``prepare_mlp``, are not counted, nor is what happens before the first experts or behind the last layer.
+    What sums is a method of the engine's groups, whatever kernel that takes, one of the launches that sum and norm, or
+    a function of torch.distributed: each is counted, but for one within another. Attention's own sums, of squares and
+    in ``prepare_mlp``, are not counted, nor is what happens before the first experts or behind the last layer.
     """
 
     def __init__(self) -> None:
         self.passes: list[dict] = []
         self.current: dict | None = None
         self.layer: int | None = None
+        self.summing = False
 
     def install(self) -> None:
+        from sglang.srt.distributed.parallel_state import GroupCoordinator
+        from sglang.srt.layers import flashinfer_comm_fusion
+        from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
         from sglang.srt.layers.minimax_layer_communicator import MiniMaxM2LayerCommunicator
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
         from sglang.srt.models import minimax_m2, minimax_m2_moe
 
         for name in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter", "reduce"):
             _wrap(torch.distributed, name, self._on_sum)
+        for name in ("all_reduce", "reduce_scatter_tensor", "reduce_scatter", "reduce_scatterv"):
+            _wrap(GroupCoordinator, name, self._on_sum_of_group)
+        _wrap(AllReduceNorm, "__call__", self._on_sum)
+        _wrap(flashinfer_comm_fusion, "flashinfer_allreduce_residual_rmsnorm", self._on_sum)
         _wrap(FusedMoE, "run_moe_core", self._on_experts)
         for owner, name in (
             (MiniMaxM2LayerCommunicator, "prepare_mlp"),
@@ -78,10 +86,19 @@ class _Watch:
         self.current["places"][self.layer] |= {first + place for place in own if place >= 0}
         return run_moe_core(experts, dispatch_output)
 
+    def _on_sum_of_group(self, method, group, *args, **kwargs):
+        if group.world_size == 1:  # nothing to sum
+            return method(group, *args, **kwargs)
+        return self._on_sum(method, group, *args, **kwargs)
+
     def _on_sum(self, collective, *args, **kwargs):
-        if self.layer is not None:
+        outermost, self.summing = not self.summing, True
+        if outermost and self.layer is not None:
             self.current["reduced"][self.layer][1] += 1
-        return collective(*args, **kwargs)
+        try:
+            return collective(*args, **kwargs)
+        finally:
+            self.summing = not outermost
 
     def _on_attention(self, part, *args, **kwargs):
         layer, self.layer = self.layer, None
@@ -184,4 +201,4 @@ class CaptureForEagle3:
             return output
 
         _wrap(runner, "forward", keep)
-        return lambda: [(tokens[place], torch.cat(states[place]).numpy()) for place in sorted(tokens)]
+        return lambda: [(tokens[place], torch.cat(states[place]).cpu().numpy()) for place in sorted(tokens)]

@@ -191,6 +191,7 @@ def test_in_bfloat16_a_row_holds_and_a_fault_is_found(tmp_path):
     """As the rows are judged on GPUs, whose kernels do not compute in float32."""
     oracles = Oracles(tmp_path, dataclasses.replace(GPUS, name="cpu", arguments={}))
     assert not run_row(ROWS["tp4_kv2"], oracles).faults
+    assert not run_row(ROWS["tp4_dp2_eagle3"], oracles).faults  # hidden states are judged likewise
     (fault,) = run_row(dataclasses.replace(ROWS["tp4_kv2"], simulation=count_replicas_once), oracles).faults
     assert "log-probabilities differ by up to" in fault
 
