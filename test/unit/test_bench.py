@@ -434,14 +434,35 @@ def test_whole_steps_are_drawn(tmp_path, monkeypatch, sizes, contexts, panels, m
             assert list(axes.lines[0].get_ydata()) == [size + context / 1000 for context in contexts]
 
 
-def test_the_plot_in_the_docs_is_of_the_results(tmp_path):
+def test_sizes_that_fit_one_context_share_a_panel(tmp_path, monkeypatch):
+    steps = {(1, 512): 2.0, (1, 4096): 4.0, (64, 512): 8.0, (256, 512): 16.0}
+    batches = {f"{size} x {context}": {"prefill_ms": [1.0], "decode_ms": [ms]} for (size, context), ms in steps.items()}
+    run = {"seconds": 1, "error": None, "batches": batches, "clocks_before": [], "clocks_after": []}
+    contestants = {"ours": {"versions": {"sglang": "1"}, "error": None, "variables": {}, "runs": [run]}}
+    found = write(tmp_path / "a.json", batch_sizes=[1, 64, 256], input_lens=[512, 4096], contestants=contestants)
+    figures = []
+    monkeypatch.setattr(plots.check_matplotlib(), "close", figures.append)
+    assert main(["bench", "--show", str(found), "--plots", str(tmp_path)]) == 0
+    over_sizes, over_contexts = (axes.lines[0] for axes in figures[0].axes)
+    assert list(over_sizes.get_xdata()) == [1, 64, 256] and list(over_sizes.get_ydata()) == [2, 8, 16]
+    assert list(over_contexts.get_xdata()) == [512, 4096] and list(over_contexts.get_ydata()) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("results", "plot"),
+    [
+        ("qk_norm_rope_2_h200", "qk_norm_rope_2_h200"),
+        ("steps_tp4_62_layers_h200", "steps_tp4_62_layers_h200"),
+        ("steps_tp4_16_layers_four_engines_h200", "steps_tp4_16_layers_h200"),
+    ],
+)
+def test_the_plots_in_the_docs_are_of_the_results(tmp_path, results, plot):
     repository = Path(__file__).parents[2]
-    results = json.loads((repository / "benchmark/results/qk_norm_rope_2_h200.json").read_text())
-    plots.draw(results, tmp_path / "drawn.png")
+    found = json.loads((repository / f"benchmark/results/{results}.json").read_text())
+    plots.draw(found, tmp_path / "drawn.png")
     size = slice(16, 24)  # width and height in a PNG's header; pixels depend on the fonts and on matplotlib's version
-    assert (tmp_path / "drawn.png").read_bytes()[size] == (repository / "docs/qk_norm_rope_2_h200.png").read_bytes()[
-        size
-    ]
+    kept = (repository / f"docs/{plot}.png").read_bytes()
+    assert (tmp_path / "drawn.png").read_bytes()[size] == kept[size]
 
 
 # ------------------------------------------------------------------------------------------------- for real

@@ -57,7 +57,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def _decode_steps(plt: Any, found: dict[str, Any]) -> Any:
-    """Bars for a few batch sizes, a line for many; with several contexts a panel a batch size, and lines."""
+    """Bars for a few batch sizes, a line for many; with several contexts a panel a batch size, and lines.
+
+    Batch sizes that were measured with one context only share a panel of their own, over the batch size.
+    """
     columns = {
         name: {shape: cell for shape, cell in column.items() if isinstance(cell, Measured)}
         for name, column in tables.decode_cells(found).items()
@@ -104,11 +107,20 @@ def _bars(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> Any:
 
 
 def _lines_by_context(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> Any:
-    sizes = sorted({shape.batch_size for column in columns.values() for shape in column})
-    figure, panels = plt.subplots(
-        1, len(sizes), figsize=(1 + 3.6 * len(sizes), 4.2), squeeze=False, layout="constrained"
-    )
-    for size, axes in zip(sizes, panels[0], strict=True):
+    shapes = {shape for column in columns.values() for shape in column}
+    lengths_of = {size: {one.input_len for one in shapes if one.batch_size == size} for size in _batch_sizes(shapes)}
+    sizes = [size for size, lengths in lengths_of.items() if len(lengths) > 1]
+    # A size that fits one context only is a point, which says something beside the other sizes.
+    alone = sorted({length for lengths in lengths_of.values() if len(lengths) == 1 for length in lengths})
+    number = len(alone) + len(sizes)
+    figure, panels = plt.subplots(1, number, figsize=(1 + 3.6 * number, 4.2), squeeze=False, layout="constrained")
+    for length, axes in zip(alone, panels[0], strict=False):
+        for i, (name, column) in enumerate(columns.items()):
+            of_length = {shape.batch_size: cell for shape, cell in column.items() if shape.input_len == length}
+            _line(axes, i, name, {size: _band(of_length[size]) for size in sorted(of_length)})
+        axes.set_title(f"{length} tokens of context", fontsize=10)
+        _finish_lines(axes, "batch size")
+    for size, axes in zip(sizes, panels[0][len(alone) :], strict=True):
         for i, (name, column) in enumerate(columns.items()):
             of_size = {shape.input_len: cell for shape, cell in column.items() if shape.batch_size == size}
             _line(axes, i, name, {length: _band(cell) for length, cell in of_size.items()})
@@ -116,6 +128,10 @@ def _lines_by_context(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> An
         _finish_lines(axes, "tokens of context")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
     return figure
+
+
+def _batch_sizes(shapes: set[Shape]) -> list[int]:
+    return sorted({shape.batch_size for shape in shapes})
 
 
 Band = tuple[float, float, float]
