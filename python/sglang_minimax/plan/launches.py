@@ -21,6 +21,8 @@ class Launch:
     reads: the weights among ``memory.weight_bytes`` that it reads: its time beyond those bytes is a constant, and the
         bytes are counted for each layout. "": the whole time is a constant.
     context: the tokens of a request from which on this entry holds, up to that of the next one of its name.
+    ns_per_token: for each token of a request more than ``context``, of all requests at once: by so much the launch takes
+        longer, unless reading these tokens' keys and values takes longer still.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Launch:
     source: str
     reads: str = ""
     context: int = 0
+    ns_per_token: float = 0.0
 
     def at(self, tokens: int) -> float:
         """Microseconds for a batch of so many."""
@@ -39,6 +42,9 @@ _TABLES = "docs/performance.md"
 _PROFILE = "profile of stock, TP4's shapes on two H200, dummy weights, 16 layers, 128 tokens in"
 _LONGER = "profile of ours at TP4 on four H200, 16 layers, 512 tokens in"
 _LESS_KV = "less what HBM takes to read the keys and values"
+# (13.77 - 2.13) ms / 16 layers / (65536 - 4096) tokens. The Triton backend divides a request into 8 parts.
+_TRITON_NS = 11.8
+_SLOPE = f"and {_TRITON_NS} ns for each token more, from steps of ours with one request of 4096 and 65536 tokens"
 _LESS_EXPERTS = "less the 6.6 us in which HBM reads 8 experts"
 
 PROJECTIONS = "qkv and o projections, quantisation"
@@ -53,7 +59,9 @@ STOCK = (
     Launch(PROJECTIONS, {1: 40.27, 4: 27.31, 16: 27.60, 32: 27.69, 64: 28.27, 128: 29.77}, _TABLES, reads="attention"),
     Launch(QK_NORM, {1: 8.18, 4: 11.90, 16: 12.28, 64: 12.52, 128: 14.31, 256: 14.81}, _TABLES),
     Launch(ATTENTION, {1: 5.8, 16: 6.5, 64: 11.7}, f"{_PROFILE}, {_LESS_KV}"),
-    Launch(ATTENTION, {16: 12.3, 64: 16.8}, f"{_LONGER}, {_LESS_KV}", context=512),
+    Launch(
+        ATTENTION, {16: 12.3, 64: 16.8}, f"{_LONGER}, {_LESS_KV}; {_SLOPE}", context=512, ns_per_token=_TRITON_NS
+    ),
     Launch(NORMS, {1: 4.46, 16: 4.65, 64: 4.91}, _PROFILE),
     Launch(
         ROUTER,
