@@ -80,7 +80,7 @@ def is_minimax(model_config: EngineObject) -> bool:
 
 
 def _settle_layout(args: EngineObject) -> None:
-    """Checks heads, experts and LoRA against the ranks, and chooses EP where that was left open.
+    """Checks heads, vocabulary, experts and LoRA against the ranks, and chooses EP where that was left open.
 
     Raises:
         ValueError: a division that cannot work, with the values that do; or a use that this model is not for.
@@ -94,13 +94,20 @@ def _settle_layout(args: EngineObject) -> None:
             f"{ARCHITECTURE} generates text and has no embeddings to give, and --is-embedding would end the server at "
             f"its first request. Leave it out, or serve an embedding model."
         )
-    from sglang.srt.layers.minimax_sharding import attention_tp_size, expert_shape_of, shard_attention
+    from sglang.srt.layers.minimax_sharding import (
+        attention_tp_size,
+        check_vocabulary,
+        expert_shape_of,
+        shard_attention,
+    )
 
     config = args.get_model_config().hf_config
     attention_ranks = attention_tp_size(
         args.tp_size, args.dp_size if args.enable_dp_attention else 1, args.attn_cp_size
     )
     shard_attention(config.num_attention_heads, config.num_key_value_heads, attention_ranks)
+    # The head is divided over more ranks than the embedding, which divide these, or over the same.
+    check_vocabulary(config.vocab_size, attention_ranks if args.enable_dp_lm_head else args.tp_size)
     if (args.enable_lora or args.lora_paths) and attention_ranks != args.tp_size:
         raise ValueError(
             f"LoRA adapters of attention are cut into --tp {args.tp_size} parts, and {attention_ranks} ranks share it: "

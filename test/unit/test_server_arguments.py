@@ -105,6 +105,26 @@ def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(folder, 
         read(folder(), *arguments)
 
 
+def test_a_vocabulary_that_does_not_divide_is_refused_before_anything_is_loaded(folder):
+    for_three_ranks = folder(vocab_size=1000, num_attention_heads=24, num_key_value_heads=1)
+    with pytest.raises(ValueError, match=r"vocabulary of 1000 words, padded to 1024, .* over 3 ranks.*: 1, 2, 4"):
+        read(for_three_ranks, "--tp", "3")
+
+
+def test_a_vocabulary_that_divides_with_its_padding_is_served(folder):
+    """1150 words are padded to 1152, three times 384."""
+    for_three_ranks = folder(vocab_size=1150, num_attention_heads=24, num_key_value_heads=1)
+    assert read(for_three_ranks, "--tp", "3").tp_size == 3
+
+
+def test_under_dp_attention_each_rank_may_have_the_whole_vocabulary(folder):
+    one_head = folder(vocab_size=1000, num_attention_heads=24, num_key_value_heads=1)
+    flags = ("--tp", "3", "--dp", "3", "--enable-dp-attention")
+    with pytest.raises(ValueError, match="over 3 ranks"):
+        read(one_head, *flags)
+    assert read(one_head, *flags, "--enable-dp-lm-head").dp_size == 3
+
+
 def test_an_embedding_server_is_refused(folder):
     with pytest.raises(ValueError, match="--is-embedding would end the server at its first request"):
         read(folder(), "--is-embedding")

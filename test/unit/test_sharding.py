@@ -10,7 +10,9 @@ from sglang.srt.layers.linear import QKVParallelLinear
 from sglang.srt.layers.minimax_sharding import (
     ExpertShape,
     attention_tp_size,
+    check_vocabulary,
     nearest_rank_counts,
+    padded_vocabulary,
     quantisation_block,
     shard_attention,
     shard_heads,
@@ -83,6 +85,22 @@ def test_the_published_model_at_tp16():
     shards = shard_attention(48, 8, 16)
     assert (shards.q.heads_per_rank, shards.kv.heads_per_rank, shards.kv.replicas) == (3, 1, 2)
     assert [shards.kv.shard_of(rank) for rank in (0, 1, 2, 15)] == [0, 0, 1, 7]
+
+
+def test_the_vocabulary_divides_as_the_engines_embedding_does_or_is_refused():
+    from sglang.srt.layers.vocab_parallel_embedding import pad_vocab_size, vocab_range_from_global_vocab_size
+
+    for vocab_size in (1, 64, 1000, 1152, 200064):
+        padded = pad_vocab_size(vocab_size)
+        assert padded_vocabulary(vocab_size) == padded
+        for ranks in range(1, 33):
+            try:
+                vocab_range_from_global_vocab_size(padded, 0, ranks)
+            except AssertionError:
+                with pytest.raises(ValueError, match=f"{vocab_size} words, padded to {padded}, .* over {ranks} ranks"):
+                    check_vocabulary(vocab_size, ranks)
+            else:
+                check_vocabulary(vocab_size, ranks)
 
 
 def test_attention_tp_size_divides_or_refuses():

@@ -21,8 +21,8 @@ class Launch:
     reads: the weights among ``memory.weight_bytes`` that it reads: its time beyond those bytes is a constant, and the
         bytes are counted for each layout. "": the whole time is a constant.
     context: the tokens of a request from which on this entry holds, up to that of the next one of its name.
-    ns_per_token: for each token of a request more than ``context``, of all requests at once: by so much the launch takes
-        longer, unless reading these tokens' keys and values takes longer still.
+    ns_per_token: for each token of a request more than ``context``, of all requests at once: by so much the launch
+        takes longer, unless reading these tokens' keys and values takes longer still.
     """
 
     name: str
@@ -59,9 +59,7 @@ STOCK = (
     Launch(PROJECTIONS, {1: 40.27, 4: 27.31, 16: 27.60, 32: 27.69, 64: 28.27, 128: 29.77}, _TABLES, reads="attention"),
     Launch(QK_NORM, {1: 8.18, 4: 11.90, 16: 12.28, 64: 12.52, 128: 14.31, 256: 14.81}, _TABLES),
     Launch(ATTENTION, {1: 5.8, 16: 6.5, 64: 11.7}, f"{_PROFILE}, {_LESS_KV}"),
-    Launch(
-        ATTENTION, {16: 12.3, 64: 16.8}, f"{_LONGER}, {_LESS_KV}; {_SLOPE}", context=512, ns_per_token=_TRITON_NS
-    ),
+    Launch(ATTENTION, {16: 12.3, 64: 16.8}, f"{_LONGER}, {_LESS_KV}; {_SLOPE}", context=512, ns_per_token=_TRITON_NS),
     Launch(NORMS, {1: 4.46, 16: 4.65, 64: 4.91}, _PROFILE),
     Launch(
         ROUTER,

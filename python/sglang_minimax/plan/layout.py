@@ -14,8 +14,6 @@ from sglang_minimax.server_arguments import settle_ep_size
 KV_CACHE_DTYPES = {"auto": None, "bf16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes of one value by ``--kv-cache-dtype``; None: what the checkpoint says."""
 
-_VOCABULARY_PADDING = 64  # the engine pads the vocabulary to a multiple of this before it divides it
-
 
 @dataclass(frozen=True)
 class Flags:
@@ -130,6 +128,7 @@ def settle(flags: Flags, model: ModelShape, gpu: Gpu) -> Layout:
     attention_ranks = sharding.attention_tp_size(flags.tp, flags.dp if dp_attention else 1)
     sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, attention_ranks)
     ep = settle_ep_size(model.experts, flags.tp, flags.ep or 1, flags.ep is None)
+    sharding.check_vocabulary(model.vocab_size, flags.tp)  # the head; the ranks of the embedding divide these
     layout = Layout(
         flags=flags,
         ep=ep,
@@ -145,9 +144,6 @@ def settle(flags: Flags, model: ModelShape, gpu: Gpu) -> Layout:
 
 
 def _weights_rule(layout: Layout, model: ModelShape) -> str | None:
-    padded = padded_vocabulary(model)
-    if padded % layout.tp or padded % layout.vocabulary_ranks:
-        return f"the vocabulary, padded to {padded} words, is not a multiple of the {layout.tp} ranks that divide it"
     quantisation = model.quantisation
     width = model.intermediate_size // layout.expert_ranks
     if quantisation.kind == "nvfp4" and width % NVFP4_GROUP:
@@ -213,7 +209,7 @@ def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
 
 def padded_vocabulary(model: ModelShape) -> int:
     """Rows of the embedding, and of the head, over all ranks."""
-    return -(-model.vocab_size // _VOCABULARY_PADDING) * _VOCABULARY_PADDING
+    return sharding.padded_vocabulary(model.vocab_size)
 
 
 def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:

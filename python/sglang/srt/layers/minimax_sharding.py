@@ -111,6 +111,29 @@ def _attention_works(num_q_heads: int, num_kv_heads: int, num_ranks: int) -> boo
     return num_q_heads % num_ranks == 0 and (num_kv_heads % num_ranks == 0 or num_ranks % num_kv_heads == 0)
 
 
+VOCABULARY_PADDING = 64  # the engine pads the vocabulary to a multiple of this before it divides it
+
+
+def padded_vocabulary(vocab_size: int) -> int:
+    """Rows of the embedding, and of the head, over all ranks."""
+    return -(-vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING
+
+
+def check_vocabulary(vocab_size: int, num_ranks: int) -> None:
+    """Checks that embedding or head can be divided over ``num_ranks`` ranks.
+
+    Raises:
+        ValueError: the padded vocabulary is no multiple of the ranks.
+    """
+    padded = padded_vocabulary(vocab_size)
+    if padded % num_ranks != 0:
+        works = [ranks for ranks in range(1, 2 * num_ranks + 1) if padded % ranks == 0]
+        raise ValueError(
+            f"the vocabulary of {vocab_size} words, padded to {padded}, cannot be divided over {num_ranks} ranks. "
+            f"Numbers of ranks that work: {_joined(works)}"
+        )
+
+
 def attention_tp_size(tp_size: int, dp_size: int = 1, attn_cp_size: int = 1) -> int:
     """Ranks of one attention-TP group. ``dp_size`` counts only under DP attention.
 
