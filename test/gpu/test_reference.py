@@ -13,6 +13,7 @@ Four ranks and more also run as nodes of one rank each, several of them on one G
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -88,6 +89,7 @@ PIECEWISE = " --piecewise-cuda-graph-tokens 16 64 128"
 ONE_CHUNK = " --chunked-prefill-size 512"  # all prompts at once: more tokens than the router's decode plans are for
 TWICE = " --ep-num-redundant-experts 4"
 FLASHINFER = " --attention-backend flashinfer"
+FA3 = " --attention-backend fa3"  # the engine's own choice on Hopper
 EAGLE3 = (
     " --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft}"
     " --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
@@ -113,6 +115,11 @@ OURS = [
     Case("TP2 FP8 piecewise graphs, EP chosen", 2, "--tp 2" + PIECEWISE, model="FP8"),
     Case("TP1 FlashInfer attention", 1, "--tp 1" + FLASHINFER),
     Case("TP2 FlashInfer attention", 2, "--tp 2" + FLASHINFER),
+    Case("TP1 FlashAttention-3", 1, "--tp 1" + FA3),
+    Case("TP1 FP8 FlashAttention-3", 1, "--tp 1" + FA3, model="FP8"),
+    Case("TP1 FlashAttention-3 piecewise graphs", 1, "--tp 1" + FA3 + PIECEWISE),
+    Case("TP2 FlashAttention-3", 2, "--tp 2" + FA3),
+    Case("TP2 DP2 FlashAttention-3", 2, DP2 + FA3),
     Case("TP1 with an EAGLE3 draft", 1, "--tp 1" + EAGLE3),
     Case("TP2 with an EAGLE3 draft", 2, "--tp 2" + EAGLE3),
     Case("TP2 EP2, 4 experts twice", 2, "--tp 2 --ep 2" + TWICE),
@@ -186,9 +193,9 @@ def draft(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def cases(request) -> list[Case]:
-    """Those of the selected tests that this host has the GPUs for."""
+    """Those of the selected tests that this host can run."""
     selected = [item.callspec.params["case"] for item in request.session.items if "outcomes" in item.fixturenames]
-    return [case for case in selected if case.gpus <= NUM_GPUS]
+    return [case for case in selected if not any(mark.args[0] for mark in needs(case))]
 
 
 @pytest.fixture(scope="session")
@@ -293,7 +300,22 @@ def describe(outcome: list[Comparison] | ServerError) -> dict:
 
 
 def parameters(cases: list[Case]):
-    return [pytest.param(case, id=re.sub(r"\W+", "-", case.name), marks=needs_gpus(case.gpus)) for case in cases]
+    return [pytest.param(case, id=re.sub(r"\W+", "-", case.name), marks=needs(case)) for case in cases]
+
+
+def needs(case: Case) -> list[pytest.MarkDecorator]:
+    without_fa3 = FA3 in case.arguments and not has_fa3()
+    return [
+        needs_gpus(case.gpus),
+        pytest.mark.skipif(without_fa3, reason="this sgl_kernel has no flash_ops, the library of FlashAttention-3"),
+    ]
+
+
+def has_fa3() -> bool:
+    """Without an import, which would start CUDA in this process."""
+    kernels = importlib.util.find_spec("sgl_kernel")
+    folders = (kernels.submodule_search_locations if kernels else None) or []
+    return any(list(Path(folder).glob("flash_ops*")) for folder in folders)
 
 
 @pytest.mark.timeout(1200)
