@@ -91,6 +91,33 @@ def same_on_all_ranks(group, tensors) -> None:
             )
 
 
+def check_parts(group, operator, rank: int, tokens: int, of_experts: bool) -> None:
+    """Rows in float32 parts give the bits of their sum, in eager calls and in a graph; other ranks' parts are NaN."""
+    from sglang.srt.layers.minimax_parts import Parts
+
+    data = draw(group.world_size, tokens, seed=tokens)
+    generator = torch.Generator("cuda").manual_seed(10 * tokens + rank)
+    values = torch.randn(tokens, 8, HIDDEN_SIZE, device="cuda", generator=generator)
+    ids = torch.arange(8, dtype=torch.int32, device="cuda").expand(tokens, 8).contiguous()
+    if of_experts:
+        values[:, 2::3] = torch.nan
+        ids[:, 2::3] += 100
+        parts = Parts(values.transpose(0, 1), ids + 40, first_expert=40, experts=8)
+    else:
+        parts = Parts(values[:, :6].transpose(0, 1).contiguous())
+    whole = operator(parts.summed(), data.residual.clone(), data.weight, EPS, 0)
+    assert all(map(same_bits, whole, operator(parts, data.residual.clone(), data.weight, EPS, 0)))
+    residual, graph = data.residual.clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    with torch.cuda.graph(graph):
+        normed, _ = operator(parts, residual, data.weight, EPS, 0)
+    for _ in range(20):
+        residual.copy_(data.residual)
+        graph.replay()
+        assert all(map(same_bits, whole, (normed, residual)))
+
+
 def one_launch(rank: int):
     """(the model's choice for a norm, which is tried out first, the norm)."""
     from sglang.srt.layers import minimax_layer_communicator
@@ -122,6 +149,8 @@ def check_rank(rank: int, world: int, port: int) -> None:
             residual = data.residual.clone()
             normed = minimax_all_reduce_norm(operator._handle, data.parts[rank].clone(), residual, data.weight, EPS, 0)
             assert all(map(same_bits, first, (normed, residual))), "the registered operator gives another result"
+        for tokens, of_experts in ((1, False), (16, True), (64, False), (limit, True)):
+            check_parts(group, operator, rank, tokens, of_experts)
         data = draw(world, limit + 1, seed=9)  # as a compiled graph would call it
         compare(data, call(operator, data, rank), roundings=2)
         check_graphs(group, operator, rank, [1, 3, 64, limit], replays=60)

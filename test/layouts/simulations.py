@@ -27,6 +27,7 @@ from sglang.srt.layers import (
 )
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.moe import fused_moe_native
 from sglang.srt.layers.moe.fused_moe_triton import layer as fused_moe
 from sglang.srt.layers.moe.token_dispatcher.base import BaseDispatcher
@@ -68,6 +69,32 @@ def all_reduce_norm(monkeypatch) -> None:
     monkeypatch.setattr(
         minimax_layer_communicator, "build", lambda group, norm: AllReduceNorm(group, None, ONE_LAUNCH_UP_TO)
     )
+
+
+def all_reduce_norm_of_parts(monkeypatch) -> None:
+    """:func:`all_reduce_norm`, to which attention and experts leave parts, of which some are another rank's."""
+    all_reduce_norm(monkeypatch)
+
+    class InParts(minimax_fp8_linear.Fp8Linear):
+        def __init__(self, linear) -> None:
+            self.linear = linear
+
+        def __call__(self, x):
+            return self.linear(x)[0]
+
+        def in_parts(self, x):
+            return Parts(torch.stack([share * self(x) for share in (0.25, 0.75)]), dtype=x.dtype)
+
+    def run_experts(experts, hidden_states, topk_output, in_parts=False):
+        whole = experts(hidden_states, topk_output)
+        if not in_parts:
+            return whole
+        values = torch.stack([whole, torch.full_like(whole, torch.nan)])
+        ids = torch.tensor([7, 8], dtype=torch.int32).expand(len(whole), 2)
+        return Parts(values, ids, first_expert=6, experts=2, dtype=whole.dtype)
+
+    monkeypatch.setattr(minimax_m2, "choose_projection", lambda owner, name: InParts(getattr(owner, name)))
+    monkeypatch.setattr(minimax_m2_moe, "choose_experts", lambda experts: run_experts)
 
 
 def token_exchange(monkeypatch) -> None:

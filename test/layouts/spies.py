@@ -106,9 +106,9 @@ class _Watch:
         self.layer = layer
         return output
 
-    def _on_routed(self, moe_forward, moe, hidden_states, forward_batch, reduction):
+    def _on_routed(self, moe_forward, moe, hidden_states, forward_batch, reduction, *rest):
         self.current["who"][moe.layer_id] = reduction.name
-        return moe_forward(moe, hidden_states, forward_batch, reduction)
+        return moe_forward(moe, hidden_states, forward_batch, reduction, *rest)
 
     def _on_stage(self, op_experts, *args, **kwargs):
         self.current["stages"] += 1

@@ -13,6 +13,7 @@ import pytest
 import torch
 from sglang.srt.layers import minimax_all_reduce_norm as module
 from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm, Plan, RowExchange, inbox_bytes
+from sglang.srt.layers.minimax_parts import Parts
 
 EPS = 1e-6
 # Triton's interpreter cuts float32 off to bfloat16 where a GPU rounds: a whole unit in the last place, not half of one.
@@ -84,6 +85,39 @@ def test_rows_are_those_of_float64_and_the_same_on_every_rank(num_ranks, hidden_
         check(call_all(ranks, plan, data), data)
     for rank in ranks:
         assert rank.exchange.epochs.tolist() == [3, 2, 0], "each use of a row is an epoch"
+
+
+def in_parts(x: torch.Tensor, num_parts: int, generator: torch.Generator, of_experts: bool) -> Parts:
+    """Float32 parts that add up to the small integers of ``x``, whatever the order of the sum.
+
+    With ``of_experts`` they lie token by token, and every other belongs to another rank and is NaN.
+    """
+    tokens, hidden_size = x.shape
+    parts = torch.randint(-8, 9, (num_parts, tokens, hidden_size), generator=generator).float()
+    parts[0] += x.float() - parts.sum(0)
+    if not of_experts:
+        return Parts(parts)
+    values = torch.full((tokens, 2 * num_parts, hidden_size), torch.nan)
+    values[:, 1::2] = parts.transpose(0, 1)
+    ids = torch.full((tokens, 2 * num_parts), 3, dtype=torch.int32)  # below this rank's first, or behind its last
+    ids[:, ::4] = 20
+    ids[:, 1::2] = 10 + torch.arange(num_parts, dtype=torch.int32)
+    return Parts(values.transpose(0, 1), ids, first_expert=10, experts=10)
+
+
+@pytest.mark.parametrize("of_experts", [False, True], ids=["of a product", "of experts"])
+@pytest.mark.parametrize(("num_ranks", "hidden_size", "warps"), [(2, 384, 2), (4, 384, 1), (8, 200, 1), (2, 3072, 16)])
+def test_parts_of_a_row_give_the_bits_of_their_sum(num_ranks, hidden_size, warps, of_experts):
+    generator = torch.Generator().manual_seed(hidden_size)
+    data = draw(num_ranks, hidden_size, 2, seed=3)
+    data.parts = [torch.randint(-90, 91, (2, hidden_size), generator=generator).bfloat16() for _ in range(num_ranks)]
+    whole = call_all(ranks_of(num_ranks, hidden_size, 3), Plan(warps, 1), data)
+    check(whole, data)
+    parts = [in_parts(x, num_parts, generator, of_experts) for num_parts, x in enumerate(data.parts, start=1)]
+    assert all(torch.equal(one.summed(), x) for one, x in zip(parts, data.parts, strict=True))
+    data.parts = parts
+    for got, want in zip(call_all(ranks_of(num_ranks, hidden_size, 3), Plan(warps, 1), data), whole, strict=True):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 def test_epochs_may_wrap():

@@ -16,6 +16,7 @@ from sglang.srt.layers import minimax_experts_prefill as experts_prefill
 from sglang.srt.layers.minimax_experts import Plan, Projection
 from sglang.srt.layers.minimax_fp8_linear import quantise_reference
 from sglang.srt.layers.minimax_fp8_quantise import quantise_reference as divided_reference
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -218,6 +219,20 @@ def test_a_token_does_not_depend_on_the_others():
     among = torch.full_like(x, float("inf"))
     among[3] = x[3]
     assert torch.equal(run(PLANS["float8"], (among, *rest))[3], alone)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("routing", "first_expert"), [("missing", 0), ("global", 8)])
+def test_parts_add_up_to_the_sum_over_a_tokens_experts(name, routing, first_expert):
+    """Those of other ranks' experts hold anything."""
+    arguments = problem(5, routing, 384)
+    found = experts.run_plan(PLANS[name], *arguments, first_expert, in_parts=True)
+    assert isinstance(found, Parts) == (PLANS[name].down.activations == "float8"), "no sum, no launch for it"
+    if isinstance(found, Parts):
+        local = (found.ids >= first_expert) & (found.ids < first_expert + EXPERTS)
+        found.values[~local.T] = torch.nan
+        found = found.summed()
+    check(found, exact(PLANS[name], arguments, first_expert))
 
 
 class Experts(torch.nn.Module):

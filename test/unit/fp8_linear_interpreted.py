@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 from sglang.srt.layers import minimax_fp8_linear as fp8
 from sglang.srt.layers.minimax_fp8_linear import Plan
+from sglang.srt.layers.minimax_parts import Parts
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from unit.fp8_layers import Layer, check, problem
 from unit.interpreted import compile_whole
@@ -46,6 +47,25 @@ def test_every_kind_of_plan_is_the_product_of_float64(plan, outputs, inputs):
     for tokens in (1, 17):
         x, weight, scale = problem(tokens, outputs, inputs)
         check(fp8.fp8_linear(x, weight, scale, plan), x, weight, scale)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: "/".join(map(str, plan)))
+def test_parts_add_up_to_the_product(plan):
+    x, weight, scale = problem(17, 160, 384)
+    found = fp8.fp8_linear(x, weight, scale, plan, in_parts=True)
+    assert isinstance(found, Parts) == (plan.splits > 1), "what nobody has divided is whole"
+    if plan.splits > 1:
+        assert found.shape == (17, 160) and found.values.shape[0] == plan.splits
+        found = found.summed()
+    check(found, x, weight, scale)
+
+
+def test_a_layer_leaves_parts_where_its_plan_has_some():
+    x, weight, scale = problem(70, 160, 384)
+    layer = fp8.Fp8Linear(Layer(weight, scale))
+    check(layer.in_parts(x[:9]).summed(), x[:9], weight, scale)
+    assert torch.equal(layer.in_parts(x), layer(x)), "the engine's product is whole"
+    assert layer.in_parts(x[:0]).shape == (0, 160)
 
 
 def test_strided_rows_are_read_where_they_are():

@@ -29,9 +29,10 @@ def test_kernel_agrees_with_float64_when_interpreted():
 
 
 @pytest.mark.parametrize(
-    ("capability", "ranks", "warps"), [(80, 2, 16), (90, 2, 16), (90, 4, 16), (90, 8, 16), (90, 4, 8)]
+    ("capability", "ranks", "warps", "parts"),
+    [(80, 2, 16, 0), (90, 2, 16, 0), (90, 4, 16, 0), (90, 8, 16, 0), (90, 4, 8, 0), (90, 4, 16, 6), (90, 8, 16, 8)],
 )
-def test_kernel_compiles_without_a_gpu(capability, ranks, warps):
+def test_kernel_compiles_without_a_gpu(capability, ranks, warps, parts):
     """Through ptxas, so that the PTX of the exchange is read by the one who must accept it."""
     triton = pytest.importorskip("triton")
     from sglang.srt.layers import minimax_all_reduce_norm as module
@@ -42,12 +43,14 @@ def test_kernel_compiles_without_a_gpu(capability, ranks, warps):
     constants = {
         "HIDDEN_SIZE": 3072, "MESSAGES": messages, "BLOCK": 32 * warps, "RANKS": ranks, "PDL": capability >= 90,
         "POLL": module.poll_assembly(ranks, messages), "OPERANDS": module.poll_operands(ranks),
+        "PARTS": parts, "HAS_IDS": parts == 8,
     }  # fmt: skip
 
     def type_of(name):
         if name in constants:
             return "constexpr"
-        special = {"inboxes_ptr": "*i64", "epochs_ptr": "*i32", "eps": "fp32"}
+        special = {"inboxes_ptr": "*i64", "epochs_ptr": "*i32", "ids_ptr": "*i32", "eps": "fp32"}
+        special |= {"x_ptr": "*fp32"} if parts else {}
         return special.get(name, "*bf16" if name.endswith("_ptr") else "i32")
 
     source = ASTSource(kernel, {name: type_of(name) for name in kernel.arg_names}, constexprs=constants)

@@ -7,7 +7,9 @@
 One CTA takes one row. It stores its row into the inbox of every peer, polls its own inbox for theirs, adds all ranks'
 rows in rank order, its own among them, so that all ranks get the same bits, and goes on with residual and norm. Every
 sum and product is float32: bfloat16 is what comes in, what the new residual is stored as, and what comes out. The
-engine's two kernels round the sum over ranks to bfloat16 as well, in between; here it is not rounded.
+engine's two kernels round the sum over ranks to bfloat16 as well, in between; here it is not rounded. A row may also
+come as its float32 parts (:mod:`minimax_parts`): these are added in their order and rounded to bfloat16, as they would
+have been by a launch of its own.
 
 A message is 16 bytes, {three words of two bfloat16 values each, epoch: u32}, written and read by one 128-bit relaxed
 access at system scope, which PTX makes single-copy atomic: who reads this launch's epoch has this launch's values, so
@@ -53,6 +55,7 @@ from sglang.srt.layers.minimax_nvlink import (
     registers_per_thread,
     smallest_gpu,
 )
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -154,13 +157,14 @@ class AllReduceNorm:
         _operators.append(self)
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+        self, x: torch.Tensor | Parts, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds all ranks' ``x`` to ``residual`` and norms the sum.
 
         Args:
             x: [tokens, hidden_size], this rank's part, contiguous; all ranks call with the same number of tokens, 0
-                included. On a GPU bfloat16. What it holds afterwards is not said.
+                included. On a GPU bfloat16. What it holds afterwards is not said. Or parts of it, but in a compiled
+                graph, for as many tokens as the exchange has rows for.
             residual: of the same shape and dtype, contiguous, the same on every rank; the sum is written to it.
             weight: [hidden_size] of the same dtype, contiguous.
             eps: added to the mean of squares.
@@ -173,16 +177,19 @@ class AllReduceNorm:
             ValueError: a shape, stride or dtype other than these.
         """
         if torch.compiler.is_compiling():
+            assert isinstance(x, torch.Tensor), "a compiled graph knows no parts"
             return minimax_all_reduce_norm(self._handle, x, residual, weight, eps, layer_id), residual
         return self.run(x, residual, weight, eps, layer_id), residual
 
     def run(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+        self, x: torch.Tensor | Parts, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
     ) -> torch.Tensor:
         """The operator itself: writes ``residual`` and returns the normed sum; what a compiled graph calls."""
         tokens = x.shape[0]
         if tokens == 0:  # no rank of the group has any
-            return torch.empty_like(x)
+            return torch.empty_like(residual)
+        if self.exchange is None and isinstance(x, Parts):
+            x = x.summed()
         self._check(x, residual, weight)
         if self.exchange is None:
             return add_and_norm(self.group.all_reduce(x), residual, weight, eps)
@@ -193,21 +200,33 @@ class AllReduceNorm:
         return self.launch(plan, x, residual, weight, eps, layer_id)
 
     def launch(
-        self, plan: Plan, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, layer_id: int
+        self,
+        plan: Plan,
+        x: torch.Tensor | Parts,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        layer_id: int,
     ) -> torch.Tensor:
         """:meth:`run` by one plan, of at least one token and no more than the exchange has rows for."""
-        exchange, normed = self.exchange, torch.empty_like(x)
+        exchange, normed = self.exchange, torch.empty_like(residual)
         assert exchange is not None and x.shape[0] <= exchange.max_tokens, "more rows than the inboxes have"
         hidden_size, ranks = exchange.hidden_size, exchange.num_ranks
         messages = messages_per_row(hidden_size)
         options: dict = {"num_warps": plan.num_warps, "maxnreg": plan.registers_per_thread}
-        if pdl := has_programmatic_launch(x.device):
+        if pdl := has_programmatic_launch(residual.device):
             options["launch_pdl"] = True
+        given, num_parts, has_ids = (x, exchange.epochs, 0, 0, 0, 0), 0, False  # what is not read may be anything
+        if isinstance(x, Parts):
+            num_parts, has_ids = x.values.shape[0], x.ids is not None
+            ids = x.ids if has_ids else exchange.epochs
+            given = (x.values, ids, x.values.stride(0), x.values.stride(1), x.first_expert, x.experts)
         _all_reduce_norm_kernel[(x.shape[0],)](
-            x, residual, weight, normed, exchange.inbox_addresses, exchange.epochs, eps, exchange.max_tokens,
+            *given, residual, weight, normed, exchange.inbox_addresses, exchange.epochs, eps, exchange.max_tokens,
             exchange.rank, layer_id, peer_timeout_ms(self.peer_timeout_seconds),
             HIDDEN_SIZE=hidden_size, MESSAGES=messages, BLOCK=32 * plan.num_warps, RANKS=ranks, PDL=pdl,
-            POLL=poll_assembly(ranks, messages), OPERANDS=poll_operands(ranks), **options,
+            POLL=poll_assembly(ranks, messages), OPERANDS=poll_operands(ranks), PARTS=num_parts, HAS_IDS=has_ids,
+            **options,
         )  # fmt: skip
         return normed
 
@@ -220,11 +239,18 @@ class AllReduceNorm:
         fused_add_rmsnorm(total, residual, weight, eps)
         return total
 
-    def _check(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    def _check(self, x: torch.Tensor | Parts, residual: torch.Tensor, weight: torch.Tensor) -> None:
         width = x.shape[1] if self.exchange is None else self.exchange.hidden_size
-        dtype = x.dtype if self.exchange is None else torch.bfloat16
-        for name, given, shape in (("x", x, (x.shape[0], width)), ("residual", residual, x.shape),
-                                   ("weight", weight, (width,))):  # fmt: skip
+        dtype = residual.dtype if self.exchange is None else torch.bfloat16
+        checked = [("residual", residual, x.shape), ("weight", weight, (width,))]
+        if isinstance(x, Parts):
+            values, ids = x.values, x.ids
+            assert x.shape[1] == width and values.dtype == torch.float32, f"{values.dtype} parts of {tuple(x.shape)}"
+            assert values.stride(2) == 1 and not (values.stride(0) | values.stride(1)) % 2, "pairs of values are read"
+            assert ids is None or (ids.dtype == torch.int32 and ids.is_contiguous()), "contiguous int32 ids"
+        else:
+            checked.insert(0, ("x", x, (x.shape[0], width)))
+        for name, given, shape in checked:
             if tuple(given.shape) != tuple(shape) or given.dtype != dtype or not given.is_contiguous():
                 raise ValueError(
                     f"{name} has shape {tuple(given.shape)}, strides {given.stride()} and dtype {given.dtype}, and "
@@ -327,6 +353,40 @@ def _load_row(row_ptr, message, MESSAGES: tl.constexpr, WORDS: tl.constexpr, CHU
 
 
 @triton.jit
+def _add_parts(
+    row_ptr, part_stride, ids_ptr, first_expert, experts, message, MESSAGES: tl.constexpr, WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr, PARTS: tl.constexpr, HAS_IDS: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_load_row`, from float32 parts of the row, which are added in their order and rounded."""
+    pairs = ()  # all are under way together
+    for chunk in tl.static_range(CHUNKS):
+        for word in tl.static_range(3):
+            at, inside = _place_of(chunk, word, message, MESSAGES, WORDS)
+            for part in tl.static_range(PARTS):
+                wanted = inside
+                if HAS_IDS:
+                    expert = tl.load(ids_ptr + part) - first_expert
+                    wanted = inside & (expert >= 0) & (expert < experts)
+                pair = (row_ptr + part * part_stride.to(tl.int64)).to(tl.pointer_type(tl.int64)) + at
+                pairs = pairs + (tl.load(pair, mask=wanted, other=0),)
+    words = ()
+    for word in tl.static_range(3 * CHUNKS):
+        low, high = _halves(pairs[word * PARTS])
+        for part in tl.static_range(1, PARTS):
+            next_low, next_high = _halves(pairs[word * PARTS + part])
+            low += next_low
+            high += next_high
+        words = words + (_word(low, high),)
+    return words
+
+
+@triton.jit
+def _halves(pair):
+    """The two float32 values of 64 bits."""
+    return pair.to(tl.int32).to(tl.float32, bitcast=True), (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _values(words):
     """The two bfloat16 values of each 32-bit word as float32, of which a bfloat16 is the upper half."""
     return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
@@ -412,12 +472,14 @@ def _add_and_larger(a_sum, a_missing, b_sum, b_missing):
     return a_sum + b_sum, tl.maximum(a_missing, b_missing)
 
 
-@triton.jit(do_not_specialize=["max_tokens", "rank", "layer_id", "peer_timeout_ms"])
+@triton.jit(do_not_specialize=[
+    "max_tokens", "rank", "layer_id", "peer_timeout_ms", "part_stride", "row_stride", "first_expert", "experts",
+])  # fmt: skip
 def _all_reduce_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, inboxes_ptr, epochs_ptr, eps, max_tokens, rank, layer_id,
-    peer_timeout_ms,
+    x_ptr, ids_ptr, part_stride, row_stride, first_expert, experts, residual_ptr, weight_ptr, normed_ptr, inboxes_ptr,
+    epochs_ptr, eps, max_tokens, rank, layer_id, peer_timeout_ms,
     HIDDEN_SIZE: tl.constexpr, MESSAGES: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
-    POLL: tl.constexpr, OPERANDS: tl.constexpr,
+    POLL: tl.constexpr, OPERANDS: tl.constexpr, PARTS: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     """The CTA of row r. A thread has one message in each chunk of ``BLOCK``, which is the number of threads: given two
     at once, Triton would lay them out in two ways, and poll for each of these."""
@@ -426,7 +488,6 @@ def _all_reduce_norm_kernel(
     row = tl.program_id(0)
     message = tl.arange(0, BLOCK)
     start = row.to(tl.int64) * WORDS
-    x_row = x_ptr.to(tl.pointer_type(tl.int32)) + start
     residual_row = residual_ptr.to(tl.pointer_type(tl.int32)) + start
     normed_row = normed_ptr.to(tl.pointer_type(tl.int32)) + start
 
@@ -441,7 +502,13 @@ def _all_reduce_norm_kernel(
         gdc_launch_dependents()
 
     epoch = tl.load(epochs_ptr + row, volatile=True) + 1  # every thread has it before the first barrier of the CTA
-    x = _load_row(x_row, message, MESSAGES, WORDS, CHUNKS)
+    if PARTS == 0:
+        x = _load_row(x_ptr.to(tl.pointer_type(tl.int32)) + start, message, MESSAGES, WORDS, CHUNKS)
+    else:
+        x = _add_parts(
+            x_ptr + row.to(tl.int64) * row_stride, part_stride, ids_ptr + row * PARTS, first_expert, experts, message,
+            MESSAGES, WORDS, CHUNKS, PARTS, HAS_IDS,
+        )  # fmt: skip
     first = ((epoch & 1) * max_tokens + row).to(tl.int64) * (RANKS * MESSAGES * 16)  # of rank 0's messages, in bytes
     place = first + message * 16
     own = place + rank * (MESSAGES * 16)

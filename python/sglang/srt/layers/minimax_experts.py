@@ -26,6 +26,7 @@ What is rounded, to bfloat16, is silu(gate) * up and the output. No float atomic
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from sglang.srt.layers.minimax_experts_prefill import Experts, choose_experts_of
 from sglang.srt.layers.minimax_fp8_linear import _prefetch, _quantise
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
 from sglang.srt.layers.moe.topk import TopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
@@ -110,10 +112,11 @@ def max_tokens(experts: torch.nn.Module) -> int:
     return max(plans_for(experts.intermediate_size_per_partition))
 
 
-def choose_experts(experts: torch.nn.Module) -> Experts:
+def choose_experts(experts: torch.nn.Module) -> Callable[..., torch.Tensor | Parts]:
     """What computes a layer's experts, a function of (experts, hidden_states, topk_output): [tokens, hidden_size].
 
-    Called once, when the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
+    With ``in_parts``, the fourth argument, it may leave the sum over a token's experts to the caller. Called once, when
+    the layer is built: to these weights the engine does nothing on Hopper after they are loaded.
     """
     if (reason := reason_against_plans(experts)) is not None:
         log_once(f"The experts' output comes from the engine's kernels, since {reason}.")
@@ -123,24 +126,34 @@ def choose_experts(experts: torch.nn.Module) -> Experts:
     return functools.partial(few_or_many_tokens, limit, choose_experts_of_many(experts) or engine_experts)
 
 
-def engine_experts(experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput) -> torch.Tensor:
-    """The engine's kernels."""
+def engine_experts(
+    experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput, in_parts: bool = False
+) -> torch.Tensor:
+    """The engine's kernels, which always make the sum."""
     return experts(hidden_states, topk_output)
 
 
 def few_or_many_tokens(
-    limit: int, many: Experts, experts: torch.nn.Module, hidden_states: torch.Tensor, topk_output: TopKOutput
-) -> torch.Tensor:
+    limit: int,
+    many: Experts,
+    experts: torch.nn.Module,
+    hidden_states: torch.Tensor,
+    topk_output: TopKOutput,
+    in_parts: bool = False,
+) -> torch.Tensor | Parts:
     """The kernels here up to ``limit`` tokens, for which there are plans, and ``many`` above."""
     # Piecewise graphs are traced for any number of tokens. --enable-torch-compile has this traced, plan_for not.
     if is_in_piecewise_cuda_graph() or not 0 < hidden_states.shape[0] <= limit:
         return many(experts, hidden_states, topk_output)
     assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"
-    return minimax_experts(
+    given = (
         hidden_states, topk_output.topk_weights, topk_output.topk_ids, experts.w13_weight,
         experts.w13_weight_scale_inv, experts.w2_weight, experts.w2_weight_scale_inv,
         experts.moe_ep_rank * experts.num_local_experts,
     )  # fmt: skip
+    if in_parts:
+        return run_plan(_planned(hidden_states.shape[0], experts.w2_weight.shape[2]), *given, in_parts=True)
+    return minimax_experts(*given)
 
 
 def reason_against_plans(experts: torch.nn.Module) -> str | None:
@@ -206,20 +219,28 @@ def minimax_experts(
     tokens, width = hidden_states.shape[0], w2.shape[2]
     if tokens == 0:
         return torch.empty_like(hidden_states)
+    plan = _planned(tokens, width)
+    return run_plan(plan, hidden_states, topk_weights, topk_ids, w13, w13_scale, w2, w2_scale, first_expert)
+
+
+def _planned(tokens: int, width: int) -> Plan:
     if (plan := plan_for(tokens, width)) is None:
         raise ValueError(f"{tokens} tokens: plans go up to {max(plans_for(width))}; call the engine's experts for more")
-    return run_plan(plan, hidden_states, topk_weights, topk_ids, w13, w13_scale, w2, w2_scale, first_expert)
+    return plan
 
 
 def run_plan(
     plan: Plan, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, w13: torch.Tensor,
-    w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, first_expert: int,
-) -> torch.Tensor:  # fmt: skip
-    """:func:`minimax_experts` by one plan, for any number of tokens but none."""
+    w13_scale: torch.Tensor, w2: torch.Tensor, w2_scale: torch.Tensor, first_expert: int, in_parts: bool = False,
+) -> torch.Tensor | Parts:  # fmt: skip
+    """:func:`minimax_experts` by one plan, for any number of tokens but none.
+
+    ``in_parts``: the sum over a token's experts is left to the caller, where it would take a launch of its own.
+    """
     routing = Routing(topk_ids, topk_weights, first_expert, w13.shape[0])
     work = list_work(hidden_states, routing, plan) if plan.lists else None
     activated = gate_up(hidden_states, routing, work, w13, w13_scale, plan)
-    return down(activated, routing, work, w2, w2_scale, plan)
+    return down(activated, routing, work, w2, w2_scale, plan, in_parts)
 
 
 class Routing(NamedTuple):
@@ -284,16 +305,17 @@ def gate_up(
 
 
 def down(
-    activated: torch.Tensor, routing: Routing, work: Work | None, w2: torch.Tensor, w2_scale: torch.Tensor, plan: Plan
-) -> torch.Tensor:
+    activated: torch.Tensor, routing: Routing, work: Work | None, w2: torch.Tensor, w2_scale: torch.Tensor, plan: Plan,
+    in_parts: bool = False,
+) -> torch.Tensor | Parts:  # fmt: skip
     """[tokens, hidden_size] bfloat16: the down projections of a token's experts, weighted and summed."""
     ids, weights, first_expert, experts = routing
     _check(activated, ids, w2, w2_scale)
     assert weights.is_contiguous() and weights.dtype == torch.float32, "float32 weights, [tokens, top_k]"
     (tokens, top_k), (hidden_size, width), how = ids.shape, w2.shape[1:], plan.down
     pdl, tiles = has_programmatic_launch(w2.device), hidden_size // how.columns
-    out = torch.empty(tokens, hidden_size, dtype=activated.dtype, device=activated.device)
     if how.activations == "float32":
+        out = torch.empty(tokens, hidden_size, dtype=activated.dtype, device=activated.device)
         fits = top_k * how.columns * width <= MAX_HELD * 32 * how.warps
         _down_by_token_kernel[(tiles, tokens)](
             activated, weights, ids, w2, w2_scale, out, first_expert, experts, top_k, hidden_size, width, how.columns,
@@ -306,6 +328,9 @@ def down(
         activated, weights, work.items, w2, w2_scale, parts, hidden_size, width, plan.routes, how.columns, how.stages,
         pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
+    if in_parts:
+        return Parts(parts.view(tokens, top_k, hidden_size).transpose(0, 1), ids, first_expert, experts)
+    out = torch.empty(tokens, hidden_size, dtype=activated.dtype, device=activated.device)
     columns = 1024 if hidden_size % 1024 == 0 else BLOCK
     _sum_kernel[(hidden_size // columns, tokens)](
         parts, ids, out, first_expert, experts, top_k, hidden_size, columns, pdl, num_warps=4, **_options(pdl)

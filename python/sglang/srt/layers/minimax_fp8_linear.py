@@ -28,6 +28,7 @@ from sglang.srt.layers import minimax_fp8_quantise
 from sglang.srt.layers.minimax_fp8_quantise import GROUP, _scale_of
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
@@ -197,7 +198,11 @@ class Fp8Linear:
         """From [tokens, inputs] bfloat16, rows at any stride, to [tokens, outputs] bfloat16, contiguous."""
         return minimax_fp8_linear(self._handle, x) if torch.compiler.is_compiling() else self.run(x)
 
-    def run(self, x: torch.Tensor) -> torch.Tensor:
+    def in_parts(self, x: torch.Tensor) -> torch.Tensor | Parts:
+        """The same not summed yet, where the plan divides the inputs; not in compiled graphs, which know no parts."""
+        return self.run(x, in_parts=True)
+
+    def run(self, x: torch.Tensor, in_parts: bool = False) -> torch.Tensor | Parts:
         """The operator itself, which a compiled graph calls."""
         if self.weights_fit is None:  # the first forward: whatever was loaded is there, and laid out as it stays
             reason = reason_against_layer(self.linear)
@@ -212,7 +217,7 @@ class Fp8Linear:
         plan = plan_for(tokens, inputs, self.outputs)
         if not self.weights_fit or plan is None:
             return self.of_many(x)
-        return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan)
+        return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan, in_parts)
 
     def _engine(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)[0]
@@ -275,13 +280,16 @@ def quantise_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (groups * scale.reciprocal()).to(torch.float8_e4m3fn).flatten(1), scale.squeeze(-1)
 
 
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, plan: Plan) -> torch.Tensor:
+def fp8_linear(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, plan: Plan, in_parts: bool = False
+) -> torch.Tensor | Parts:
     """The product by one plan.
 
     Args:
         x: [tokens, inputs] bfloat16, rows at any stride; at least one token.
         weight: [outputs, inputs] e4m3, contiguous, inputs a multiple of ``GROUP``.
         weight_scale: [ceil(outputs / GROUP), inputs / GROUP] float32, contiguous.
+        in_parts: leaves the sum over the CTAs that share a tile to the caller, if there are several.
 
     Returns:
         [tokens, outputs] bfloat16.
@@ -291,10 +299,10 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
     assert x.dtype == torch.bfloat16 and x.stride(1) == 1, f"x must be rows of bfloat16: {x.dtype}, {x.stride()}"
     assert weight.is_contiguous() and weight_scale.is_contiguous(), "weights and their scales must be contiguous"
     assert GROUP % plan.block_n == 0, f"a tile of {plan.block_n} outputs would have more than one scale"
-    out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
-    parts = out
     if plan.splits > 1:
         parts = torch.empty(plan.splits, tokens, outputs, dtype=torch.float32, device=x.device)
+    else:
+        parts = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
     tiles = plan.tiles(tokens, outputs)
     pdl = has_programmatic_launch(x.device)
     options = {"launch_pdl": True} if pdl else {}
@@ -303,11 +311,14 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
         plan.splits, plan.steps(groups), plan.swap, plan.stages == 0, pdl,
         num_warps=plan.warps, num_stages=max(plan.stages, 1), **options,
     )  # fmt: skip
-    if plan.splits > 1:
-        block = 512
-        _add_parts_kernel[(triton.cdiv(tokens * outputs, block),)](
-            parts, out, tokens * outputs, plan.splits, block, pdl, num_warps=4, **options
-        )
+    if plan.splits == 1:
+        return parts
+    if in_parts:
+        return Parts(parts)
+    out, block = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device), 512
+    _add_parts_kernel[(triton.cdiv(tokens * outputs, block),)](
+        parts, out, tokens * outputs, plan.splits, block, pdl, num_warps=4, **options
+    )
     return out
 
 

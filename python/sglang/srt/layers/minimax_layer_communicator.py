@@ -63,6 +63,10 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
             return super().should_fuse_mlp_allreduce_with_next_layer(forward_batch)
         return not self.is_last_layer and self._takes(forward_batch.input_ids.shape[0])
 
+    def adds_parts(self, tokens: int) -> bool:
+        """Whether what is summed next over the ranks may come in parts (:mod:`minimax_parts`), of so many tokens."""
+        return self._takes(tokens) and not torch.compiler.is_compiling()
+
     def _takes(self, tokens: int) -> bool:
         if self.all_reduce_norm is None:
             return False

@@ -15,6 +15,7 @@ decoder layer, model, causal LM. The rest lies beside it:
                                         layers/minimax_qk_norm_rope.py, its exchange between GPUs in
                                         layers/minimax_sum_exchange.py, the rules in layers/minimax_qk_norm_paths.py
     layers/minimax_fp8_linear.py        attention's projections in FP8 for few tokens, quantised in the same launch
+    layers/minimax_parts.py             rows that are left in parts, which that kernel adds up
     layers/minimax_layer_communicator.py  whether all-reduce, residual add and norm are one kernel; it is in
                                         layers/minimax_all_reduce_norm.py, the rules in ..._all_reduce_norm_paths.py
 
@@ -50,8 +51,9 @@ from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_attention_inputs import fuse
 from sglang.srt.layers.minimax_counterpart import build_qkv_proj, choose_counterpart
-from sglang.srt.layers.minimax_fp8_linear import choose_projection
+from sglang.srt.layers.minimax_fp8_linear import Fp8Linear, choose_projection
 from sglang.srt.layers.minimax_layer_communicator import MiniMaxM2LayerCommunicator, one_launch_for
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import shard_attention, shard_heads
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -210,9 +212,14 @@ class MiniMaxM2Attention(AttentionStages):
         self.project_output = choose_projection(self, "o_proj")
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
-        return self.forward_core(self.forward_prepare(positions, hidden_states, forward_batch))
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        forward_batch: ForwardBatch,
+        in_parts: bool = False,
+    ) -> torch.Tensor | Parts:
+        """From and to [tokens, hidden_size]; ``in_parts``: what the output projection leaves may be summed later."""
+        return self.forward_core(self.forward_prepare(positions, hidden_states, forward_batch), in_parts)
 
     def forward_prepare(self, positions: torch.Tensor, hidden_states: torch.Tensor, forward_batch: ForwardBatch):
         """From [tokens, hidden_size] to (hidden_states, batch, (q, k, v, stored)), or (hidden_states, batch, None) when
@@ -239,12 +246,15 @@ class MiniMaxM2Attention(AttentionStages):
         q, k = self.rotary_emb(positions, q, k)
         return hidden_states, forward_batch, (q, k, v, False)
 
-    def forward_core(self, prepared) -> torch.Tensor:
+    def forward_core(self, prepared, in_parts: bool = False) -> torch.Tensor | Parts:
         hidden_states, forward_batch, inputs = prepared
         if inputs is None:
             return hidden_states
         q, k, v, stored = inputs
-        return self.project_output(self.attn(q, k, v, forward_batch, save_kv_cache=not stored))
+        attended = self.attn(q, k, v, forward_batch, save_kv_cache=not stored)
+        if in_parts and isinstance(self.project_output, Fp8Linear):
+            return self.project_output.in_parts(attended)
+        return self.project_output(attended)
 
 
 def _qk_norms(config: PretrainedConfig, head_dim: int):
@@ -336,13 +346,15 @@ class MiniMaxM2DecoderLayer(LayerStages):
         hidden_states, residual = self.layer_communicator.prepare_attn_and_capture_last_layer_outputs(
             hidden_states, residual, forward_batch, captured_last_layer_outputs=captured
         )
-        hidden_states = self.self_attn(positions, hidden_states, forward_batch)
+        in_parts = self.layer_communicator.adds_parts(hidden_states.shape[0])
+        hidden_states = self.self_attn(positions, hidden_states, forward_batch, in_parts)
         hidden_states, residual = self.layer_communicator.prepare_mlp(hidden_states, residual, forward_batch)
         return self._experts_and_postprocess(hidden_states, residual, forward_batch)
 
     def _experts_and_postprocess(self, hidden_states, residual, forward_batch: ForwardBatch):
         reduction = ExpertReduction.of(self.layer_communicator, forward_batch)
-        hidden_states = self.block_sparse_moe(hidden_states, forward_batch, reduction)
+        in_parts = reduction is ExpertReduction.NEXT_NORM and self.layer_communicator.adds_parts(hidden_states.shape[0])
+        hidden_states = self.block_sparse_moe(hidden_states, forward_batch, reduction, in_parts)
         if reduction is ExpertReduction.NEXT_NORM:
             hidden_states._sglang_needs_allreduce_fusion = True  # the engine's sign to the next layer
             return hidden_states, residual

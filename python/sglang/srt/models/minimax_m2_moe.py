@@ -20,6 +20,7 @@ from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 from sglang.srt.layers.communicator import LayerCommunicator
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.minimax_experts import choose_experts
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_router import choose_route, choose_router_logits
 from sglang.srt.layers.minimax_sharding import expert_shape_of
 from sglang.srt.layers.moe import (
@@ -104,11 +105,18 @@ class MiniMaxM2MoE(nn.Module):
         self.run_experts = choose_experts(self.experts)
 
     def forward(
-        self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction
-    ) -> torch.Tensor:
-        """From and to [tokens, hidden_size]; with ``ExpertReduction.MODEL`` the sum over all ranks, else my part."""
+        self,
+        hidden_states: torch.Tensor,
+        forward_batch: ForwardBatch,
+        reduction: ExpertReduction,
+        in_parts: bool = False,
+    ) -> torch.Tensor | Parts:
+        """From and to [tokens, hidden_size]; with ``ExpertReduction.MODEL`` the sum over all ranks, else my part.
+
+        ``in_parts``: the sum over a token's experts may be left to the next norm.
+        """
         topk_output = self._route(hidden_states, forward_batch, reduction)
-        output = self.run_experts(self.experts, hidden_states, topk_output)
+        output = self.run_experts(self.experts, hidden_states, topk_output, in_parts)
         return self._all_reduce(output) if reduction is ExpertReduction.MODEL else output
 
     def _route(self, hidden_states: torch.Tensor, forward_batch: ForwardBatch, reduction: ExpertReduction):
