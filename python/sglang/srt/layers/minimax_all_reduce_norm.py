@@ -358,22 +358,24 @@ def _add_parts(
     CHUNKS: tl.constexpr, PARTS: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
     """As :func:`_load_row`, from float32 parts of the row, which are added in their order and rounded."""
-    pairs = ()  # all are under way together
+    pairs, counts = (), ()
     for chunk in tl.static_range(CHUNKS):
         for word in tl.static_range(3):
             at, inside = _place_of(chunk, word, message, MESSAGES, WORDS)
             for part in tl.static_range(PARTS):
-                wanted = inside
-                if HAS_IDS:
-                    expert = tl.load(ids_ptr + part) - first_expert
-                    wanted = inside & (expert >= 0) & (expert < experts)
                 pair = (row_ptr + part * part_stride.to(tl.int64)).to(tl.pointer_type(tl.int64)) + at
-                pairs = pairs + (tl.load(pair, mask=wanted, other=0),)
+                pairs = pairs + (tl.load(pair, mask=inside, other=0),)
+    if HAS_IDS:  # behind the parts, also those that nobody wrote: all loads are under way together
+        for part in tl.static_range(PARTS):
+            expert = tl.load(ids_ptr + part) - first_expert
+            counts = counts + ((expert >= 0) & (expert < experts),)
     words = ()
     for word in tl.static_range(3 * CHUNKS):
-        low, high = _halves(pairs[word * PARTS])
-        for part in tl.static_range(1, PARTS):
+        low, high = tl.zeros(message.shape, tl.float32), tl.zeros(message.shape, tl.float32)
+        for part in tl.static_range(PARTS):
             next_low, next_high = _halves(pairs[word * PARTS + part])
+            if HAS_IDS:
+                next_low, next_high = tl.where(counts[part], next_low, 0.0), tl.where(counts[part], next_high, 0.0)
             low += next_low
             high += next_high
         words = words + (_word(low, high),)
