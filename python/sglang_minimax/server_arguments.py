@@ -5,7 +5,8 @@ The engine decides per architecture while it reads its arguments, and does not n
     the smallest EP size that works for a quantised checkpoint, where the person left ``--ep`` alone;
     FlashInfer's fused all-reduce + norm, on wherever it is on for the engine's other mixtures of experts, until the
         model finds that one launch of its own does it;
-    the kernel that sums a token's experts.
+    the kernel that sums a token's experts;
+    into how many parts Triton's attention divides a request in decode, where the person left it alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ ARCHITECTURE = "MiniMaxM2ForCausalLM"
 EP_SIZE_REASON = "sglang_minimax_ep_size_reason"
 """The attribute of ``ServerArgs`` that says why EP 1 does not work, where another EP size was chosen here."""
 
+TRITON_KV_SPLITS = 32
+"""Parts of a request at most, in Triton's decode attention on Hopper. The engine's 8 leave most of the GPU idle where
+there are few requests: docs/performance.md#attention-backends."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,8 +42,10 @@ def adjust_server_args(module: EngineModule) -> None:
     """Lets ``ServerArgs`` decide for this architecture; runs once, after ``sglang.srt.server_args`` was imported."""
     server_args = module.ServerArgs
     _mark_default(server_args, "ep_size", LeftAlone(1))
+    _mark_default(server_args, "triton_attention_num_kv_splits", LeftAlone(server_args.triton_attention_num_kv_splits))
     _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _enable_fused_all_reduce(args, module))
     _run_after(server_args, "_handle_model_specific_adjustments", _sum_experts_in_kernel)
+    _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _settle_kv_splits(args, module))
     # Experts are divided after context parallelism is settled and before the MoE kernels are chosen for an EP size.
     _run_before(server_args, "_handle_moe_kernel_config", _settle_layout)
 
@@ -178,6 +185,18 @@ def _enable_fused_all_reduce(args: EngineObject, module: EngineModule) -> None:
 def _sum_experts_in_kernel(args: EngineObject) -> None:
     if is_minimax(args.get_model_config()):
         expert_sum.mark(args)
+
+
+def _settle_kv_splits(args: EngineObject, module: EngineModule) -> None:
+    left_alone = isinstance(args.triton_attention_num_kv_splits, LeftAlone)
+    args.triton_attention_num_kv_splits = int(args.triton_attention_num_kv_splits)
+    if left_alone and is_minimax(args.get_model_config()) and module.is_sm90_supported():
+        args.triton_attention_num_kv_splits = TRITON_KV_SPLITS
+        if "triton" in (args.attention_backend, args.decode_attention_backend):
+            logger.warning(
+                "Triton's decode attention divides a request into up to %d parts. Give "
+                "--triton-attention-num-kv-splits to choose another number.", TRITON_KV_SPLITS,
+            )  # fmt: skip
 
 
 def reason_of_server_against_fused_all_reduce(

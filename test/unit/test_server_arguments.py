@@ -11,7 +11,7 @@ from sglang.srt import server_args as engine
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from sglang_minimax.checkpoints import SmallModel, published_config
-from sglang_minimax.server_arguments import EP_SIZE_REASON
+from sglang_minimax.server_arguments import EP_SIZE_REASON, TRITON_KV_SPLITS
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "weight_block_size": [128, 128]}
 
@@ -158,6 +158,25 @@ def hopper(monkeypatch):
     monkeypatch.setattr(engine, "is_sm90_supported", lambda: True)
     monkeypatch.setattr(engine, "is_sm100_supported", lambda: False)
     monkeypatch.setattr(engine, "get_device_name", lambda: "NVIDIA H200")
+
+
+def test_tritons_attention_divides_long_requests_further_on_hopper(folder, hopper):
+    assert read(folder(), "--attention-backend", "triton").triton_attention_num_kv_splits == TRITON_KV_SPLITS
+    assert ServerArgs(model_path=folder(), device="cpu").triton_attention_num_kv_splits == TRITON_KV_SPLITS
+
+
+@pytest.mark.parametrize("splits", [8, 16])
+def test_as_many_parts_as_were_asked_for_stay(folder, hopper, splits):
+    """The engine's default too, if it is asked for."""
+    args = read(folder(), "--triton-attention-num-kv-splits", str(splits))
+    assert args.triton_attention_num_kv_splits == splits
+
+
+@pytest.mark.parametrize("other", ["hardware", "model"])
+def test_elsewhere_tritons_attention_has_the_engines_default(folder, monkeypatch, other):
+    monkeypatch.setattr(engine, "is_sm90_supported", lambda: other == "model")
+    args = read(folder(architecture="MixtralForCausalLM" if other == "model" else "MiniMaxM2ForCausalLM"))
+    assert args.triton_attention_num_kv_splits == 8 and type(args.triton_attention_num_kv_splits) is int
 
 
 ON = ["--tp", "4"]
