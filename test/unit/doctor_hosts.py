@@ -90,6 +90,8 @@ def assert_is_read(mend: str) -> None:
         parser = argparse.ArgumentParser(exit_on_error=False)
         command.add_arguments(parser)
         parser.parse_args(words[2:])
+    elif words[:3] == ["python", "-m", "compileall"]:
+        assert words[3] == "-q" and len(words) > 4
     elif words[:3] == ["python", "-m", "pip"]:
         assert words[3] == "install" and words[-1] != "install"
     else:

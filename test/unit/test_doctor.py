@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import dataclasses
 import json
 import os
@@ -82,6 +83,19 @@ TALES = {
     "Python": (GPU_FACTS, "Python", "ok", "3.12.1", None),
     "Python too new": (changed(GPU_FACTS, engine={"python": [3, 13, 0]}), "Python", "warning", "3.13.0", "venv"),
     "Python unknown": (replace(GPU_FACTS, engine=Engine(failure="x")), "Python", "not applicable", "not known", None),
+    "bytecode": (GPU_FACTS, "bytecode", "ok", "kept", None),
+    "bytecode that is not to be written": (
+        changed(GPU_FACTS, engine={"without_bytecode": ["a/sglang", "a/torch"], "writes_no_bytecode": True}),
+        "bytecode", "warning", "that of sglang, torch is not there, and PYTHONDONTWRITEBYTECODE is set",
+        "unset PYTHONDONTWRITEBYTECODE",
+    ),
+    "bytecode that cannot be written": (
+        changed(GPU_FACTS, engine={"without_bytecode": ["a/sglang"]}),
+        "bytecode", "warning", "this user cannot write it", "python -m compileall -q a/sglang",
+    ),
+    "bytecode unknown": (
+        replace(GPU_FACTS, engine=Engine(failure="x")), "bytecode", "not applicable", "not known", None,
+    ),
     "torch": (GPU_FACTS, "torch", "ok", "2.9.1+cu128, built for CUDA 12.8", None),
     "torch broken": (
         replace(GPU_FACTS, torch=BROKEN_TORCH), "torch", "error", "libcudart.so.12", "--force-reinstall torch==2.9.1",
@@ -261,6 +275,20 @@ TALES = {
         "further ports", "warning", "30234 taken: --enable-dp-attention", "--port 31000",
     ),
 }  # fmt: skip
+
+
+def test_a_package_whose_bytecode_is_neither_there_nor_may_be_written_is_found(tmp_path, monkeypatch):
+    package = tmp_path / "some_large_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert probe._folder_without_bytecode("some_large_package") is None, "the first process may write it"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert probe._folder_without_bytecode("some_large_package") == str(package)
+    compileall.compile_dir(package, quiet=1)
+    assert probe._folder_without_bytecode("some_large_package") is None
+    assert probe._folder_without_bytecode("no_such_package") is None
 
 
 @pytest.mark.parametrize("tale", TALES, ids=lambda tale: tale.replace(" ", "-"))

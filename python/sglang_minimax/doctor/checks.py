@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ def all_checks(facts: Facts) -> list[Finding]:
         check_engine(engine),
         check_overlay(engine),
         check_python(engine),
+        check_bytecode(engine),
         check_torch(torch, engine),
         check_pins(engine),
         check_driver(host, torch, engine),
@@ -97,6 +99,25 @@ def check_python(engine: Engine) -> Finding:
         return Finding(name, "ok", version)
     what = f"{version}, and {oldest} to {newest} are what was tested"
     return Finding(name, "warning", what, f"python -m uv venv --python {newest}")
+
+
+def check_bytecode(engine: Engine) -> Finding:
+    name = "bytecode"
+    if not engine.python:
+        return Finding(name, "not applicable", "not known without the environment's packages")
+    if not engine.without_bytecode:
+        return Finding(name, "ok", "kept beside the packages, or can be")
+    names = ", ".join(os.path.basename(folder) for folder in engine.without_bytecode)
+    why = "PYTHONDONTWRITEBYTECODE is set" if engine.writes_no_bytecode else "this user cannot write it"
+    return Finding(
+        name,
+        "warning",
+        f"that of {names} is not there, and {why}: every process of a server compiles all that it imports, which can "
+        f"take half a minute each",
+        "unset PYTHONDONTWRITEBYTECODE"
+        if engine.writes_no_bytecode
+        else f"python -m compileall -q {' '.join(engine.without_bytecode)}",
+    )
 
 
 def check_torch(torch: Torch, engine: Engine) -> Finding:

@@ -36,6 +36,8 @@ class Engine:
     finder_installed: whether the start-up line ran. switched_off: by ``SGLANG_MINIMAX_OVERLAY=0``.
     packages: installed versions by name. pins, torch_pins: the exact versions that the engine and torch ask for.
     kernel_files: which of ``sm90``, ``sm100`` and ``fa3`` the engine's kernel library has.
+    without_bytecode: folders of packages that every process compiles anew, since their bytecode is not kept.
+    writes_no_bytecode: ``PYTHONDONTWRITEBYTECODE`` is set, or ``python -B`` was called.
     failure: why nothing else here is known.
     """
 
@@ -49,6 +51,8 @@ class Engine:
     pins: dict[str, str] = field(default_factory=dict)
     torch_pins: dict[str, str] = field(default_factory=dict)
     kernel_files: list[str] = field(default_factory=list)
+    without_bytecode: list[str] = field(default_factory=list)
+    writes_no_bytecode: bool = False
     failure: str | None = None
 
     def pin(self, package: str) -> str:

@@ -59,7 +59,23 @@ def probe_engine() -> dict[str, Any]:
         "pins": _pins("sglang"),
         "torch_pins": _pins("torch"),
         "kernel_files": _kernel_files(),
+        "without_bytecode": [folder for name in _LARGE_PACKAGES if (folder := _folder_without_bytecode(name))],
+        "writes_no_bytecode": sys.dont_write_bytecode,
     }
+
+
+_LARGE_PACKAGES = ("sglang", "torch", "transformers")
+
+
+def _folder_without_bytecode(package: str) -> str | None:
+    """The package's folder, if its bytecode is not there and no process may write it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    folder, cached = os.path.dirname(spec.origin), importlib.util.cache_from_source(spec.origin)
+    if os.path.exists(cached) or (os.access(folder, os.W_OK) and not sys.dont_write_bytecode):
+        return None
+    return folder
 
 
 def _version(package: str) -> str | None:
