@@ -83,18 +83,25 @@ def all_reduce_norm_of_parts(monkeypatch) -> None:
             return self.linear(x)[0]
 
         def in_parts(self, x):
-            return Parts(torch.stack([share * self(x) for share in (0.25, 0.75)]), dtype=x.dtype)
+            return _parts_of_a_product(self(x))
 
     def run_experts(experts, hidden_states, topk_output, in_parts=False):
         whole = experts(hidden_states, topk_output)
-        if not in_parts:
-            return whole
-        values = torch.stack([whole, torch.full_like(whole, torch.nan)])
-        ids = torch.tensor([7, 8], dtype=torch.int32).expand(len(whole), 2)
-        return Parts(values, ids, first_expert=6, experts=2, dtype=whole.dtype)
+        return _parts_of_experts(whole) if in_parts else whole
 
     monkeypatch.setattr(minimax_m2, "choose_projection", lambda owner, name: InParts(getattr(owner, name)))
     monkeypatch.setattr(minimax_m2_moe, "choose_experts", lambda experts: run_experts)
+
+
+def _parts_of_a_product(whole: torch.Tensor) -> Parts:
+    return Parts(torch.stack([0.25 * whole, 0.75 * whole]), dtype=whole.dtype)
+
+
+def _parts_of_experts(whole: torch.Tensor) -> Parts:
+    """Another rank's expert left the second of two, which was never written."""
+    values = torch.stack([whole, torch.full_like(whole, torch.nan)])
+    ids = torch.tensor([7, 8], dtype=torch.int32).expand(len(whole), 2)
+    return Parts(values, ids, first_expert=6, experts=2, dtype=whole.dtype)
 
 
 def token_exchange(monkeypatch) -> None:
@@ -198,8 +205,9 @@ def fp8_kernels(monkeypatch) -> None:
     for method in (fp8.Fp8LinearMethod, fp8.Fp8MoEMethod):
         monkeypatch.setattr(method, "process_weights_after_loading", lambda self, layer: None)
 
-    def linear(x, weight, scale, plan=None):
-        return torch.nn.functional.linear(x, _expanded(weight, scale))
+    def linear(x, weight, scale, plan=None, in_parts=False):
+        whole = torch.nn.functional.linear(x, _expanded(weight, scale))
+        return _parts_of_a_product(whole) if in_parts else whole
 
     monkeypatch.setattr(minimax_fp8_linear, "reason_against_server", lambda: None)
     monkeypatch.setattr(minimax_fp8_linear, "fp8_linear", linear)
@@ -215,8 +223,9 @@ def fp8_kernels(monkeypatch) -> None:
     monkeypatch.setattr(minimax_router, "partial_logits", lambda x, weight, plan: (x @ weight.T)[None])
     monkeypatch.setattr(minimax_router, "choose_experts", choose)
 
-    def experts(plan, *arguments):
-        return minimax_experts.experts_reference(*arguments).float()
+    def experts(plan, *arguments, in_parts=False):
+        whole = minimax_experts.experts_reference(*arguments).float()
+        return _parts_of_experts(whole) if in_parts else whole
 
     def apply(self, layer, dispatch_output):
         weights = layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
