@@ -169,6 +169,16 @@ def _wrap(owner, name: str, around) -> None:
     setattr(owner, name, wrapped)
 
 
+def hook_that_wants_tensors(config):
+    """A forward hook as ``--forward-hooks`` makes them."""
+
+    def hook(module, inputs, output):
+        for one in output if isinstance(output, tuple) else (output,):
+            assert one is None or isinstance(one, torch.Tensor), f"{type(module).__name__} gives {type(one).__name__}"
+
+    return hook
+
+
 class CaptureForEagle3:
     """A probe: asks for the outputs of ``layers`` as an EAGLE3 draft model does, and keeps what the engine hands on.
 

@@ -196,6 +196,14 @@ def test_in_bfloat16_a_row_holds_and_a_fault_is_found(tmp_path):
     assert "log-probabilities differ by up to" in fault
 
 
+def test_a_forward_hook_gets_tensors_where_modules_would_leave_parts(oracles):
+    """--forward-hooks, and --debug-tensor-dump-output-folder likewise, take what modules return for tensors."""
+    modules = ["model.layers.?", "model.layers.*.self_attn", "model.layers.*.block_sparse_moe"]
+    hook = {"target_modules": modules, "hook_factory": "layouts.spies:hook_that_wants_tensors"}
+    row = dataclasses.replace(ROWS["tp4_ep2_one_launch"], arguments={"forward_hooks": [hook]})
+    assert not run_row(row, oracles).faults
+
+
 # --- The document ----------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
     def __init__(self, layer_id: int, all_reduce_norm: AllReduceNorm | None, **arguments) -> None:
         super().__init__(**arguments)
         self.layer_id, self.all_reduce_norm = layer_id, all_reduce_norm
+        self.takes_parts = not modules_are_watched()
 
     def prepare_attn(
         self, hidden_states, residual, forward_batch, quant_format="", post_residual_addition=None
@@ -65,7 +66,7 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
 
     def adds_parts(self, tokens: int) -> bool:
         """Whether what is summed next over the ranks may come in parts (:mod:`minimax_parts`), of so many tokens."""
-        return self._takes(tokens) and not torch.compiler.is_compiling()
+        return self.takes_parts and self._takes(tokens) and not torch.compiler.is_compiling()
 
     def _takes(self, tokens: int) -> bool:
         if self.all_reduce_norm is None:
@@ -75,6 +76,12 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
     def _all_reduce_and_norm(self, hidden_states, residual, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.all_reduce_norm is not None
         return self.all_reduce_norm(hidden_states, residual, norm.weight, norm.variance_epsilon, layer_id=self.layer_id)
+
+
+def modules_are_watched() -> bool:
+    """Whether the server was asked to hand out what modules return, which is tensors to whoever reads it."""
+    args = get_global_server_args()
+    return args.debug_tensor_dump_output_folder is not None or bool(args.forward_hooks)
 
 
 _operators: dict[tuple, AllReduceNorm] = {}
