@@ -92,8 +92,7 @@ def _settle_layout(args: EngineObject) -> None:
     Raises:
         ValueError: a division that cannot work, with the values that do; or a use that this model is not for.
     """
-    left_alone = isinstance(args.ep_size, LeftAlone)
-    args.ep_size = int(args.ep_size)
+    left_alone = _was_left_alone(args, "ep_size")
     if not is_minimax(args.get_model_config()):
         return
     if args.is_embedding:
@@ -188,8 +187,7 @@ def _sum_experts_in_kernel(args: EngineObject) -> None:
 
 
 def _settle_kv_splits(args: EngineObject, module: EngineModule) -> None:
-    left_alone = isinstance(args.triton_attention_num_kv_splits, LeftAlone)
-    args.triton_attention_num_kv_splits = int(args.triton_attention_num_kv_splits)
+    left_alone = _was_left_alone(args, "triton_attention_num_kv_splits")
     if left_alone and is_minimax(args.get_model_config()) and module.is_sm90_supported():
         args.triton_attention_num_kv_splits = TRITON_KV_SPLITS
         if "triton" in (args.attention_backend, args.decode_attention_backend):
@@ -244,6 +242,13 @@ def reason_against_fused_all_reduce(
     if moe_a2a_backend != "none":
         return f"--moe-a2a-backend {moe_a2a_backend} reduces by itself"
     return None
+
+
+def _was_left_alone(args: EngineObject, field: str) -> bool:
+    """Whether nobody gave a value for a field of :func:`_mark_default`, which is a plain number from then on."""
+    value = getattr(args, field)
+    setattr(args, field, int(value))
+    return isinstance(value, LeftAlone)
 
 
 def _mark_default(cls: Any, field: str, default: object) -> None:

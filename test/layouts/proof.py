@@ -9,7 +9,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,15 +88,11 @@ def run_rows(names: list[str], device: Device, at_once: int = 1) -> Iterator[tup
             except LayoutFailed as failure:
                 return Outcome.of_failure(str(failure).splitlines()[:40])
 
-        if at_once == 1:
-            for name in names:
-                oracles.prepare(ROWS[name].shape)  # so that a row's seconds are its own
-                yield name, outcome(name)
-            return
-        for shape in {ROWS[name].shape for name in names}:
-            oracles.prepare(shape)  # before there are threads, which would each make it
+        for shape in dict.fromkeys(ROWS[name].shape for name in names):
+            oracles.prepare(shape)  # so that a row's seconds are its own, and rows at once make it once
         with ThreadPoolExecutor(at_once) as pool:
-            yield from zip(names, pool.map(outcome, names), strict=True)
+            # Without a thread where one row runs at a time: a process that has some cannot be forked safely.
+            yield from zip(names, (map if at_once == 1 else pool.map)(outcome, names), strict=True)
 
 
 def line(name: str, outcome: Outcome) -> str:
@@ -107,21 +103,26 @@ def line(name: str, outcome: Outcome) -> str:
 def table(outcomes: dict[str, Outcome], command: str, seconds: float, device: Device = CPU) -> str:
     """The lines between a device's marks, the marks included."""
     compared = sum(outcome.compared for outcome in outcomes.values())
-    allowed = f"the largest difference allowed is {TOLERANCE:g}"
+    columns: dict[str, Callable[[str, Outcome], str]] = {
+        "row": lambda name, _: name,
+        "layout": lambda name, _: ROWS[name].layout,
+        "model, and what happens": lambda name, _: f"{ROWS[name].shape}; {ROWS[name].what}",
+        "ranks": lambda name, _: str(ROWS[name].ranks),
+        "90% within": lambda _, outcome: f"{outcome.within:.3f}",
+        "allowed": lambda _, outcome: f"{outcome.allowed:.3f}",
+        "largest difference": lambda _, outcome: f"{outcome.largest_difference:.1e}",
+        "seconds": lambda _, outcome: f"{outcome.seconds:.1f}",
+        "evidence": lambda name, _: ROWS[name].evidence,
+    }
     if device is GPUS:
         allowed = f"{SHARE:.0%} of the differences must be smaller than what is allowed"
-    own = ("90% within", "allowed") if device is GPUS else ()
-    titles = ["row", "layout", "model, and what happens", "ranks", *own, "largest difference", "seconds"]
-    numbers = len(titles) - 3
-    if device is CPU:
-        titles.append("evidence")
-    rows = [titles, ["---"] * 3 + ["---:"] * numbers + ["---"] * (device is CPU)]
-    for name, outcome in outcomes.items():
-        row = ROWS[name]
-        cells = [name, row.layout, f"{row.shape}; {row.what}", str(row.ranks)]
-        cells += [f"{outcome.within:.3f}", f"{outcome.allowed:.3f}"] if device is GPUS else []
-        cells += [f"{outcome.largest_difference:.1e}", f"{outcome.seconds:.1f}"]
-        rows.append(cells + ([row.evidence] if device is CPU else []))
+        del columns["evidence"]
+    else:
+        allowed = f"the largest difference allowed is {TOLERANCE:g}"
+        del columns["90% within"], columns["allowed"]
+    words = {"row", "layout", "model, and what happens", "evidence"}
+    rows = [list(columns), ["---" if title in words else "---:" for title in columns]]
+    rows += [[cell(name, outcome) for cell in columns.values()] for name, outcome in outcomes.items()]
     return "\n".join([
         MARKS[device.name].begin,
         "",

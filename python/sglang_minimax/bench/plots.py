@@ -72,9 +72,9 @@ def _decode_steps(plt: Any, found: dict[str, Any]) -> Any:
         figure = _lines_by_context(plt, columns)
     elif len(found["batch_sizes"]) > _MOST_BARS:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for i, (name, column) in enumerate(columns.items()):
-            _line(axes, i, name, {shape.batch_size: _band(cell) for shape, cell in column.items()})
-        _finish_lines(axes, "batch size")
+        _lines(axes, "batch size", {
+            name: {shape.batch_size: _band(cell) for shape, cell in column.items()} for name, column in columns.items()
+        })  # fmt: skip
     else:
         figure = _bars(plt, columns)
     figure.axes[0].set_ylabel("decode step, ms: median and quartiles")
@@ -107,31 +107,29 @@ def _bars(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> Any:
 
 
 def _lines_by_context(plt: Any, columns: dict[str, dict[Shape, Measured]]) -> Any:
-    shapes = {shape for column in columns.values() for shape in column}
-    lengths_of = {size: {one.input_len for one in shapes if one.batch_size == size} for size in _batch_sizes(shapes)}
+    lengths_of: dict[int, set[int]] = {}
+    for shape in sorted({shape for column in columns.values() for shape in column}):
+        lengths_of.setdefault(shape.batch_size, set()).add(shape.input_len)
     sizes = [size for size, lengths in lengths_of.items() if len(lengths) > 1]
     # A size that fits one context only is a point, which says something beside the other sizes.
     alone = sorted({length for lengths in lengths_of.values() if len(lengths) == 1 for length in lengths})
     number = len(alone) + len(sizes)
     figure, panels = plt.subplots(1, number, figsize=(1 + 3.6 * number, 4.2), squeeze=False, layout="constrained")
+
     for length, axes in zip(alone, panels[0], strict=False):
-        for i, (name, column) in enumerate(columns.items()):
-            of_length = {shape.batch_size: cell for shape, cell in column.items() if shape.input_len == length}
-            _line(axes, i, name, {size: _band(of_length[size]) for size in sorted(of_length)})
+        _lines(axes, "batch size", {
+            name: {shape.batch_size: _band(cell) for shape, cell in column.items() if shape.input_len == length}
+            for name, column in columns.items()
+        })  # fmt: skip
         axes.set_title(f"{length} tokens of context", fontsize=10)
-        _finish_lines(axes, "batch size")
     for size, axes in zip(sizes, panels[0][len(alone) :], strict=True):
-        for i, (name, column) in enumerate(columns.items()):
-            of_size = {shape.input_len: cell for shape, cell in column.items() if shape.batch_size == size}
-            _line(axes, i, name, {length: _band(cell) for length, cell in of_size.items()})
+        _lines(axes, "tokens of context", {
+            name: {shape.input_len: _band(cell) for shape, cell in column.items() if shape.batch_size == size}
+            for name, column in columns.items()
+        })  # fmt: skip
         axes.set_title(f"batch size {size}", fontsize=10)
-        _finish_lines(axes, "tokens of context")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
     return figure
-
-
-def _batch_sizes(shapes: set[Shape]) -> list[int]:
-    return sorted({shape.batch_size for shape in shapes})
 
 
 Band = tuple[float, float, float]
@@ -149,7 +147,10 @@ def _line(axes: Any, i: int, name: str, bands: dict[int, Band]) -> None:
     axes.fill_between(at, low, high, color=_colour(i), alpha=0.25, linewidth=0)
 
 
-def _finish_lines(axes: Any, label: str) -> None:
+def _lines(axes: Any, label: str, bands_of: dict[str, dict[int, Band]]) -> None:
+    """A line for each contestant, over what ``label`` says."""
+    for i, (name, bands) in enumerate(bands_of.items()):
+        _line(axes, i, name, bands)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel(label)

@@ -30,6 +30,7 @@ PACKAGES = (
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
 )
+LARGE_PACKAGES = ("sglang", "torch", "transformers")  # whose modules take long to compile
 KERNEL_FILES = {
     "sm90": "sm90/common_ops.",
     "sm100": "sm100/common_ops.",
@@ -59,12 +60,9 @@ def probe_engine() -> dict[str, Any]:
         "pins": _pins("sglang"),
         "torch_pins": _pins("torch"),
         "kernel_files": _kernel_files(),
-        "without_bytecode": [folder for name in _LARGE_PACKAGES if (folder := _folder_without_bytecode(name))],
+        "without_bytecode": [folder for name in LARGE_PACKAGES if (folder := _folder_without_bytecode(name))],
         "writes_no_bytecode": sys.dont_write_bytecode,
     }
-
-
-_LARGE_PACKAGES = ("sglang", "torch", "transformers")
 
 
 def _folder_without_bytecode(package: str) -> str | None:

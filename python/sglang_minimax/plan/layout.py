@@ -207,11 +207,6 @@ def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
     return None
 
 
-def padded_vocabulary(model: ModelShape) -> int:
-    """Rows of the embedding, and of the head, over all ranks."""
-    return sharding.padded_vocabulary(model.vocab_size)
-
-
 def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:
     """Other flags that lay the model over up to ``most_gpus`` GPUs, those that change ``flags`` least first."""
     sizes = sorted({size for size in (1, 2, 4, 8, 16, 32, flags.tp, flags.dp, flags.pp) if 1 <= size <= most_gpus})

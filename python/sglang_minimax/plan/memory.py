@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import Gpu
-from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, has_counterpart, padded_vocabulary
+from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, has_counterpart
 from sglang_minimax.plan.shape import NVFP4_GROUP, ModelShape
 
 MIB = 1024**2
@@ -28,7 +28,7 @@ def weight_bytes(model: ModelShape, layout: Layout, stage: int = 0) -> dict[str,
     num_layers = len(sharding.pipeline_layers(model.num_hidden_layers, stage, layout.pp))
     first, last = stage == 0, stage == layout.pp - 1
     row = model.hidden_size * model.dtype_bytes
-    vocabulary = padded_vocabulary(model)
+    vocabulary = sharding.padded_vocabulary(model.vocab_size)
     return {
         "experts": num_layers * _experts(model, layout),
         "attention": num_layers * _attention(model, layout),

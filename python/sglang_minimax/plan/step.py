@@ -31,7 +31,7 @@ from sglang_minimax.plan.launches import (
     QK_NORM_ALL_REDUCE_US,
     for_context,
 )
-from sglang_minimax.plan.layout import Flags, Layout, has_counterpart, padded_vocabulary, settle
+from sglang_minimax.plan.layout import Flags, Layout, has_counterpart, settle
 from sglang_minimax.plan.memory import kv_bytes_per_token, plan_memory, weight_bytes
 from sglang_minimax.plan.shape import ModelShape, read_model
 
@@ -339,7 +339,7 @@ def _operations(model: ModelShape, layout: Layout, tokens: int, requests: int, c
     q, kv = shards.q.heads_per_rank * model.head_dim, shards.kv.heads_per_rank * model.head_dim
     attention = requests * (2 * model.hidden_size * (2 * q + 2 * kv) + 4 * q * context)
     experts = tokens * model.num_experts_per_tok * 6 * model.hidden_size * model.intermediate_size / layout.tp
-    head = tokens * 2 * model.hidden_size * padded_vocabulary(model) / layout.tp
+    head = tokens * 2 * model.hidden_size * sharding.padded_vocabulary(model.vocab_size) / layout.tp
     return model.num_hidden_layers * (attention + experts) + head
 
 
