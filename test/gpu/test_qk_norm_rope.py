@@ -151,6 +151,22 @@ def check_token_counts(group, operator, heads, kv_heads, counts):
         if tokens:
             same_on_replicas(group, operator, k, kv_heads)
         assert all(map(same_bits, first, call(operator, data))), "two runs, two results"
+        if operator.adds_parts and 0 < tokens <= 128 and data.row.dtype == torch.bfloat16:
+            check_parts(operator, data, first)
+
+
+def check_parts(operator, data, first) -> None:
+    """Rows in float32 parts give the bits of their sum, and are stored as these are."""
+    from sglang.srt.layers.minimax_parts import Parts
+
+    factors = torch.tensor([1.0, 1.0, -1.0, 2.0, -2.0, 0.0], device="cuda")  # what is added is taken away again
+    parts = Parts(factors[:, None, None] * data.row.float())
+    assert torch.equal(parts.summed(), data.row)
+    data.cache.fill_(7.0)
+    q, k, v = operator(parts, *data.weights, data.positions, data.cos_sin, data.cache[0], data.cache[1], data.slots)
+    assert all(map(same_bits, first, (q, k))) and torch.equal(v, data.row[:, data.v])
+    assert torch.equal(data.cache[0][data.slots].flatten(1), k)
+    assert torch.equal(data.cache[1][data.slots].flatten(1), v)
 
 
 def check_graphs(group, heads, kv_heads, counts, replays):

@@ -51,7 +51,15 @@ class AddedByHand:
         return self.total
 
 
-def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted, rows=1, ctas=None, nodes=1):
+def in_parts(row: torch.Tensor, number: int) -> torch.Tensor:
+    """[number, tokens, width] float32, whose sum is ``row`` in every order: what is added is taken away again."""
+    factors = [1.0, 1.0, -1.0, 2.0, -2.0, 0.0][:number]
+    factors[0] -= sum(factors) - 1
+    return torch.stack([factor * row.float() for factor in factors])
+
+
+def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted, rows=1, ctas=None, nodes=1, parts=0):
+    from sglang.srt.layers.minimax_parts import Parts
     from sglang.srt.layers.minimax_qk_norm import sums_of_squares
     from sglang.srt.layers.minimax_qk_norm_rope import LaunchPlan, QKNormRope
     from sglang.srt.layers.minimax_sharding import counterpart_of, shard_attention
@@ -94,13 +102,19 @@ def run_layout(heads, kv_heads, ranks, tokens, dtype, weight_dtype, interpreted,
         v_cache = k_cache.clone()
         weights = part(whole.q_weight, q_heads), part(whole.k_weight, kv_heads_of_rank)
         arguments = (*weights, positions, cos_sin, k_cache, v_cache, slots)
+        values = None
+        if parts:
+            values = in_parts(row, parts)
+            assert torch.equal(Parts(values, dtype=dtype).summed(), row)
         if interpreted and tokens:
             given = None if operator.num_ranks == 1 else sums
             q = torch.empty(tokens, operator.sizes[0], dtype=dtype)
-            operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), qkv, q, *arguments, sums=given)
+            if parts:
+                qkv[:, operator.sizes[0] :] = torch.nan  # k and v are written, and not read
+            operator._launch(ctas or tokens, LaunchPlan(1, 1, rows), qkv, q, *arguments, sums=given, parts=values)
             raw_q, k, v, *_ = qkv.split(operator.row_sizes, dim=-1)
         else:
-            q, k, v = operator(qkv, *arguments)
+            q, k, v = operator(Parts(values, dtype=dtype) if parts else qkv, *arguments)
             raw_q = qkv[:, : operator.sizes[0]]
         assert q.is_contiguous() and torch.equal(raw_q, part(whole.q, q_heads)), "the raw q is left as it was"
         tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
@@ -130,6 +144,12 @@ def test_torch_path_agrees_with_float64(heads, kv_heads, ranks, dtype, tokens):
 @pytest.mark.parametrize("heads, kv_heads, ranks", [(12, 2, 2), (12, 2, 4), (48, 8, 16)])
 def test_torch_path_over_two_nodes_agrees_with_float64(heads, kv_heads, ranks, tokens):
     run_layout(heads, kv_heads, ranks, tokens, torch.float32, torch.float32, interpreted=False, nodes=2)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("heads, kv_heads, ranks", [(12, 2, 1), (12, 2, 4)])
+def test_torch_path_takes_rows_in_parts(heads, kv_heads, ranks, tokens):
+    run_layout(heads, kv_heads, ranks, tokens, torch.bfloat16, torch.float32, interpreted=False, parts=3)
 
 
 def test_kernel_agrees_with_float64_when_interpreted():
@@ -208,11 +228,12 @@ def test_launch_plans_fit_the_multiprocessor_and_the_inbox(values_per_row):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    "ranks, rows, once, counterpart",
-    [(1, 1, True, False), (2, 1, True, False), (4, 4, True, False), (8, 2, False, False), (1, 1, True, True),
-     (8, 1, True, True), (8, 4, True, True), (8, 2, False, True)],
+    "ranks, rows, once, counterpart, parts",
+    [(1, 1, True, False, 0), (2, 1, True, False, 0), (4, 4, True, False, 0), (8, 2, False, False, 0),
+     (1, 1, True, True, 0), (8, 1, True, True, 0), (8, 4, True, True, 0), (8, 2, False, True, 0),
+     (1, 1, True, False, 6), (4, 1, True, False, 6)],
 )  # fmt: skip
-def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once, counterpart):
+def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once, counterpart, parts):
     """Through ptxas, so that the PTX of the exchange is read by the one who must accept it."""
     triton = pytest.importorskip("triton")
     from sglang.srt.layers import minimax_qk_norm_rope as module
@@ -225,11 +246,12 @@ def test_kernel_compiles_without_a_gpu(capability, ranks, rows, once, counterpar
         "NUM_HEADS": 12, "NUM_KV_HEADS": 2, "HEADS_BLOCK": 16, "HEAD_DIM": 128, "STORE": True, "SUMS_GIVEN": False,
         "ROWS": rows, "ONCE": once, "RANKS": ranks, "PDL": capability >= 90, "PACKED": capability >= 90, "SLOTS": 16,
         "COUNTERPART": counterpart, "POLL": poll_assembly(rows, ranks) if ranks > 1 else "", "sums_ptr": None,
+        "PARTS": parts,
     }  # fmt: skip
     if ranks == 1:
         constants |= {"inboxes_ptr": None, "epochs_ptr": None}
     int64 = {"positions_ptr", "out_cache_loc_ptr", "inboxes_ptr", "epochs_ptr"}
-    float32 = {"cos_sin_ptr", "q_weight_ptr", "k_weight_ptr"}
+    float32 = {"cos_sin_ptr", "q_weight_ptr", "k_weight_ptr"} | ({"parts_ptr"} if parts else set())
 
     def type_of(name):
         if name in constants:
@@ -335,6 +357,8 @@ if __name__ == "__main__":
     for layout in [(12, 2, 1), (5, 5, 1), (12, 2, 4)]:
         for dtype, weight_dtype in ((torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)):
             run_layout(*layout, 3, dtype, weight_dtype, interpreted=True)
+    for layout, number in (((12, 2, 1), 6), ((5, 5, 1), 4), ((12, 2, 4), 1)):
+        run_layout(*layout, 3, torch.bfloat16, torch.float32, interpreted=True, parts=number)
     for rows, ctas in ((2, 2), (4, 1)):  # several rows a CTA, and rows that are not there
         run_layout(5, 5, 1, 3, torch.bfloat16, torch.float32, interpreted=True, rows=rows, ctas=ctas)
     for rows in (1, 2):  # a rank a node: its row holds all heads of both

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from sglang.srt.layers.dp_attention import get_attention_tp_group
 from sglang.srt.layers.minimax_log import log_once
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_qk_norm_paths import reason_against_one_kernel, reason_against_store
 from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
@@ -26,8 +27,12 @@ class FusedAttentionInputs:
         self.operator, self.q_norm, self.k_norm, self.rotary_emb = operator, q_norm, k_norm, rotary_emb
         self.stores = stores
 
+    def adds_parts(self) -> bool:
+        """Whether the projection may leave its output in parts."""
+        return self.operator.adds_parts and not torch.compiler.is_compiling()
+
     def __call__(
-        self, qkv: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+        self, qkv: torch.Tensor | Parts, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """From the output of the qkv projection, [tokens, (heads + 2 KV heads) a rank * head_dim] and a counterpart's q
         and k if there is one, which is overwritten, to q, k, v and whether k and v are in the KV cache already."""

@@ -41,6 +41,7 @@ from sglang.srt.layers.minimax_nvlink import (
     peers_are_reachable,
     registers_per_thread,
 )
+from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_qk_norm import sums_of_squares, sums_of_squares_triton
 from sglang.srt.layers.minimax_qk_norm_paths import (
     EXCHANGE_RANKS,
@@ -160,7 +161,7 @@ class QKNormRope:
 
     def __call__(
         self,
-        qkv: torch.Tensor,
+        qkv: torch.Tensor | Parts,
         q_weight: torch.Tensor,
         k_weight: torch.Tensor,
         positions: torch.Tensor,
@@ -174,7 +175,7 @@ class QKNormRope:
         Args:
             qkv: [tokens, (heads + 2 KV heads) a rank * head_dim], bfloat16 or float16, contiguous values, rows at any
                 stride; with a counterpart its q and k follow, (2 heads + 3 KV heads) in all. All ranks of the group
-                must call with the same number of tokens.
+                must call with the same number of tokens. Or parts of these rows, where :attr:`adds_parts` holds.
             q_weight, k_weight: this rank's shard of the norm's weights, any float dtype, contiguous.
             positions: [tokens], int32 or int64, contiguous.
             cos_sin_cache: [max_position, rotary_dim], cosines then sines, any float dtype, contiguous.
@@ -183,26 +184,42 @@ class QKNormRope:
             out_cache_loc: [tokens], each token's slot, int32 or int64, contiguous.
 
         Returns:
-            q, k, v: [tokens, heads a rank * head_dim] each; q is contiguous, k and v are views of qkv.
+            q, k, v: [tokens, heads a rank * head_dim] each; q is contiguous, k and v are views of qkv, or of a tensor
+            like it.
 
         Raises:
             ValueError: a shape or dtype other than these.
         """
-        q = torch.empty(qkv.shape[0], self.sizes[0], dtype=qkv.dtype, device=qkv.device)
+        q = torch.empty(qkv.shape[0], self.sizes[0], dtype=qkv.dtype, device=self.device)
+        parts = None
+        if isinstance(qkv, Parts):
+            assert self.adds_parts and not torch.compiler.is_compiling(), "parts come where adds_parts was asked for"
+            parts, qkv = qkv.values, torch.empty(qkv.shape, dtype=qkv.dtype, device=self.device)
         arguments = (qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
         if torch.compiler.is_compiling():
             minimax_qk_norm_rope(self._handle, *arguments)
         else:
-            self.run(*arguments)
+            self.run(*arguments, parts=parts)
         _, k, v, *_ = qkv.split(self.row_sizes, dim=-1)
         return q, k, v
 
-    def run(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
-        """The operator itself, which writes q, the k of qkv and the caches; what a compiled graph calls."""
+    @property
+    def adds_parts(self) -> bool:
+        """Whether rows may come in parts (:mod:`minimax_parts`), but in compiled graphs: one launch reads them once."""
+        return not self.has_counterpart and self._run in (self._run_alone, self._run_exchange, self._run_torch)
+
+    def run(
+        self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc, parts=None
+    ) -> None:
+        """The operator itself, which writes q, the k of qkv and the caches; what a compiled graph calls.
+
+        ``parts``: [parts, tokens, width] float32, from which q, k and v are read, and k and v are written to qkv.
+        """
         if qkv.shape[0] == 0:  # an idle group: none of its ranks has tokens, so nobody waits for us
             return
         self._check(qkv, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
-        self._run(qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+        arguments = (qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+        self._run(*arguments) if parts is None else self._run(*arguments, parts=parts)
 
     def _choose(self, exchange: Callable[[int], SumExchange] | None, shares_gpu: bool, slot: int):
         self.plans = launch_plans(self.heads_block * self.head_dim)
@@ -272,7 +289,11 @@ class QKNormRope:
             and (self.num_kv_heads == 1 or cache.stride(1) == self.head_dim)
         )
 
-    def _run_torch(self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc) -> None:
+    def _run_torch(
+        self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc, parts=None
+    ) -> None:
+        if parts is not None:
+            qkv.copy_(Parts(parts, dtype=qkv.dtype).summed())
         raw_q, k, v, *of_counterpart = qkv.split(self.row_sizes, dim=-1)
         sums = self._all_reduced(sums_of_squares(raw_q, k, *of_counterpart))
         normed = norm_rope_reference(
@@ -285,8 +306,8 @@ class QKNormRope:
             k_cache[out_cache_loc.long()] = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
             v_cache[out_cache_loc.long()] = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
 
-    def _run_alone(self, qkv, *arguments) -> None:
-        self._launch(qkv.shape[0], self.single_plan, qkv, *arguments)
+    def _run_alone(self, qkv, *arguments, parts=None) -> None:
+        self._launch(qkv.shape[0], self.single_plan, qkv, *arguments, parts=parts)
 
     def _run_collective(self, qkv, *arguments) -> None:
         raw_q, k, _, *of_counterpart = qkv.split(self.row_sizes, dim=-1)
@@ -294,7 +315,7 @@ class QKNormRope:
         self._launch(qkv.shape[0], self.single_plan, qkv, *arguments, sums=sums)
 
     def _run_exchange(
-        self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc
+        self, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc, parts=None
     ) -> None:
         assert self.exchange is not None, "this path is chosen only where there is an exchange"
         multiprocessors = self.exchange.num_multiprocessors
@@ -304,10 +325,11 @@ class QKNormRope:
             tokens = min(limit, qkv.shape[0] - start)
             fitting = (plan for plan in self.plans if tokens <= plan.ctas_per_sm * multiprocessors * plan.rows)
             plan = next(fitting, self.plans[-1])
+            assert parts is None or plan.rows == 1, f"{tokens} rows in parts: a CTA has registers for one at a time"
             ctas = min(triton.cdiv(tokens, plan.rows), plan.ctas_per_sm * multiprocessors)
             self._launch(
                 ctas, plan, qkv[part], q[part], q_weight, k_weight, positions[part], cos_sin_cache, k_cache, v_cache,
-                None if out_cache_loc is None else out_cache_loc[part],
+                None if out_cache_loc is None else out_cache_loc[part], parts=parts,
             )  # fmt: skip
 
     def _all_reduced(self, sums: torch.Tensor) -> torch.Tensor:
@@ -315,7 +337,7 @@ class QKNormRope:
 
     def _launch(
         self, ctas, plan, qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc,
-        sums=None,
+        sums=None, parts=None,
     ) -> None:  # fmt: skip
         if q_weight.dtype != k_weight.dtype:
             q_weight, k_weight = q_weight.float(), k_weight.float()
@@ -327,7 +349,8 @@ class QKNormRope:
             options["launch_pdl"] = True
         ranks = exchange.num_ranks if exchange else 1
         _qk_norm_rope_kernel[(ctas,)](
-            qkv, q, q_weight, k_weight, positions, cos_sin_cache,
+            qkv, qkv if parts is None else parts, *((0, 0) if parts is None else parts.stride()[:2]),
+            q, q_weight, k_weight, positions, cos_sin_cache,
             k_cache if store else qkv, v_cache if store else qkv, out_cache_loc if store else positions, sums,
             exchange.inbox_addresses if exchange else None, exchange.epochs if exchange else None,
             qkv.shape[0], qkv.stride(0), k_cache.stride(0) if store else 0, v_cache.stride(0) if store else 0,
@@ -337,7 +360,7 @@ class QKNormRope:
             NUM_HEADS=self.num_heads, NUM_KV_HEADS=self.num_kv_heads, HEADS_BLOCK=self.heads_block,
             HEAD_DIM=self.head_dim, STORE=store, SUMS_GIVEN=sums is not None, ROWS=plan.rows,
             ONCE=ctas * plan.rows >= qkv.shape[0], RANKS=ranks, SLOTS=ROWS_PER_CTA, PDL=pdl, PACKED=pdl,
-            COUNTERPART=self.has_counterpart and sums is None,
+            COUNTERPART=self.has_counterpart and sums is None, PARTS=0 if parts is None else parts.shape[0],
             POLL=poll_assembly(plan.rows, ranks) if exchange else "", **options,
         )  # fmt: skip
 
@@ -410,6 +433,16 @@ def _load_quarters(pointers, mask, other: tl.constexpr, QUARTER: tl.constexpr):
 
 
 @triton.jit
+def _add_parts(pointers, part_stride, mask, dtype: tl.constexpr, QUARTER: tl.constexpr, PARTS: tl.constexpr):
+    """As :func:`_load_quarters`, from float32 parts, which are added in their order and rounded."""
+    a, b, c, d = _load_quarters(pointers, mask, 0.0, QUARTER)
+    for part in tl.static_range(1, PARTS):
+        of_part = _load_quarters(pointers + part * part_stride.to(tl.int64), mask, 0.0, QUARTER)
+        a, b, c, d = a + of_part[0], b + of_part[1], c + of_part[2], d + of_part[3]
+    return a.to(dtype), b.to(dtype), c.to(dtype), d.to(dtype)
+
+
+@triton.jit
 def _store_quarters(pointers, a, b, c, d, mask, QUARTER: tl.constexpr):
     tl.store(pointers, a, mask=mask)
     tl.store(pointers + QUARTER, b, mask=mask)
@@ -454,9 +487,12 @@ def _finish_row(
     quarters, weights, rotation, row, slot, is_row, q_sum, k_sum, q_count, k_count, eps, offset, head, qkv_ptr,
     q_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride, v_cache_stride,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, QUARTER: tl.constexpr, STORE: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Scales and rotates one row that lies in registers; q goes to its tensor, k back into the row and to the cache."""
+    """Scales and rotates one row that lies in registers; q goes to its tensor, k back into the row and to the cache.
+
+    So does v where the row came in parts, and is nowhere else.
+    """
     HEAD_DIM: tl.constexpr = 4 * QUARTER
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     a, b, c, d = quarters
@@ -474,7 +510,8 @@ def _finish_row(
     d = _cast(d.to(tl.float32) * inverse_rms * weights[3].to(tl.float32), dtype, PACKED)
     q_row = q_ptr + row.to(tl.int64) * (NUM_HEADS * HEAD_DIM) + offset
     k_row = qkv_ptr + row.to(tl.int64) * qkv_stride + offset
-    _store_quarters(tl.where(head < NUM_HEADS, q_row, k_row), a, b, c, d, is_qk & is_row, QUARTER)
+    written = is_qk if PARTS == 0 else head < NUM_HEADS + 2 * NUM_KV_HEADS
+    _store_quarters(tl.where(head < NUM_HEADS, q_row, k_row), a, b, c, d, written & is_row, QUARTER)
     if STORE:
         k_slot = k_cache_ptr + slot * k_cache_stride + (offset - NUM_HEADS * HEAD_DIM)
         v_slot = v_cache_ptr + slot * v_cache_stride + (offset - (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM)
@@ -484,12 +521,12 @@ def _finish_row(
 
 @triton.jit
 def _rows(
-    first, stride, turn, epoch, inbox, peer_inbox, cta, qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
-    cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride, k_cache_stride,
-    v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
+    first, stride, turn, epoch, inbox, peer_inbox, cta, qkv_ptr, parts_ptr, part_stride, parts_stride, q_ptr,
+    q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr,
+    num_tokens, qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, POLL: tl.constexpr,
-    PACKED: tl.constexpr, SLOTS: tl.constexpr, COUNTERPART: tl.constexpr,
+    PACKED: tl.constexpr, SLOTS: tl.constexpr, COUNTERPART: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Rows first, first + stride, ..., ``ROWS`` of them, all in registers at once: loads, sums, exchange, stores."""
     QUARTER: tl.constexpr = HEAD_DIM // 4
@@ -507,8 +544,16 @@ def _rows(
         is_row = is_row + (row < num_tokens,)
         # Volatile keeps this load here: what depends on it must not start only after the wait.
         positions = positions + (tl.load(positions_ptr + row, mask=is_row[i], other=0, volatile=True).to(tl.int64),)
-        row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
-        quarters = quarters + (_load_quarters(row_ptr + offset, inside & is_row[i], 0.0, QUARTER),)
+        if PARTS == 0:
+            row_ptr = qkv_ptr + row.to(tl.int64) * qkv_stride
+            quarters = quarters + (_load_quarters(row_ptr + offset, inside & is_row[i], 0.0, QUARTER),)
+        else:
+            tl.static_assert(ROWS == 1)
+            row_ptr = parts_ptr + row.to(tl.int64) * parts_stride
+            dtype: tl.constexpr = qkv_ptr.dtype.element_ty
+            quarters = quarters + (
+                _add_parts(row_ptr + offset, part_stride, inside & is_row[i], dtype, QUARTER, PARTS),
+            )
     for i in tl.static_range(ROWS):
         slots = slots + (tl.load(out_cache_loc_ptr + rows[i], mask=is_row[i], other=0).to(tl.int64),)
     weight_pointers = tl.where(is_q, q_weight_ptr + offset, k_weight_ptr + (offset - NUM_HEADS * HEAD_DIM))
@@ -547,21 +592,25 @@ def _rows(
         _finish_row(
             x, weights, rotation, rows[i], slots[i], is_row[i], sums[2 * i], sums[2 * i + 1],
             q_count, k_count, eps, offset, head, qkv_ptr, q_ptr, qkv_stride, k_cache_ptr, v_cache_ptr, k_cache_stride,
-            v_cache_stride, NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE, PACKED,
+            v_cache_stride, NUM_HEADS, NUM_KV_HEADS, QUARTER, STORE, PACKED, PARTS,
         )  # fmt: skip
         if i + 1 < ROWS:
             rotation = next_rotation
             x = next_x
 
 
-@triton.jit(do_not_specialize=["num_tokens", "q_count", "k_count", "max_ctas", "rank", "layer_id", "peer_timeout_ms"])
+@triton.jit(do_not_specialize=[
+    "num_tokens", "part_stride", "parts_stride", "q_count", "k_count", "max_ctas", "rank", "layer_id",
+    "peer_timeout_ms",
+])  # fmt: skip
 def _qk_norm_rope_kernel(
-    qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr,
-    sums_ptr, inboxes_ptr, epochs_ptr, num_tokens, qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps,
-    max_ctas, rank, layer_id, peer_timeout_ms,
+    qkv_ptr, parts_ptr, part_stride, parts_stride, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr,
+    k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, inboxes_ptr, epochs_ptr, num_tokens, qkv_stride,
+    k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, peer_timeout_ms,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEADS_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     STORE: tl.constexpr, SUMS_GIVEN: tl.constexpr, ROWS: tl.constexpr, ONCE: tl.constexpr, RANKS: tl.constexpr,
     POLL: tl.constexpr, PDL: tl.constexpr, PACKED: tl.constexpr, SLOTS: tl.constexpr, COUNTERPART: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """CTA c takes rows c, c + CTAs, ..., ``ROWS`` at a time; ``ONCE``: they are no more than that."""
     cta = tl.program_id(0)
@@ -577,20 +626,22 @@ def _qk_norm_rope_kernel(
         timeout_ns = peer_timeout_ms.to(tl.int64) * 1000000
     if ONCE:
         _rows(
-            cta, ctas, 0, epoch, inbox, peer_inbox, cta, qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr,
-            cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride,
-            k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id, timeout_ns,
+            cta, ctas, 0, epoch, inbox, peer_inbox, cta, qkv_ptr, parts_ptr, part_stride, parts_stride, q_ptr,
+            q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr,
+            sums_ptr, num_tokens, qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank,
+            layer_id, timeout_ns,
             NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL, PACKED, SLOTS,
-            COUNTERPART,
+            COUNTERPART, PARTS,
         )  # fmt: skip
     else:
         for first in range(cta, num_tokens, ctas * ROWS):
             _rows(
-                first, ctas, first // ctas, epoch, inbox, peer_inbox, cta, qkv_ptr, q_ptr, q_weight_ptr, k_weight_ptr,
-                positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, num_tokens,
-                qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count, eps, max_ctas, rank, layer_id,
-                timeout_ns, NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL,
-                PACKED, SLOTS, COUNTERPART,
+                first, ctas, first // ctas, epoch, inbox, peer_inbox, cta, qkv_ptr, parts_ptr, part_stride,
+                parts_stride, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr,
+                out_cache_loc_ptr, sums_ptr, num_tokens, qkv_stride, k_cache_stride, v_cache_stride, q_count, k_count,
+                eps, max_ctas, rank, layer_id, timeout_ns,
+                NUM_HEADS, NUM_KV_HEADS, HEADS_BLOCK, HEAD_DIM, STORE, SUMS_GIVEN, ROWS, RANKS, POLL, PACKED, SLOTS,
+                COUNTERPART, PARTS,
             )  # fmt: skip
     if RANKS > 1:
         tl.store(epochs_ptr + cta, epoch)

@@ -235,9 +235,13 @@ class MiniMaxM2Attention(AttentionStages):
                 "communicator reduces."
             )
             return hidden_states, forward_batch, None
-        qkv = self.project_qkv(hidden_states)
         if self.fused_inputs is not None:
-            return hidden_states, forward_batch, self.fused_inputs(qkv, positions, forward_batch)
+            project = self.project_qkv
+            if isinstance(project, Fp8Linear) and self.fused_inputs.adds_parts():
+                project = project.in_parts
+            inputs = self.fused_inputs(project(hidden_states), positions, forward_batch)
+            return hidden_states, forward_batch, inputs
+        qkv = self.project_qkv(hidden_states)
         q, k, v, *of_counterpart = qkv.split(self.qkv_sizes, dim=-1)
         if self.q_norm is not None:
             q, k = MiniMaxM2RMSNormTP.forward_qk(self.q_norm, self.k_norm, q, k, of_counterpart, self.node)
