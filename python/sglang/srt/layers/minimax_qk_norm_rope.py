@@ -435,10 +435,12 @@ def _load_quarters(pointers, mask, other: tl.constexpr, QUARTER: tl.constexpr):
 @triton.jit
 def _add_parts(pointers, part_stride, mask, dtype: tl.constexpr, QUARTER: tl.constexpr, PARTS: tl.constexpr):
     """As :func:`_load_quarters`, from float32 parts, which are added in their order and rounded."""
-    a, b, c, d = _load_quarters(pointers, mask, 0.0, QUARTER)
+    parts = ()  # all are under way together
+    for part in tl.static_range(PARTS):
+        parts = parts + (_load_quarters(pointers + part * part_stride.to(tl.int64), mask, 0.0, QUARTER),)
+    a, b, c, d = parts[0]
     for part in tl.static_range(1, PARTS):
-        of_part = _load_quarters(pointers + part * part_stride.to(tl.int64), mask, 0.0, QUARTER)
-        a, b, c, d = a + of_part[0], b + of_part[1], c + of_part[2], d + of_part[3]
+        a, b, c, d = a + parts[part][0], b + parts[part][1], c + parts[part][2], d + parts[part][3]
     return a.to(dtype), b.to(dtype), c.to(dtype), d.to(dtype)
 
 
