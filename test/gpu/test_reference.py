@@ -144,6 +144,7 @@ OURS = [
     Case("TP4 DP4 EP4, 4 experts twice", 4, DP4 + " --ep 4" + TWICE),
     Case("TP4 DP4, the head on each rank", 4, DP4 + " --enable-dp-lm-head"),
     Case("TP4 DP2, the head on two ranks", 4, "--tp 4 --dp 2 --enable-dp-attention --enable-dp-lm-head"),
+    Case("TP3 of 24 heads on three nodes", 2, "--tp 3", model="24 heads", nodes=3),
     Case("TP2 on two nodes", 2, "--tp 2", nodes=2),
     Case("TP2 on two nodes without graphs", 2, "--tp 2" + NO_GRAPHS, nodes=2),
     Case("TP2 of one KV head on two nodes", 2, "--tp 2", model="1 KV head", nodes=2),

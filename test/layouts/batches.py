@@ -50,12 +50,15 @@ def server_args_of(layout: Layout):
         ep_size=layout.ep,
         dp_size=layout.dp,
         enable_dp_attention=layout.dp > 1,
-        max_running_requests=(requests + 1) * layout.dp,
+        # Under DP attention a batch is padded to a multiple of an attention group's ranks.
+        max_running_requests=(requests + layout.tp // layout.dp) * layout.dp,
         max_total_tokens=tokens + 256,
         cuda_graph_max_bs=requests,
         disable_radix_cache=True,
         random_seed=0,
     )
+    if layout.shares_gpus:  # both store to the GPUs of peers, which must have one each
+        arguments |= dict(disable_custom_all_reduce=True, enforce_disable_flashinfer_allreduce_fusion=True)
     return ServerArgs(**(arguments | dict(layout.server_arguments)))
 
 
@@ -80,7 +83,7 @@ class RankBatches:
         self.server_args = server_args_of(layout)
         for initialize in (initialize_moe_config, initialize_fp8_gemm_config, initialize_fp4_gemm_config):
             initialize(self.server_args)
-        self.runner = self._load_model(gpu_id=rank)
+        self.runner = self._load_model(gpu_id=0 if layout.shares_gpus else rank)
         self.tree_cache = self._prefix_cache()
         self.requests = [self._request(index, prompt) for index, prompt in enumerate(self.prompts)]
         self.running = self._schedule_batch([])

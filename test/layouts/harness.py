@@ -2,7 +2,7 @@
 
 :func:`run_layout` starts one process a rank. On a CPU they are forked from this process after it has imported
 the engine, so that sixteen ranks cost seconds; on GPUs, where a process that uses CUDA cannot be forked, they
-are spawned. Each rank builds the engine's ``ServerArgs`` and ``ModelRunner`` and steps through the same
+are spawned, and where there are more ranks than GPUs they take turns on these, see ``nodes.py``. Each rank builds the engine's ``ServerArgs`` and ``ModelRunner`` and steps through the same
 batches that the engine's scheduler would form: prompts in chunks, then decode, with the DP ranks agreeing on
 their token counts and taking IDLE batches where they have nothing to do. See ``batches.py``.
 
@@ -36,6 +36,8 @@ from typing import Any
 
 import numpy as np
 
+from layouts.nodes import shared_gpu_environment
+
 Prompt = Sequence[int]
 Probe = Callable[[Any], Callable[[], Any]]
 
@@ -45,7 +47,7 @@ class Layout:
     """One run, as every rank sees it. ``dp`` above 1 means DP attention: attention TP is then ``tp / dp``.
 
     There are ``tp * pp`` ranks, those of the first pipeline stage first. ``arrivals`` and ``lengths`` are indexed like
-    ``prompts_by_dp_rank``; ``steps`` is the longest of ``lengths``.
+    ``prompts_by_dp_rank``; ``steps`` is the longest of ``lengths``. ``gpus`` is how many this host has, 0 on a CPU.
     """
 
     checkpoint: str
@@ -64,6 +66,12 @@ class Layout:
     hidden_states: bool = False
     server_arguments: tuple[tuple[str, Any], ...] = ()
     probe: Probe | None = None
+    gpus: int = 0
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether there are GPUs, and fewer than ranks."""
+        return 0 < self.gpus < self.tp * self.pp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +162,7 @@ def run_layout(
         hidden_states=hidden_states,
         server_arguments=tuple((server_arguments or {}).items()),
         probe=probe,
+        gpus=count_gpus() if device == "cuda" else 0,
     )
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="layout-") as logs:
@@ -166,6 +175,13 @@ def run_layout(
         probed=[report["probed"] for report in reports],
         seconds=seconds,
     )
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this host, without a CUDA context in this process."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _frozen(nested):
@@ -297,7 +313,7 @@ def _rank_main(layout: Layout, rank: int, log: Path, connection) -> None:
     try:
         from layouts.batches import run_rank
 
-        _prepare_process(layout)
+        _prepare_process(layout, rank)
         os.environ["MASTER_PORT"] = str(connection.recv())
         report = run_rank(layout, rank)
         _release_shared_memory()
@@ -321,7 +337,7 @@ def _take_own_lock_of_progress_bars() -> None:
         classes += one.__subclasses__()
 
 
-def _prepare_process(layout: Layout) -> None:
+def _prepare_process(layout: Layout, rank: int) -> None:
     import logging
 
     import torch
@@ -336,6 +352,11 @@ def _prepare_process(layout: Layout) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
         _take_own_lock_of_progress_bars()
+    else:
+        # Free memory differs between GPUs where other layouts' ranks come and go, which the engine takes for a fault.
+        os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        if layout.shares_gpus:
+            os.environ.update(shared_gpu_environment(rank, layout.gpus))
     logging.basicConfig(level=logging.INFO, force=True)
     from sglang.srt.utils import kill_itself_when_parent_died
 

@@ -3,7 +3,7 @@
     python test/layouts/matrix.py                     runs all rows and prints the table
     python test/layouts/matrix.py --only tp16 dp4     the rows whose names contain one of these
     python test/layouts/matrix.py --write             all rows, and writes docs/proof.md
-    python test/layouts/matrix.py --device cuda       a GPU a rank: the rows that this host has the GPUs for; with
+    python test/layouts/matrix.py --device cuda       the rows in which nothing is simulated, on this host's GPUs; with
                                                       --write into a table of their own, with --at-once N sooner
 
 Each row is run on one process a rank. The ranks are given transformers' tokens whatever they would have chosen, so a
@@ -13,6 +13,7 @@ are compared at every step. A row also says what its run must have met, so that 
 On GPUs the model computes in bfloat16, with heads of 128, since their kernels have neither float32 nor heads of 8. What
 that alone does to the reference bounds 90% of the differences there; who sums is the GPUs' own choice, and how often is
 counted as on a CPU. CUDA graphs are off, for in a graph nothing can be counted: test/gpu/test_reference.py has them.
+Where a row has more ranks than there are GPUs, these take turns, and NCCL connects them by sockets, see nodes.py.
 """
 
 from __future__ import annotations

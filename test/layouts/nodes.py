@@ -103,7 +103,9 @@ def _name_of(process: psutil.Process) -> str:
 
 
 def shared_gpu_environment(rank: int, num_gpus: int, ranks_per_node: int = 1) -> dict[str, str]:
-    """For node ``rank``, whose ranks each have a GPU of their own and share it with other nodes'."""
+    """For node ``rank``, whose ranks each have a GPU of their own and share it with other nodes'.
+
+    The engine's own all-reduce, which is for the ranks of one host, must be off."""
     gpus = [(rank * ranks_per_node + place) % num_gpus for place in range(ranks_per_node)]
     return {
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),

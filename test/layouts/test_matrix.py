@@ -222,11 +222,14 @@ def test_the_table_is_written_between_its_marks_and_nowhere_else(tmp_path):
 
 
 def test_the_table_of_gpus_says_what_was_allowed(monkeypatch):
-    monkeypatch.setattr(proof, "hardware", lambda device: "four GPUs")
-    outcomes = {"tp2_kv8": Outcome(0.75, 0.03125, 0.125, 1234, 2.5, [])}
+    monkeypatch.setattr(proof, "hardware", lambda device: "two GPUs")
+    monkeypatch.setattr(proof, "count_gpus", lambda: 2)
+    outcomes = dict.fromkeys(["tp2_kv8", "tp8_kv8"], Outcome(0.75, 0.03125, 0.125, 1234, 2.5, []))
     lines = proof.table(outcomes, "the command", 60, GPUS).splitlines()
-    assert "| tp2_kv8 | TP2 | 8 KV heads; 4 KV heads a rank | 2 | 0.031 | 0.125 | 7.5e-01 | 2.5 |" in lines
-    assert any(line.startswith("`the command` on four GPUs: ") and "90% of the differences" in line for line in lines)
+    numbers = "0.031 | 0.125 | 7.5e-01 | 2.5"
+    assert f"| tp2_kv8 | TP2 | 8 KV heads; 4 KV heads a rank | 2 | {numbers} | a GPU a rank |" in lines
+    assert f"| tp8_kv8 | TP8 | 8 KV heads; 1 KV head a rank | 8 | {numbers} | took turns on 2 GPUs |" in lines
+    assert any(line.startswith("`the command` on two GPUs: ") and "90% of the differences" in line for line in lines)
 
 
 def test_rows_at_once_come_in_order_and_one_that_fails_is_a_fault(monkeypatch):
