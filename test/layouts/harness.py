@@ -2,9 +2,10 @@
 
 :func:`run_layout` starts one process a rank. On a CPU they are forked from this process after it has imported
 the engine, so that sixteen ranks cost seconds; on GPUs, where a process that uses CUDA cannot be forked, they
-are spawned, and where there are more ranks than GPUs they take turns on these, see ``nodes.py``. Each rank builds the engine's ``ServerArgs`` and ``ModelRunner`` and steps through the same
-batches that the engine's scheduler would form: prompts in chunks, then decode, with the DP ranks agreeing on
-their token counts and taking IDLE batches where they have nothing to do. See ``batches.py``.
+are spawned, and where there are more ranks than GPUs they take turns on these, see ``nodes.py``. Each rank
+builds the engine's ``ServerArgs`` and ``ModelRunner`` and steps through the same batches that the engine's
+scheduler would form: prompts in chunks, then decode, with the DP ranks agreeing on their token counts and
+taking IDLE batches where they have nothing to do. See ``batches.py``.
 
     result = run_layout("path/to/checkpoint", tp=4, dp=2, prompts_by_dp_rank=[[[1, 2, 3]], []], steps=4)
     result.tokens[0][0]     # four greedy tokens of the first prompt of DP rank 0
@@ -35,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from layouts.nodes import shared_gpu_environment
 
 Prompt = Sequence[int]

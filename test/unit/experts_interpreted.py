@@ -10,7 +10,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers import minimax_experts_prefill as experts_prefill
 from sglang.srt.layers.minimax_experts import Plan, Projection
@@ -18,9 +17,7 @@ from sglang.srt.layers.minimax_fp8_linear import quantise_reference
 from sglang.srt.layers.minimax_fp8_quantise import quantise_reference as divided_reference
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.moe.topk import StandardTopKOutput
-from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from unit.interpreted import compile_whole
+from unit.interpreted import compile_whole, compute_as_a_gpu
 
 HIDDEN_SIZE, WIDTH, EXPERTS, TOP_K = 256, 128, 8, 2
 MOST = max(experts.plans_for(WIDTH))  # tokens
@@ -33,39 +30,9 @@ PLANS = {
 }
 
 
-TORCH = {
-    "fp8e4nv": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
-}  # fmt: skip
-
-
-def converted(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarray:
-    """Triton's values of one type as another's, in the interpreter's integers, rounded to nearest even as on a GPU."""
-    values = torch.from_numpy(np.ascontiguousarray(data).view(f"int{source.primitive_bitwidth}"))
-    bits = target.primitive_bitwidth
-    found = values.view(TORCH[source.name]).to(TORCH[target.name]).view(getattr(torch, f"int{bits}"))
-    return found.numpy().view(f"uint{bits}")
-
-
 @pytest.fixture(autouse=True)
-def arithmetic_of_a_gpu(monkeypatch):
-    """The interpreter cuts bits off where a GPU rounds, and would multiply the integers that hold small floats."""
-    dot, patch_tensor = InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
-
-    def widened(handle):
-        scalar = handle.dtype.scalar
-        if scalar.name not in ("bf16", "fp8e4nv"):
-            return handle
-        return TensorHandle(converted(handle.data, scalar, tl.float32).view(np.float32), tl.float32)
-
-    def countable(tensor):  # the interpreter's scalars are arrays of one, which NumPy 2.4 takes for no integer
-        patch_tensor(tensor)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", countable)
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
+def as_on_a_gpu(monkeypatch):
+    compute_as_a_gpu(monkeypatch)
 
 
 def distinct(tokens: int, generator, among: int = EXPERTS) -> torch.Tensor:

@@ -21,6 +21,42 @@ def assert_passes_interpreted(*cases: str) -> None:
     assert "skipped" not in done.stdout
 
 
+def compute_as_a_gpu(monkeypatch) -> None:
+    """The interpreter cuts bits off where a GPU rounds, and would multiply the integers that hold small floats."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    as_torch = {
+        "fp8e4nv": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+    }  # fmt: skip
+    dot, patch_tensor = InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+
+    def converted(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarray:
+        """Triton's values of one type as another's, in the interpreter's integers, rounded to nearest even."""
+        values = torch.from_numpy(np.ascontiguousarray(data).view(f"int{source.primitive_bitwidth}"))
+        bits = target.primitive_bitwidth
+        found = values.view(as_torch[source.name]).to(as_torch[target.name]).view(getattr(torch, f"int{bits}"))
+        return found.numpy().view(f"uint{bits}")
+
+    def widened(handle):
+        scalar = handle.dtype.scalar
+        if scalar.name not in ("bf16", "fp8e4nv"):
+            return handle
+        return TensorHandle(converted(handle.data, scalar, tl.float32).view(np.float32), tl.float32)
+
+    def countable(tensor):  # the interpreter's scalars are arrays of one, which NumPy 2.4 takes for no integer
+        patch_tensor(tensor)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", countable)
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    )
+
+
 def compile_whole(function, monkeypatch, dynamic: bool = True) -> tuple:
     """``function`` as the engine compiles a forward pass, without a graph break and, if ``dynamic``, with symbols for
     sizes (piecewise graphs) or else for each size anew (--enable-torch-compile); and the graphs that came of it."""

@@ -51,6 +51,7 @@ from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.minimax_attention_inputs import fuse
 from sglang.srt.layers.minimax_counterpart import build_qkv_proj, choose_counterpart
+from sglang.srt.layers.minimax_decode_attention import choose_decode_attention
 from sglang.srt.layers.minimax_fp8_linear import Fp8Linear, choose_projection
 from sglang.srt.layers.minimax_layer_communicator import MiniMaxM2LayerCommunicator, one_launch_for
 from sglang.srt.layers.minimax_parts import Parts
@@ -203,6 +204,7 @@ class MiniMaxM2Attention(AttentionStages):
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
         )
+        self.decode_attention = choose_decode_attention(shards.q.heads_per_rank, shards.kv.heads_per_rank, head_dim)
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * head_dim, config.hidden_size,
             bias=False, reduce_results=False, quant_config=quant_config, prefix=add_prefix("o_proj", prefix),
@@ -255,7 +257,11 @@ class MiniMaxM2Attention(AttentionStages):
         if inputs is None:
             return hidden_states
         q, k, v, stored = inputs
-        attended = self.attn(q, k, v, forward_batch, save_kv_cache=not stored)
+        attended = None
+        if stored and self.decode_attention is not None:
+            attended = self.decode_attention(q, forward_batch, self.attn.layer_id)
+        if attended is None:
+            attended = self.attn(q, k, v, forward_batch, save_kv_cache=not stored)
         if in_parts and isinstance(self.project_output, Fp8Linear):
             return self.project_output.in_parts(attended)
         return self.project_output(attended)
