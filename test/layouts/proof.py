@@ -89,7 +89,8 @@ def run_rows(names: list[str], device: Device, at_once: int = 1) -> Iterator[tup
 
 def line(name: str, outcome: Outcome) -> str:
     held = f"{outcome.largest_difference:.1e}" if not outcome.faults else "WRONG"
-    return f"{name:24} {ROWS[name].layout:16} {ROWS[name].ranks:3} ranks {held:>8} {outcome.seconds:6.1f} s"
+    within = f"{outcome.within:.1e} of {outcome.allowed:.1e}"
+    return f"{name:24} {ROWS[name].layout:16} {ROWS[name].ranks:3} ranks {held:>8} {within} {outcome.seconds:6.1f} s"
 
 
 def table(outcomes: dict[str, Outcome], command: str, seconds: float, device: Device = CPU) -> str:
