@@ -122,7 +122,7 @@ def case(lengths: list[int], heads: int, kv_heads: int, plans: list) -> dict[str
     flash = flash_attention(table, counts.int(), heads)
     if flash is not None:
         found["fa3"] = timed(flash)
-    served, rows = plan_for(requests), CachedTokens(counts.int(), table, False)
+    served, rows = plan_for(requests, kv_heads), CachedTokens(counts.int(), table, False)
     found["served"] = timed(ours(served))
     found["served, of a table"] = timed(lambda *tensors: decode_attention(*tensors, rows, counters, served))
     quick = {plan: timed(ours(plan), QUICK)["us"] for plan in plans}

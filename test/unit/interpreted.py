@@ -11,10 +11,11 @@ import torch
 
 
 def assert_passes_interpreted(*cases: str) -> None:
-    """Runs the tests of files beside this one in a process of their own, since Triton decides at import."""
+    """Runs the tests of files beside this one, or of others by their whole paths, in a process of their own, since
+    Triton decides at import."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *(str(Path(__file__).with_name(name)) for name in cases)],
+        [sys.executable, "-m", "pytest", "-q", *(str(Path(__file__).parent / name) for name in cases)],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]

@@ -83,11 +83,12 @@ def test_each_reason_leaves_attention_to_the_backend(chosen, option, reason):
     )
 
 
-def test_every_number_of_requests_has_a_plan():
-    limits = list(decode.PLANS)
-    assert limits == sorted(limits) and limits[-1] == decode.MAX_REQUESTS
-    for limit, plan in decode.PLANS.items():
-        assert decode.plan_for(limit) == plan and plan.shortest % plan.block == 0
+def test_every_batch_has_a_plan_of_whole_tiles():
+    limits, plans = list(decode.PLANS), [*decode.PLANS.values(), decode.PLAN_OF_MORE]
+    assert limits == sorted(limits)
+    assert [decode.plan_for(limit, 1) for limit in limits] == plans[:-1]
+    assert decode.plan_for(limits[-1] // 8 + 1, 8) == decode.plan_for(decode.MAX_REQUESTS, 8) == plans[-1]
+    assert all(plan.shortest % plan.block == 0 for plan in plans)
 
 
 def made(kind, **attributes):
@@ -126,7 +127,7 @@ def test_a_plain_decode_step_is_taken_with_the_layers_cache(step, attention, mon
     monkeypatch.setattr(decode, "decode_attention", lambda *arguments: calls.append(arguments) or q)
     assert attention(q, forward_batch, layer_id=1) is q
     (of_q, k_cache, v_cache, found, counters, plan), pool = calls[0], forward_batch.token_to_kv_pool
-    assert plan == decode.plan_for(3)
+    assert plan == decode.plan_for(3, 2)
     assert of_q is q and k_cache is pool.k_buffer[1] and v_cache is pool.v_buffer[1]
     assert found.bounds is cached.bounds and found.slots is cached.slots and found.ragged and found.requests == 3
     assert counters.numel() == 2 * decode.MAX_REQUESTS and not counters.any()

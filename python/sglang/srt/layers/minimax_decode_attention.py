@@ -54,12 +54,13 @@ class Plan(NamedTuple):
     shortest: int
 
 
-# Up to so many requests. Measured on one H200 with the heads of TP4, benchmark/results/decode_attention_h200.json.
-PLANS = {4: Plan(32, 4, 5, 2, 64), 128: Plan(128, 8, 5, 1, 128), MAX_REQUESTS: Plan(32, 4, 5, 2, 64)}
+# Up to so many KV heads of all requests. Measured on one H200, benchmark/results/decode_attention_h200.json.
+PLANS = {128: Plan(128, 8, 5, 1, 128), 384: Plan(64, 8, 5, 2, 64)}
+PLAN_OF_MORE = Plan(32, 4, 5, 2, 64)
 
 
-def plan_for(requests: int) -> Plan:
-    return next(plan for limit, plan in PLANS.items() if requests <= limit)
+def plan_for(requests: int, num_kv_heads: int) -> Plan:
+    return next((plan for limit, plan in PLANS.items() if requests * num_kv_heads <= limit), PLAN_OF_MORE)
 
 
 class CachedTokens(NamedTuple):
@@ -163,7 +164,8 @@ class DecodeAttention:
             return None
         pool = forward_batch.token_to_kv_pool
         k_cache, v_cache = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
-        return decode_attention(q, k_cache, v_cache, cached, self.counters, plan_for(cached.requests))
+        plan = plan_for(cached.requests, k_cache.shape[1])
+        return decode_attention(q, k_cache, v_cache, cached, self.counters, plan)
 
     def cached_tokens(self, q: torch.Tensor, forward_batch: Any) -> CachedTokens | None:
         """What each of ``q``'s requests attends to, or None where the attention backend attends."""
