@@ -233,6 +233,7 @@ def _kernel_paths(layer: EngineObject, dtype: EngineObject) -> list[Path]:
     with set_default_torch_dtype(dtype):
         return [
             _projection("qkv projection", attention.project_qkv, attention.qkv_proj),
+            _decode_attention(attention),
             _projection("output projection", attention.project_output, attention.o_proj),
             _router(experts),
             _expert_kernels(experts),
@@ -251,6 +252,18 @@ def _projection(name: str, projects: EngineObject, linear: EngineObject) -> Path
         return Path(name, "the engine's layer", reason or "its weights were others when it was built")
     above = _ABOVE_QUANTISED if fp8.choose_product(linear) else _ABOVE
     return Path(name, f"quantised and multiplied in one kernel up to {projects.max_tokens} tokens", above)
+
+
+def _decode_attention(attention: EngineObject) -> Path:
+    from sglang.srt.layers import minimax_decode_attention as decode
+
+    if attention.decode_attention is not None:
+        above = "the attention backend's for more, for drafts that are verified, and for a KV cache of another dtype"
+        return Path("decode attention", f"one launch of the model's up to {decode.MAX_REQUESTS} requests", above)
+    attn, inputs = attention.attn, attention.fused_inputs
+    is_stored = inputs is not None and inputs.stores
+    reason = decode.reason_against_layer(attn.tp_q_head_num, attn.tp_k_head_num, attn.head_dim, is_stored)
+    return Path("decode attention", "the attention backend's", reason or decode.reason_against_server() or "")
 
 
 def _router(experts: EngineObject) -> Path:

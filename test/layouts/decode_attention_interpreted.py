@@ -57,9 +57,11 @@ def test_every_decode_step_is_ours_and_gives_the_references_answers(name, oracle
     monkeypatch.setitem(SHAPES, SHAPE, small(num_key_value_heads=2, head_dim=128, num_hidden_layers=LAYERS))
     checkpoint, _, completions = oracles.of(SHAPE)
     simulations.one_kernel(monkeypatch)
-    monkeypatch.setattr(
-        minimax_m2, "choose_decode_attention", lambda heads, kv_heads, _: DecodeAttention(kv_heads, torch.device("cpu"))
-    )
+
+    def choose(heads, kv_heads, head_dim, is_stored):
+        return DecodeAttention(kv_heads, torch.device("cpu")) if is_stored else None
+
+    monkeypatch.setattr(minimax_m2, "choose_decode_attention", choose)
     layout = dict(LAYOUTS[name])
     placed = layout.pop("prompts")
     result = run_layout(

@@ -31,7 +31,7 @@ def chosen(monkeypatch):
     said = []
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
 
-    def choose(heads=(12, 2, 128), cuda=True, capability=9, dtype=torch.bfloat16, backend="fa3", **options):
+    def choose(heads=(12, 2, 128, True), cuda=True, capability=9, dtype=torch.bfloat16, backend="fa3", **options):
         monkeypatch.setattr(decode, "is_cuda", lambda: cuda)
         monkeypatch.setattr(decode, "get_device_capability", lambda: (capability, 0))
         monkeypatch.setattr(torch, "get_default_dtype", lambda: dtype)
@@ -59,8 +59,9 @@ def test_the_published_heads_on_hopper_take_the_kernel(chosen, backend, dtype):
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        ({"heads": (12, 2, 64)}, "not 12 of 64 for 2"),
-        ({"heads": (34, 2, 128)}, "up to 16 of q"),
+        ({"heads": (12, 2, 64, True)}, "not 12 of 64 for 2"),
+        ({"heads": (34, 2, 128, True)}, "up to 16 of q"),
+        ({"heads": (12, 2, 128, False)}, "stored by the backend"),
         ({"cuda": False}, "Hopper"),
         ({"capability": 10}, "Hopper"),
         ({"dtype": torch.float32}, "torch.float32"),

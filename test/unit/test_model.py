@@ -85,7 +85,7 @@ class Attention:
     """Attention that fails at its first projection, so that a return before it shows."""
 
     def __init__(self, reduce_results: bool) -> None:
-        self.reduces_output = reduce_results
+        self.reduces_output, self.fused_inputs = reduce_results, None
 
     def project_qkv(self, hidden_states):
         raise AssertionError("projected")

@@ -96,12 +96,15 @@ CACHED_TOKENS: dict[str, Callable[[Any], CachedTokens]] = {
 BACKENDS = ("triton", "fa3")
 
 
-def choose_decode_attention(num_heads: int, num_kv_heads: int, head_dim: int) -> DecodeAttention | None:
+def choose_decode_attention(
+    num_heads: int, num_kv_heads: int, head_dim: int, is_stored: bool
+) -> DecodeAttention | None:
     """What attends in a decode step, or None: the server's attention backend does.
 
     Called once, while the layer is built, under the model's default dtype, which is that of its activations.
+    ``is_stored``: whether the new tokens' keys and values are in the KV cache before attention.
     """
-    reason = reason_against_heads(num_heads, num_kv_heads, head_dim) or reason_against_server()
+    reason = reason_against_layer(num_heads, num_kv_heads, head_dim, is_stored) or reason_against_server()
     if reason is not None:
         log_once(f"A decode step's attention is the attention backend's, since {reason}.")
         return None
@@ -109,14 +112,14 @@ def choose_decode_attention(num_heads: int, num_kv_heads: int, head_dim: int) ->
     return DecodeAttention(num_kv_heads, torch.device("cuda", torch.cuda.current_device()))
 
 
-def reason_against_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> str | None:
-    """Why a rank's heads are none for this kernel, as a clause, or None."""
+def reason_against_layer(num_heads: int, num_kv_heads: int, head_dim: int, is_stored: bool) -> str | None:
+    """Why a layer, with these heads on a rank, is none for this kernel, as a clause, or None."""
     if head_dim != HEAD_DIM or num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
         return (
             f"it takes heads of {HEAD_DIM} and up to {MAX_GROUP} of q for one of k, not {num_heads} of {head_dim} for "
             f"{num_kv_heads}"
         )
-    return None
+    return None if is_stored else "the new tokens' keys and values are stored by the backend"
 
 
 def reason_against_server() -> str | None:

@@ -204,7 +204,10 @@ class MiniMaxM2Attention(AttentionStages):
             quant_config=quant_config,
             prefix=add_prefix("attn", prefix),
         )
-        self.decode_attention = choose_decode_attention(shards.q.heads_per_rank, shards.kv.heads_per_rank, head_dim)
+        self.decode_attention = choose_decode_attention(
+            shards.q.heads_per_rank, shards.kv.heads_per_rank, head_dim,
+            is_stored=self.fused_inputs is not None and self.fused_inputs.stores,
+        )  # fmt: skip
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * head_dim, config.hidden_size,
             bias=False, reduce_results=False, quant_config=quant_config, prefix=add_prefix("o_proj", prefix),
