@@ -4,7 +4,8 @@
     python test/layouts/matrix.py --only tp16 dp4     the rows whose names contain one of these
     python test/layouts/matrix.py --write             all rows, and writes docs/proof.md
     python test/layouts/matrix.py --device cuda       the rows in which nothing is simulated, on this host's GPUs; with
-                                                      --write into a table of their own, with --at-once N sooner
+                                                      --write into a table of their own, with --at-once N sooner; with
+                                                      --keep FILE a run that is cut off goes on in the next one
 
 Each row is run on one process a rank. The ranks are given transformers' tokens whatever they would have chosen, so a
 tie between two tokens can neither hide an error nor fake one, and the log-probabilities of all tokens of the vocabulary

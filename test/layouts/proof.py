@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import platform
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from layouts.harness import LayoutFailed, count_gpus
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write docs/proof.md; all rows must hold")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the ranks run (default: cpu)")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="rows that run at a time, on GPUs only")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="add each row that holds to FILE, and run none of it")
     options = parser.parse_args(arguments)
     if options.write and options.only:
         parser.error("--write needs all rows: leave --only out")
@@ -55,36 +57,53 @@ def main(arguments: list[str] | None = None) -> int:
         if not names or not count_gpus():
             parser.error(f"none of these rows can run on {count_gpus()} GPUs, where nothing is simulated")
     started = time.monotonic()
-    outcomes = {}
-    for name, outcome in run_rows(names, device, options.at_once):
+    outcomes = read_kept(options.keep)
+    kept = len(outcomes)
+    for name, outcome in run_rows([name for name in names if name not in outcomes], device, options.at_once):
         outcomes[name] = outcome
         print(line(name, outcome), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
+        if options.keep and not outcome.faults:
+            with options.keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"name": name, **asdict(outcome)}) + "\n")
     seconds = time.monotonic() - started
+    outcomes = {name: outcomes[name] for name in names}
     wrong = [name for name, outcome in outcomes.items() if outcome.faults]
     print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} rows hold; {seconds:.0f} s, the reference included")
     if options.write and not wrong:
         command = COMMAND if device is CPU else f"{COMMAND} --device {device.name} --at-once {options.at_once}"
+        command += f" --keep FILE, which had {kept} of them," if kept else ""
         write(DOCUMENT, MARKS[device.name], table(outcomes, command, seconds, device))
         print(f"wrote {DOCUMENT}")
     return 1 if wrong else 0
 
 
+def read_kept(file: Path | None) -> dict[str, Outcome]:
+    """The rows that an earlier run, which may have been cut off, found to hold."""
+    if file is None or not file.exists():
+        return {}
+    found = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    return {fields.pop("name"): Outcome(**fields) for fields in found}
+
+
 def run_rows(names: list[str], device: Device, at_once: int = 1) -> Iterator[tuple[str, Outcome]]:
-    """The rows' outcomes in order; ``at_once`` of them run at a time."""
+    """The rows' outcomes as they come; ``at_once`` of them run at a time."""
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
         oracles = Oracles(Path(folder), device)
 
-        def outcome(name: str) -> Outcome:
+        def outcome(name: str) -> tuple[str, Outcome]:
             try:
-                return run_row(ROWS[name], oracles)
+                return name, run_row(ROWS[name], oracles)
             except LayoutFailed as failure:
-                return Outcome.of_failure(str(failure).splitlines()[:40])
+                return name, Outcome.of_failure(str(failure).splitlines()[:40])
 
         for shape in dict.fromkeys(ROWS[name].shape for name in names):
             oracles.prepare(shape)  # so that a row's seconds are its own, and rows at once make it once
+        if at_once == 1:  # without a thread: a process that has some cannot be forked safely
+            yield from map(outcome, names)
+            return
         with ThreadPoolExecutor(at_once) as pool:
-            # Without a thread where one row runs at a time: a process that has some cannot be forked safely.
-            yield from zip(names, (map if at_once == 1 else pool.map)(outcome, names), strict=True)
+            for done in as_completed([pool.submit(outcome, name) for name in names]):
+                yield done.result()
 
 
 def line(name: str, outcome: Outcome) -> str:

@@ -232,7 +232,7 @@ def test_the_table_of_gpus_says_what_was_allowed(monkeypatch):
     assert any(line.startswith("`the command` on two GPUs: ") and "90% of the differences" in line for line in lines)
 
 
-def test_rows_at_once_come_in_order_and_one_that_fails_is_a_fault(monkeypatch):
+def test_rows_at_once_come_as_they_end_and_one_that_fails_is_a_fault(monkeypatch):
     prepared = []
 
     class Prepared:
@@ -251,9 +251,29 @@ def test_rows_at_once_come_in_order_and_one_that_fails_is_a_fault(monkeypatch):
     monkeypatch.setattr(proof, "Oracles", Prepared)
     monkeypatch.setattr(proof, "run_row", run)
     outcomes = list(proof.run_rows(["tp1", "tp2_kv8", "tp4_kv8"], GPUS, at_once=3))
-    assert [name for name, _ in outcomes] == ["tp1", "tp2_kv8", "tp4_kv8"]
-    assert [outcome.faults for _, outcome in outcomes] == [[], ["rank 1 failed"], []]
+    assert sorted(name for name, _ in outcomes) == ["tp1", "tp2_kv8", "tp4_kv8"] and outcomes[-1][0] == "tp1"
+    assert {name: outcome.faults for name, outcome in outcomes if outcome.faults} == {"tp2_kv8": ["rank 1 failed"]}
     assert sorted(prepared) == ["2 KV heads", "8 KV heads"]
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_did_not_hold(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def run_rows(names, device, at_once):
+        ran.append(list(names))
+        faults = {"tp4_kv2": ["rank 1 failed"]} if len(ran) == 1 else {}
+        yield from ((name, Outcome(0.75, 0.03125, 0.125, 1234, 2.5, faults.get(name, []))) for name in names)
+
+    monkeypatch.setattr(proof, "run_rows", run_rows)
+    options = ["--only", "tp4_kv2", "tp4_kv1", "--keep", str(tmp_path / "kept")]
+    assert [proof.main(options), proof.main(options), proof.main(options)] == [1, 0, 0]
+    held = [name for name in ROWS if "tp4_kv1" in name or "tp4_kv2" in name]
+    assert ran == [held, ["tp4_kv2"], []]
+    said = capsys.readouterr().out.splitlines()
+    assert [text for text in said if "rows hold" in text] == [
+        f"{count} of {len(held)} rows hold; 0 s, the reference included"
+        for count in (len(held) - 1, len(held), len(held))
+    ]
 
 
 def test_rows_on_a_cpu_run_one_at_a_time(capsys):
