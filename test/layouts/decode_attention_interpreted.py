@@ -21,7 +21,6 @@ SHAPE, LAYERS = "heads of 128", 2
 LAYOUTS = {
     "TP1": dict(tp=1, prompts=[[0, 1, 2, 3]]),
     "TP4, replicas": dict(tp=4, prompts=[[0, 1, 2, 3]]),
-    "TP4 DP2": dict(tp=4, dp=2, prompts=[[0, 1], [2, 3]]),
     "TP2 DP2, one idle": dict(tp=2, dp=2, prompts=[[], [0, 1, 2, 3]]),
 }
 

@@ -121,10 +121,10 @@ def watch_exchanges(runner):
 
     calls: list[list[int]] = []
 
-    def keep(run, operator, qkv, *arguments):
+    def keep(run, operator, qkv, *arguments, **parts):
         if qkv.shape[0]:
             calls.append([operator.layer_id, qkv.shape[0]])
-        return run(operator, qkv, *arguments)
+        return run(operator, qkv, *arguments, **parts)
 
     _wrap(QKNormRope, "run", keep)
     return lambda: calls

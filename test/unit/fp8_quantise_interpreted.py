@@ -13,8 +13,8 @@ from sglang.srt.layers import minimax_fp8_quantise as fp8
 from sglang.srt.layers.quantization import fp8_utils
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from unit.experts_interpreted import converted
 from unit.fp8_layers import Layer, bfloat16_pairs, dequantised, problem
+from unit.interpreted import converted
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+
+TORCH = {
+    "fp8e4nv": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
+}  # fmt: skip
 
 
 def assert_passes_interpreted(*cases: str) -> None:
@@ -22,24 +27,21 @@ def assert_passes_interpreted(*cases: str) -> None:
     assert "skipped" not in done.stdout
 
 
+def converted(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarray:
+    """Triton's values of one type as another's, in the interpreter's integers, rounded to nearest even as on a GPU."""
+    values = torch.from_numpy(np.ascontiguousarray(data).view(f"int{source.primitive_bitwidth}"))
+    bits = target.primitive_bitwidth
+    found = values.view(TORCH[source.name]).to(TORCH[target.name]).view(getattr(torch, f"int{bits}"))
+    return found.numpy().view(f"uint{bits}")
+
+
 def compute_as_a_gpu(monkeypatch) -> None:
     """The interpreter cuts bits off where a GPU rounds, and would multiply the integers that hold small floats."""
-    import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    as_torch = {
-        "fp8e4nv": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
-    }  # fmt: skip
     dot, patch_tensor = InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
-
-    def converted(data: np.ndarray, source, target, rounding_mode=None) -> np.ndarray:
-        """Triton's values of one type as another's, in the interpreter's integers, rounded to nearest even."""
-        values = torch.from_numpy(np.ascontiguousarray(data).view(f"int{source.primitive_bitwidth}"))
-        bits = target.primitive_bitwidth
-        found = values.view(as_torch[source.name]).to(as_torch[target.name]).view(getattr(torch, f"int{bits}"))
-        return found.numpy().view(f"uint{bits}")
 
     def widened(handle):
         scalar = handle.dtype.scalar
