@@ -151,6 +151,14 @@ def test_flash_attentions_batches_are_rows_of_a_table(step, attention, monkeypat
     assert found.bounds is lengths and found.slots is table and not found.ragged and found.requests == 3
 
 
+def test_a_switch_leaves_attention_to_the_backend(chosen, monkeypatch):
+    monkeypatch.setenv(decode.SWITCH, "0")
+    attention, said = chosen()
+    assert attention is None and "SGLANG_MINIMAX_DECODE_ATTENTION=0" in said[0]
+    monkeypatch.setenv(decode.SWITCH, "1")
+    assert chosen()[0] is not None
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -18,6 +18,7 @@ launch). So whatever writes the lengths must be done two launches earlier, as it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ HEAD_DIM = 128
 MAX_GROUP = 16  # q heads of a KV head: rows of one product of the tensor cores
 MAX_REQUESTS = 1024  # of a batch; every CTA looks for its request among all
 LOG2_E = 1.4426950408889634
+SWITCH = "SGLANG_MINIMAX_DECODE_ATTENTION"  # 0: the attention backend attends
 
 
 class Plan(NamedTuple):
@@ -125,6 +127,8 @@ def reason_against_layer(num_heads: int, num_kv_heads: int, head_dim: int, is_st
 def reason_against_server() -> str | None:
     """The first of the server's choices that this kernel does not go with, as a clause, or None."""
     arguments = get_global_server_args()
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0"
     if not is_cuda() or get_device_capability()[0] != 9:
         return "it was measured on NVIDIA GPUs of compute capability 9 (Hopper) only"
     if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
