@@ -53,7 +53,10 @@ def chosen(monkeypatch):
 def test_the_published_heads_on_hopper_take_the_kernel(chosen, backend, dtype):
     attention, said = chosen(backend=backend, dtype=dtype)
     assert attention == (2, torch.device("cuda", 0))
-    assert said == ["A decode step's attention is one launch of ours, for batches of up to 1024 requests."]
+    assert said == [
+        "A decode step's attention is one launch of ours, for batches of up to 1024 requests. "
+        "SGLANG_MINIMAX_DECODE_ATTENTION=0 turns it off."
+    ]
 
 
 @pytest.mark.parametrize(

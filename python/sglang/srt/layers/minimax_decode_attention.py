@@ -110,7 +110,8 @@ def choose_decode_attention(
     if reason is not None:
         log_once(f"A decode step's attention is the attention backend's, since {reason}.")
         return None
-    log_once(f"A decode step's attention is one launch of ours, for batches of up to {MAX_REQUESTS} requests.")
+    up_to = f"for batches of up to {MAX_REQUESTS} requests"
+    log_once(f"A decode step's attention is one launch of ours, {up_to}. {SWITCH}=0 turns it off.")
     return DecodeAttention(num_kv_heads, torch.device("cuda", torch.cuda.current_device()))
 
 
