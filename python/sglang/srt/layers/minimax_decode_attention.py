@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.minimax_log import log_once
-from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
+from sglang.srt.layers.minimax_nvlink import has_programmatic_launch, num_multiprocessors
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import get_device_capability, is_cuda
@@ -218,7 +218,7 @@ def decode_attention(
         assert cache.dtype == q.dtype and cache.stride()[1:] == (HEAD_DIM, 1), f"{cache.dtype}, {cache.stride()}"
     assert 0 < requests <= MAX_REQUESTS and counters.numel() >= requests * num_kv_heads, f"{requests} requests"
     out = torch.empty_like(q)
-    aim = max(1, plan.ctas_per_sm * _multiprocessors(q.device) // num_kv_heads)
+    aim = max(1, plan.ctas_per_sm * num_multiprocessors(q.device) // num_kv_heads)
     grid = (aim + requests, num_kv_heads)  # each request's last part may be a short one
     values = torch.empty(*grid, group, HEAD_DIM, dtype=torch.float32, device=q.device)
     scales = torch.empty(*grid, 2, MAX_GROUP, dtype=torch.float32, device=q.device)
@@ -227,17 +227,11 @@ def decode_attention(
     _decode_attention_kernel[grid](
         q, k_cache, v_cache, out, cached.bounds, cached.slots, values, scales, counters, k_cache.stride(0),
         v_cache.stride(0), 0 if cached.ragged else cached.slots.stride(0), requests, aim, plan.shortest,
-        HEAD_DIM**-0.5 * LOG2_E,
-        RAGGED=cached.ragged, GROUP=group, KV_HEADS=num_kv_heads, DIM=HEAD_DIM, ROWS=MAX_GROUP, BLOCK=plan.block,
-        PDL=pdl,
-        REQUESTS_BLOCK=max(16, triton.next_power_of_2(requests)), num_warps=plan.warps, num_stages=plan.stages,
-        **options,
+        HEAD_DIM**-0.5 * LOG2_E, RAGGED=cached.ragged, GROUP=group, KV_HEADS=num_kv_heads, DIM=HEAD_DIM, ROWS=MAX_GROUP,
+        BLOCK=plan.block, PDL=pdl, REQUESTS_BLOCK=max(16, triton.next_power_of_2(requests)), num_warps=plan.warps,
+        num_stages=plan.stages, **options,
     )  # fmt: skip
     return out
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit

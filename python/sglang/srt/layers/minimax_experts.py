@@ -36,7 +36,7 @@ from sglang.srt.compilation.piecewise_context_manager import is_in_piecewise_cud
 from sglang.srt.layers.minimax_experts_prefill import Experts, choose_experts_of_many
 from sglang.srt.layers.minimax_fp8_linear import _prefetch, _quantise
 from sglang.srt.layers.minimax_log import log_once
-from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
+from sglang.srt.layers.minimax_nvlink import has_programmatic_launch, num_multiprocessors
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
 from sglang.srt.layers.moe.topk import TopKOutput, TopKOutputChecker
@@ -369,12 +369,7 @@ def _check(x: torch.Tensor, topk_ids: torch.Tensor, weight: torch.Tensor, scale:
 
 def _ctas(work: Work, tiles: int, how: Projection) -> int:
     """CTAs for a list of this length: as many as the GPU holds, or as there is work for."""
-    return min((work.items.shape[0] - 1) * tiles, _sms(work.items.device) * how.ctas)
-
-
-@functools.cache
-def _sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return min((work.items.shape[0] - 1) * tiles, num_multiprocessors(work.items.device) * how.ctas)
 
 
 def _options(pdl: bool) -> dict[str, bool]:

@@ -140,3 +140,9 @@ def poll_again_in_time(limit: str, agree: str = "") -> str:
 def has_programmatic_launch(device: torch.device) -> bool:
     """Whether a kernel may start while its predecessor in the stream still runs: Hopper and later."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on a CPU, where Triton's interpreter runs one CTA after the other, a few, so that some have several."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
