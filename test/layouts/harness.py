@@ -36,10 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from layouts.nodes import shared_gpu_environment
+from layouts.nodes import BESIDE_OTHERS, shared_gpu_environment
 
 Prompt = Sequence[int]
 Probe = Callable[[Any], Callable[[], Any]]
+
+LAST_WORDS_S = 5  # how long a run that failed waits for the other ranks to say how they ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,27 +255,51 @@ def _run_ranks(layout: Layout, logs: Path, timeout_s: float) -> list[dict]:
 
 
 def _collect(ranks, connections, logs: Path, timeout_s: float) -> list[dict]:
-    """Each rank's report, in rank order. The first rank that fails ends the wait: the others only wait for it."""
+    """Each rank's report, in rank order. A rank that fails ends the wait, but for a moment in which the others may say
+    how they ended: the one that failed first takes its peers along, and a peer's end can be seen before its own.
+    """
     deadline = time.monotonic() + timeout_s
     reports: dict[int, dict] = {}
     while len(reports) < len(ranks):
         waiting = {connection: rank for rank, connection in enumerate(connections) if rank not in reports}
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0, deadline - time.monotonic()))
         if not ready:
-            raise LayoutFailed(_describe_hang(ranks, sorted(waiting.values()), logs, timeout_s))
+            break
         for connection in ready:
             rank = waiting[connection]
-            try:
-                report = connection.recv()
-            except (EOFError, ConnectionResetError):
-                ranks[rank].join()
-                raise LayoutFailed(
-                    f"rank {rank} died with exit code {ranks[rank].exitcode}\n{_log_end(logs, rank)}"
-                ) from None
-            if "error" in report:
-                raise LayoutFailed(f"rank {rank} failed\n{report['error']}\n{_log_end(logs, rank)}")
-            reports[rank] = report
+            reports[rank] = _report(connection, ranks[rank])
+            if "failed_at" in reports[rank]:
+                deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
+    failed = {rank: report for rank, report in reports.items() if "failed_at" in report}
+    if failed:
+        raise LayoutFailed(_describe_failures(failed, logs))
+    if len(reports) < len(ranks):
+        raise LayoutFailed(_describe_hang(ranks, sorted(set(range(len(ranks))) - set(reports)), logs, timeout_s))
     return [reports[rank] for rank in range(len(ranks))]
+
+
+def _report(connection, process) -> dict:
+    """What a rank sent, or how it died without a word."""
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        process.join()
+        return {"failed_at": time.monotonic(), "exit_code": process.exitcode}
+
+
+def _describe_failures(failed: dict[int, dict], logs: Path) -> str:
+    """Every rank that died, then the error that was raised first. Those after it are the peers', who lost a rank."""
+    said = [
+        f"rank {rank} died with exit code {report['exit_code']}\n{_log_end(logs, rank)}"
+        for rank, report in sorted(failed.items())
+        if "exit_code" in report
+    ]
+    errors = sorted((report["failed_at"], rank) for rank, report in failed.items() if "error" in report)
+    for _, rank in errors[:1]:
+        said.append(f"rank {rank} failed\n{failed[rank]['error']}\n{_log_end(logs, rank)}")
+    if len(errors) > 1:
+        said.append(f"after it failed: rank(s) {sorted(rank for _, rank in errors[1:])}")
+    return "\n".join(said)
 
 
 def _describe_hang(ranks, unfinished: list[int], logs: Path, timeout_s: float) -> str:
@@ -318,7 +344,7 @@ def _rank_main(layout: Layout, rank: int, log: Path, connection) -> None:
         report = run_rank(layout, rank)
         _release_shared_memory()
     except BaseException:
-        report = {"error": traceback.format_exc()}
+        report = {"failed_at": time.monotonic(), "error": traceback.format_exc()}
     connection.send(report)
     connection.close()
     stream.flush()
@@ -353,8 +379,7 @@ def _prepare_process(layout: Layout, rank: int) -> None:
         torch.set_num_threads(1)
         _take_own_lock_of_progress_bars()
     else:
-        # Free memory differs between GPUs where other layouts' ranks come and go, which the engine takes for a fault.
-        os.environ["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        os.environ.update(BESIDE_OTHERS)
         if layout.shares_gpus:
             os.environ.update(shared_gpu_environment(rank, layout.gpus))
     logging.basicConfig(level=logging.INFO, force=True)

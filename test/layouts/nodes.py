@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from sglang_minimax.comparison import Answer
 from sglang_minimax.server_process import Server, ServerError, SessionProcess, free_port
 
 _POLL_SECONDS = 0.2
 _LAUNCH_SECONDS = 120
+_ANSWER_SECONDS = 240
+
+ON_GPUS = [
+    "--attention-backend", "triton", "--grammar-backend", "none", "--cuda-graph-bs", "1", "2", "4", "8",
+    "--mem-fraction-static", "0.7",
+]  # fmt: skip
+"""Flags of a server on GPUs that others may be on too."""
+
+# Free memory differs between GPUs where other ranks come and go, which the engine takes for a fault.
+BESIDE_OTHERS = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
 
 
 class Nodes:
@@ -34,6 +45,12 @@ class Nodes:
 
     def post(self, path: str, body: dict[str, Any], *, timeout_seconds: float) -> Any:
         return self._unless_one_ends(lambda: self._first.post(path, body, timeout_seconds=timeout_seconds))
+
+    def generate(self, prompts: Sequence[Sequence[int]], steps: int) -> list[dict[str, Any]]:
+        """The ``meta_info`` of each prompt's ``steps`` greedy tokens, their log-probabilities in it."""
+        sampling = {"temperature": 0, "max_new_tokens": steps, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+        return [reply["meta_info"] for reply in self.post("/generate", body, timeout_seconds=_ANSWER_SECONDS)]
 
     def _unless_one_ends(self, call: Callable[[], Any]) -> Any:
         """The result of ``call``, which waits for node 0 and would not notice that another one is gone.
@@ -50,6 +67,12 @@ class Nodes:
                         raise ServerError(f"node {rank} has ended; its log is {node.log}")
                 time.sleep(_POLL_SECONDS)
             return result.result()
+
+
+def answer_of(prompt: Sequence[int], meta_info: Mapping[str, Any]) -> Answer:
+    """What :meth:`Nodes.generate` gave for ``prompt``."""
+    steps = meta_info["output_token_logprobs"]
+    return Answer(str(prompt), "", [token for _, token, *_ in steps], [logprob for logprob, *_ in steps])
 
 
 @contextlib.contextmanager

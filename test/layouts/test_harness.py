@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import tqdm
-from layouts.harness import LayoutFailed, run_layout
+from layouts.harness import LayoutFailed, _collect, run_layout
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 
@@ -56,6 +59,43 @@ def test_a_lost_rank_ends_the_run(checkpoint, probe, said):
     assert all(part in str(failure.value) for part in said), str(failure.value)
     assert time.monotonic() - started < 45
     assert set(psutil.Process().children(recursive=True)) == before
+
+
+@pytest.fixture
+def two_ranks():
+    """Our ends of two ranks' pipes and theirs, and what stands for their processes: the second is killed."""
+    ours, theirs = zip(*(multiprocessing.Pipe() for _ in range(2)), strict=True)
+    processes = [SimpleNamespace(exitcode=code, join=lambda: None) for code in (0, -9)]
+    return ours, theirs, processes
+
+
+def test_a_rank_that_died_is_named_before_the_peers_that_it_took_along(two_ranks, tmp_path):
+    """Also where its end is seen after theirs, as on a busy machine."""
+    ours, theirs, processes = two_ranks
+    theirs[0].send({"failed_at": 1.0, "error": "connection closed by peer"})
+    end = threading.Timer(0.5, theirs[1].close)
+    end.start()
+    with pytest.raises(LayoutFailed, match=r"(?s)^rank 1 died with exit code -9.*rank 0 failed\nconnection closed"):
+        _collect(processes, ours, tmp_path, timeout_s=60)
+    end.join()
+
+
+def test_the_rank_that_failed_first_is_named(two_ranks, tmp_path):
+    ours, theirs, processes = two_ranks
+    theirs[0].send({"failed_at": 2.0, "error": "connection closed by peer"})
+    theirs[1].send({"failed_at": 1.0, "error": "the reason"})
+    with pytest.raises(LayoutFailed, match=r"(?s)^rank 1 failed\nthe reason.*after it failed: rank\(s\) \[0\]$"):
+        _collect(processes, ours, tmp_path, timeout_s=60)
+
+
+def test_a_failure_does_not_wait_for_a_rank_that_hangs(two_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr("layouts.harness.LAST_WORDS_S", 0.1)
+    ours, theirs, processes = two_ranks
+    theirs[1].send({"failed_at": 1.0, "error": "the reason"})
+    started = time.monotonic()
+    with pytest.raises(LayoutFailed, match=r"^rank 1 failed\nthe reason"):
+        _collect(processes, ours, tmp_path, timeout_s=60)
+    assert time.monotonic() - started < 30
 
 
 def die_within_a_progress_bar(runner):
