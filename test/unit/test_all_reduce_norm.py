@@ -79,7 +79,7 @@ def test_plans_hold_all_rows_that_are_planned_for():
         for multiprocessors in (1, 33, 132):
             rows = module.rows_that_fit(multiprocessors, ranks)
             assert 0 < rows <= MAX_TOKENS[ranks]
-            assert any(rows <= plan.ctas_per_sm * multiprocessors for plan in module.PLANS)
+            assert all(any(plan.takes(count, multiprocessors) for plan in module.PLANS) for count in range(1, rows + 1))
 
 
 class AddedByHand:
@@ -165,11 +165,12 @@ def test_launches_take_the_first_plan_that_holds_all_rows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     operator = module.AllReduceNorm(None, exchange_in_one_process(4))
     weight = torch.ones(HIDDEN_SIZE, dtype=torch.bfloat16)
+    monkeypatch.setattr(module, "PLANS", (module.Plan(8, 1, 1), module.Plan(16, 1), module.Plan(16, 2)))
     for tokens in (1, 2, 3, 4):
         x, residual = (torch.zeros(tokens, HIDDEN_SIZE, dtype=torch.bfloat16) for _ in range(2))
         normed, kept = operator(x, residual, weight, EPS, 7)
         grid, arguments, constants = launches.pop()
-        plan = module.PLANS[0] if tokens <= 2 else module.PLANS[1]  # on two multiprocessors
+        plan = module.PLANS[(0, 1, 2, 2)[tokens - 1]]  # on two multiprocessors
         assert grid == (tokens,) and constants["num_warps"] == plan.num_warps
         assert constants["maxnreg"] == plan.registers_per_thread and constants["RANKS"] == 4
         assert any(argument is operator.exchange.epochs for argument in arguments)

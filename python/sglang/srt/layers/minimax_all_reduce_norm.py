@@ -63,18 +63,22 @@ WORDS_PER_MESSAGE = 3  # of two values; the fourth word of a message is its epoc
 
 
 class Plan(NamedTuple):
-    """Warps of a CTA, and CTAs that must fit on a multiprocessor together."""
+    """Warps of a CTA, CTAs that must fit on a multiprocessor together, and up to how many tokens it is taken."""
 
     num_warps: int
     ctas_per_sm: int
+    max_tokens: int = 2**31 - 1
+
+    def takes(self, tokens: int, multiprocessors: int) -> bool:
+        return tokens <= min(self.max_tokens, self.ctas_per_sm * multiprocessors)
 
     @property
     def registers_per_thread(self) -> int:
         return registers_per_thread(self.num_warps, self.ctas_per_sm)
 
 
-# The first whose CTAs all fit at once is taken. Guesses: benchmark/all_reduce_norm.py times others.
-PLANS = (Plan(16, 1), Plan(16, 2))
+# The first whose CTAs all fit at once is taken. benchmark/all_reduce_norm.py times others.
+PLANS = (Plan(8, 1, max_tokens=8), Plan(16, 1), Plan(16, 2))
 
 
 class RowExchange(Inboxes):
@@ -196,7 +200,7 @@ class AllReduceNorm:
         if tokens > self.exchange.max_tokens:  # only a compiled graph, which serves every number of tokens
             return self._by_collective(x, residual, weight, eps)
         multiprocessors = self.exchange.num_multiprocessors
-        plan = next(plan for plan in PLANS if tokens <= plan.ctas_per_sm * multiprocessors)
+        plan = next(plan for plan in PLANS if plan.takes(tokens, multiprocessors))
         return self.launch(plan, x, residual, weight, eps, layer_id)
 
     def launch(

@@ -250,11 +250,12 @@ def _my_part(
     parts = tl.where(is_request, tl.maximum(tl.cdiv(lengths, part), 1), 0)
     upto = tl.cumsum(parts)
     request = tl.sum((upto <= cta).to(tl.int32))
-    mine = number == request
-    first = tl.sum(tl.where(mine, upto - parts, 0))
+    first = tl.sum(tl.where(number == request - 1, upto, 0))
+    # Read again, from the cache: a sum over all threads would take longer.
+    start = tl.load(bounds_ptr + request, mask=request < requests, other=0)
+    length = tl.load(bounds_ptr + request + 1, mask=request < requests, other=0) - start if RAGGED else start
     begin = (cta - first) * part
-    end = tl.minimum(begin + part, tl.sum(tl.where(mine, lengths, 0)))
-    return request, tl.sum(tl.where(mine, bound, 0)), begin, end, first, tl.sum(tl.where(mine, parts, 0))
+    return request, start, begin, tl.minimum(begin + part, length), first, tl.maximum(tl.cdiv(length, part), 1)
 
 
 @triton.jit(do_not_specialize=["requests", "aim", "shortest"])

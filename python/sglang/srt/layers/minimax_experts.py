@@ -387,6 +387,11 @@ def _list_kernel(
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0)
+    blocks = ()
+    for block in tl.static_range(triton.cdiv(HIDDEN_SIZE, 1024)):  # all loads at once, ahead of what takes them
+        place = block * 1024 + tl.arange(0, 8)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        x = tl.load(x_ptr + token.to(tl.int64) * x_stride + place, mask=place < HIDDEN_SIZE, other=0.0)
+        blocks = blocks + (x,)
     other = tl.arange(0, TOKENS * TOP_K)
     others = tl.load(topk_ids_ptr + other, mask=other < tokens * TOP_K, other=-1)
     is_local = (others >= first_expert) & (others < first_expert + experts)
@@ -396,8 +401,7 @@ def _list_kernel(
     for block in tl.static_range(triton.cdiv(HIDDEN_SIZE, 1024)):
         group = block * 8 + tl.arange(0, 8)[:, None]
         place = group * 128 + tl.arange(0, 128)[None, :]
-        x = tl.load(x_ptr + token.to(tl.int64) * x_stride + place, mask=place < HIDDEN_SIZE, other=0.0)
-        quantised, scale = _quantise(x)
+        quantised, scale = _quantise(blocks[block])
         tl.store(quantised_ptr + token * HIDDEN_SIZE + place, quantised, mask=place < HIDDEN_SIZE)
         tl.store(x_scale_ptr + token * (HIDDEN_SIZE // 128) + group, scale, mask=group < HIDDEN_SIZE // 128)
     counts = tl.histogram(tl.where(is_local, others, 0), EXPERTS, mask=is_local)
