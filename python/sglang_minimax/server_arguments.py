@@ -87,7 +87,7 @@ def is_minimax(model_config: EngineObject) -> bool:
 
 
 def _settle_layout(args: EngineObject) -> None:
-    """Checks heads, vocabulary, experts and LoRA against the ranks, and chooses EP where that was left open.
+    """Checks heads, vocabulary, experts, stages and LoRA against the ranks, and chooses EP where that was left open.
 
     Raises:
         ValueError: a division that cannot work, with the values that do; or a use that this model is not for.
@@ -120,6 +120,8 @@ def _settle_layout(args: EngineObject) -> None:
             f"the first request for one would end the server. Leave out --enable-dp-attention and context "
             f"parallelism, or --enable-lora and --lora-paths."
         )
+    if "triton" in args.get_attention_backends():
+        _check_stages_for_triton(config.num_hidden_layers, args.pp_size)
     shape = expert_shape_of(config, args.ep_num_redundant_experts)
     if args.moe_a2a_backend != "none":
         # Such a backend always takes all ranks for EP; the engine sets that next.
@@ -133,6 +135,26 @@ def _settle_layout(args: EngineObject) -> None:
         logger.warning("Expert parallel size set to %d: %s. Give --ep to choose another.", ep_size, why)
         args.ep_size = ep_size
         setattr(args, EP_SIZE_REASON, why)  # no field of the engine's, but it travels to every rank with them
+
+
+def _check_stages_for_triton(num_layers: int, pp_size: int) -> None:
+    """The engine's Triton attention reads the width of a head from layer 0 of the KV cache, which a later stage lacks;
+    counted backwards, as Python does, it is found as long as no more layers come before a stage than are in it.
+
+    Raises:
+        ValueError: more do.
+    """
+    from sglang.srt.distributed.utils import get_pp_indices
+
+    for stage in range(pp_size):
+        first, end = get_pp_indices(num_layers, stage, pp_size)
+        if first > end - first:
+            raise ValueError(
+                f"--pp-size {pp_size}: stage {stage} has layers {first} to {end - 1} of {num_layers}, and the engine's "
+                f"Triton attention, which fails where a stage has fewer layers than come before it, would end the "
+                f"server. Take --attention-backend fa3 or flashinfer, or two stages, the second no shorter than the "
+                f"first."
+            )
 
 
 def settle_ep_size(shape: ExpertShape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_size: int = 1) -> int:

@@ -11,7 +11,7 @@ from sglang.srt import server_args as engine
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from sglang_minimax.checkpoints import SmallModel, published_config
-from sglang_minimax.server_arguments import EP_SIZE_REASON, TRITON_KV_SPLITS
+from sglang_minimax.server_arguments import EP_SIZE_REASON, TRITON_KV_SPLITS, _check_stages_for_triton
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "weight_block_size": [128, 128]}
 
@@ -147,6 +147,46 @@ def test_adapters_that_the_engine_would_cut_for_other_ranks_are_refused(folder, 
         ValueError, match=r"cut into --tp 4 parts, and 2 ranks share it: .* Leave out --enable-dp-attention"
     ):
         read(folder(), "--tp", "4", "--dp", "2", "--enable-dp-attention", *lora)
+
+
+@pytest.mark.parametrize("backend", ["--attention-backend", "--decode-attention-backend"])
+def test_stages_that_tritons_attention_would_fail_in_are_refused(folder, backend):
+    """Two stages have 31 layers each; of three, the last has 21 behind 41."""
+    whole = folder(num_hidden_layers=62)
+    assert read(whole, "--pp-size", "2", backend, "triton").pp_size == 2
+    with pytest.raises(ValueError, match=r"stage 2 has layers 41 to 61 of 62, .* Take --attention-backend fa3"):
+        read(whole, "--pp-size", "3", backend, "triton")
+
+
+def test_stages_of_other_attention_backends_are_served(folder):
+    assert read(folder(num_hidden_layers=62), "--pp-size", "3", "--attention-backend", "torch_native").pp_size == 3
+
+
+def test_the_stages_refused_are_those_whose_kv_cache_would_not_be_found():
+    """The rule, against a KV cache of the engine's own, at every stage of every division of up to 20 layers."""
+    import torch
+    from sglang.srt.distributed.utils import get_pp_indices
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    for layers in range(1, 21):
+        for stages in range(1, min(layers, 6) + 1):
+            fails = False
+            for stage in range(stages):
+                first, end = get_pp_indices(layers, stage, stages)
+                pool = MHATokenToKVPool.__new__(MHATokenToKVPool)
+                pool.start_layer, pool.layer_transfer_counter = first, None
+                pool.v_buffer = [torch.empty(1, 1, 8)] * (end - first)
+                pool.store_dtype = pool.dtype = torch.float32
+                try:
+                    pool.get_value_buffer(0)
+                except IndexError:
+                    fails = True
+            try:
+                _check_stages_for_triton(layers, stages)
+            except ValueError:
+                assert fails, (layers, stages)
+            else:
+                assert not fails, (layers, stages)
 
 
 # --- FlashInfer's fused all-reduce ---------------------------------------------------------------------------
