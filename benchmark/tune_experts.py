@@ -3,10 +3,12 @@
 
     python benchmark/tune_experts.py --out FOLDER [--shapes 256:384 128:768] [--time-limit 300]
     python benchmark/tune_experts.py --out FOLDER --shapes 256:384 --tokens 1024 2048 4096 8192 --onto TABLES
+    python benchmark/tune_experts.py --out FOLDER --near TABLES     # few candidates, a shape sooner
     python benchmark/tune_experts.py --out FOLDER --dry-run        # no GPU: compiles for sm90, times nothing
 
 A shape is local experts : a rank's part of an expert's width, E : N in the engine's file names. The published model
-has 256 experts of width 1536 and hidden size 3072, so 256:384 is TP4 and 32:1536 is TP8 with EP8. Each shape gives two
+has 256 experts of width 1536 and hidden size 3072, so 256:384 is TP4, 128:384 TP8 with the EP2 that FP8 needs there,
+64:384 TP16 with EP4, and 32:1536 TP8 with EP8. Each shape gives two
 tables in the engine's format, FOLDER/configs/triton_X_Y_Z/*.json: one for gate_up, one (``_down``) for down. The
 engine wants the same BLOCK_SIZE_M in both, so BLOCK_SIZE_M is what is best for the sum of the two.
 
@@ -17,7 +19,9 @@ those within 8 % of the best are timed again over 30. Then the whole of ``fused_
 default and with the tables, read back from the files: compared with float32 arithmetic on the same FP8 values, and
 timed. A shape is written once all of its token counts are done and right. Compilation runs in parallel processes,
 which launch nothing, while the one process that owns the GPU measures. With ``--onto`` the tables written have, for
-the token counts that were not tuned, what those under TABLES/configs have.
+the token counts that were not tuned, what those under TABLES/configs have. With ``--near`` the candidates of a token
+count are those that a table under TABLES/configs, of any shape and stage, has for a count within four times it, and
+one in five of the usual.
 """
 
 from __future__ import annotations
@@ -34,8 +38,11 @@ from typing import Any, NamedTuple
 
 HIDDEN_SIZE, EXPERTS, TOP_K, BLOCK = 3072, 256, 8, 128
 TOKENS = [1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096]
-SHAPES = ["256:384", "128:384", "256:768", "32:1536", "64:1536", "128:768", "64:768", "128:1536"]  # by importance
+SHAPES = [  # by importance
+    "256:384", "128:384", "64:384", "256:768", "32:1536", "64:1536", "128:768", "64:768", "128:1536", "256:1536",
+]  # fmt: skip
 QUICK, LONG, NEAR = 5, 30, 1.08  # replays, replays, ratio
+ONE_IN = 5  # of the usual candidates beside those of tables that are at hand
 TOLERANCE = 0.02  # of the relative error of the norm
 Config = dict[str, Any]
 
@@ -80,9 +87,16 @@ def config(m: int, n: int, warps: int, stages: int, group: int = 1, k: int = BLO
 DEFAULT = config(64, 128, 4, 3, group=32)  # what the engine takes without a table
 
 
-def candidates(tokens: int, stage: Stage) -> list[Config]:
+def candidates(tokens: int, stage: Stage, near: Path | None = None) -> list[Config]:
     """Configurations worth timing. With T tokens an expert has about T / 32 routes, whatever the layout."""
     found = [DEFAULT]
+    if near is not None:
+        for path in sorted(near.glob("configs/*/*.json")):
+            table = json.loads(path.read_text())
+            found += [block for count, block in table.items() if tokens <= 4 * int(count) and int(count) <= 4 * tokens]
+        found += candidates(tokens, stage)[::ONE_IN]
+        ours = [block for block in found if stage is DOWN or not block.get("USE_TMA")]
+        return [block for place, block in enumerate(ours) if block not in ours[:place]]
     if tokens <= 128:
         found += [config(16, 64, 4, stages) for stages in (3, 4, 5, 6)]
         found += [config(16, 128, warps, stages) for warps in (4, 8) for stages in (2, 3, 4, 5)]
@@ -411,11 +425,11 @@ class Problem:
         return total
 
 
-def tune(problem: Problem, compilers: Compilers, failures: list[str]) -> dict[Stage, Config]:
+def tune(problem: Problem, compilers: Compilers, failures: list[str], near: Path | None = None) -> dict[Stage, Config]:
     """The best pair of configurations with one BLOCK_SIZE_M for a token count."""
     graphs: dict[Stage, list[tuple[float, Config, Any]]] = {stage: [] for stage in STAGES}
     for stage in STAGES:
-        for block in candidates(problem.tokens, stage):
+        for block in candidates(problem.tokens, stage, near):
             error = compilers.submit(problem.shape, stage, problem.tokens, block).result()
             if error is None:
                 try:
@@ -505,7 +519,7 @@ def tune_shape(kernels, shape: Shape, compilers: Compilers, options, deadline: f
     for tokens in options.tokens:
         if time.monotonic() > deadline:
             raise TimeoutError(f"the time limit came at {tokens} tokens")
-        best[tokens] = tune(Problem(kernels, weights, tokens), compilers, failures)
+        best[tokens] = tune(Problem(kernels, weights, tokens), compilers, failures, options.near)
     tried = options.out / "tried"
     write_tables(tried, shape, best)
     rows = {tokens: compare(Problem(kernels, weights, tokens), tried) for tokens in options.tokens}
@@ -550,7 +564,7 @@ def dry_run(options) -> None:
     for shape in options.shapes:
         for tokens in options.tokens:
             for stage in STAGES:
-                for block in candidates(tokens, stage)[: options.first]:
+                for block in candidates(tokens, stage, options.near)[: options.first]:
                     jobs.append((stage, block, compilers.submit(shape, stage, tokens, block)))
     print(f"{len(jobs)} measurements, {len(compilers.jobs)} kernels to compile")
     errors = {f"{stage.name} {short(block)}: {job.result()}" for stage, block, job in jobs if job.result()}
@@ -564,6 +578,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=Shape.parse, nargs="+", default=[Shape.parse(text) for text in SHAPES])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--onto", type=Path, metavar="TABLES", help="folder with configs/ whose other counts are kept")
+    parser.add_argument("--near", type=Path, metavar="TABLES", help="folder with configs/ that has the candidates")
     parser.add_argument("--time-limit", type=float, default=1800, help="seconds; a shape that is not done is left out")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
     parser.add_argument("--dry-run", action="store_true", help="compile for sm90 without a GPU and stop")
@@ -583,7 +598,7 @@ def main() -> None:
     for shape in options.shapes:
         for tokens in options.tokens:
             for stage in STAGES:
-                for block in candidates(tokens, stage):
+                for block in candidates(tokens, stage, options.near):
                     compilers.submit(shape, stage, tokens, block)
     print(f"{len(compilers.jobs)} kernels to compile in {options.processes} processes", flush=True)
     results = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
