@@ -26,7 +26,7 @@ import pytest
 from gpu.eagle3 import write_draft
 from gpu.host import NUM_GPUS, needs_gpus
 from gpu.rounding import activations_in_fp8
-from layouts.nodes import Nodes, serve_on_nodes, shared_gpu_environment
+from layouts.nodes import BESIDE_OTHERS, ON_GPUS, Nodes, answer_of, serve_on_nodes, shared_gpu_environment
 
 from sglang_minimax import comparison
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
@@ -157,6 +157,8 @@ OURS = [
     Case("TP4 DP4 on four nodes", 2, DP4, nodes=4),
     Case("TP4 DP4 on four nodes without graphs", 2, DP4 + NO_GRAPHS, nodes=4),
     Case("TP16 on sixteen nodes", 2, "--tp 16", model="8 KV heads", nodes=16),
+    Case("TP4 with an EAGLE3 draft on four nodes", 2, "--tp 4" + EAGLE3, nodes=4),
+    Case("TP2 DP2 with an EAGLE3 draft", 2, DP2 + EAGLE3),
 ]
 STOCK_RIGHT = [
     Case("stock TP2", 2, "--tp 2", stock=True),
@@ -239,18 +241,16 @@ def outcomes(cases, checkpoints, draft, oracles, tmp_path_factory) -> dict[str, 
 
 def ask(case: Case, checkpoint: Path, draft: Path, logs: Path) -> list[Answer]:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
-    command += ["--attention-backend", "triton", "--grammar-backend", "none"]
+    command += ON_GPUS
     if PIECEWISE not in case.arguments:  # the engine's default, and it takes a while to start
         command += ["--disable-piecewise-cuda-graph"]
-    command += ["--cuda-graph-bs", "1", "2", "4", "8", "--max-total-tokens", "16384", "--mem-fraction-static", "0.7"]
-    command += ["--chunked-prefill-size", "128"]
+    command += ["--max-total-tokens", "16384", "--chunked-prefill-size", "128"]
     if case.nodes > 1:  # the engine's own all-reduce wants each rank of a host to have its GPU
         command += ["--disable-custom-all-reduce"]
     command += case.arguments.format(draft=draft).split()
 
     def environment_of(rank: int) -> dict[str, str]:
-        own = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))}
-        own["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"  # other servers of this test are on the same GPUs
+        own = {"SGLANG_MINIMAX_OVERLAY": str(int(not case.stock))} | BESIDE_OTHERS
         return own | (_of_node(case, rank) if case.nodes > 1 else {})
 
     with serve_on_nodes(command, case.nodes, logs_of(case, logs), environment_of) as server:
@@ -264,20 +264,10 @@ def _of_node(case: Case, rank: int) -> dict[str, str]:
 
 def answers_of(server: Nodes, prompts: list[list[int]], case: Case) -> list[Answer]:
     """Raises ServerError where it does not answer, or a draft model was to be asked and was not."""
-    sampling = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True}
-    body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
-    replies = [reply["meta_info"] for reply in server.post("/generate", body, timeout_seconds=240)]
+    replies = server.generate(prompts, MAX_NEW_TOKENS)
     if "EAGLE3" in case.arguments and not all(reply.get("spec_verify_ct") for reply in replies):
         raise ServerError(f"no draft was verified: {replies}")
-    return [
-        Answer(
-            prompt=str(prompt),
-            text="",
-            tokens=[token for _, token, _ in reply["output_token_logprobs"]],
-            logprobs=[logprob for logprob, _, _ in reply["output_token_logprobs"]],
-        )
-        for prompt, reply in zip(prompts, replies, strict=True)
-    ]
+    return [answer_of(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
 
 
 def logs_of(case: Case, logs: Path) -> list[Path]:

@@ -3,6 +3,8 @@
     python test/layouts/matrix.py                     runs all rows and prints the table
     python test/layouts/matrix.py --only tp16 dp4     the rows whose names contain one of these
     python test/layouts/matrix.py --write             all rows, and writes docs/proof.md
+    python test/layouts/matrix.py --servers           each layout through the real server, see servers.py; with --write
+                                                      into a table of their own
     python test/layouts/matrix.py --device cuda       the rows in which nothing is simulated, on this host's GPUs; with
                                                       --write into a table of their own, with --at-once N sooner; with
                                                       --keep FILE a run that is cut off goes on in the next one
@@ -38,7 +40,7 @@ from layouts import simulations, spies
 from layouts.harness import LayoutResult, run_layout
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
-from sglang_minimax.comparison import Tolerance
+from sglang_minimax.comparison import Tolerance, from_rounding
 from sglang_minimax.reference import Completion, Reference
 
 STEPS = 6
@@ -120,6 +122,7 @@ class Row:
         padding; "EXTEND+DECODE+IDLE" are modes of different ranks in the same pass; "stages" are overlapped ones;
         "copies" is one expert that two of its places computed in one pass.
     captures: layers whose outputs an EAGLE3 draft model asks for, compared with transformers' hidden states.
+    on_gpus: fields of ``ServerArgs`` on GPUs only, over those that every row has there.
 
     Every row takes a prefix from the cache: where it does not place the fifth prompt itself, this comes to the DP rank
     of the third, whose prefix it shares, once that is in the cache, for two tokens.
@@ -140,6 +143,7 @@ class Row:
     reduced_by: tuple[frozenset[str], ...] | None = None
     meets: tuple[str, ...] = ()
     captures: tuple[int, ...] = ()
+    on_gpus: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not any(FIFTH in own for own in self.placed):
@@ -291,7 +295,9 @@ ROWS = {
     # Pipeline, below the scheduler.
     "tp2_pp2": Row("two stages", tp=2, pp=2),
     "tp4_pp2_kv2": Row("two stages, replicas", "2 KV heads", tp=4, pp=2, arrivals={1: 2, 2: 4}),
-    "tp2_pp3": Row("a layer a stage", tp=2, pp=3),
+    # The engine's Triton attention looks for layer 0 in each stage's KV cache, and fails in the last of three.
+    "tp2_pp3": Row("a layer a stage", tp=2, pp=3,
+                   on_gpus={"attention_backend": "torch_native", "disable_cuda_graph": True}),
     "tp2_dp2_pp2": Row("two stages under DP attention", tp=2, dp=2, pp=2, placed=ON_TWO),
     # Who sums the experts' output, where it is not the model or the reduce-scatter of the rows above.
     "tp2_next_norm": Row("the next norm", tp=2, simulation=simulations.fused_all_reduce, reduced_by=NEXT_NORM),
@@ -397,7 +403,7 @@ class Oracles:
         self._made: dict = {}
         self._hooked = threading.Lock()  # rows that run at once have one reference
         self._rounded: dict[str, Reference] = {}
-        self._tolerances: dict[str, Tolerance] = {}
+        self._tolerances: dict[str, dict[bool, Tolerance]] = {}
 
     def of(self, shape: str) -> tuple[Path, Reference, list[Completion]]:
         """(checkpoint to serve, reference, its greedy completion of each prompt with all log-probabilities)."""
@@ -417,8 +423,8 @@ class Oracles:
         self.of(shape)
         self.tolerance(shape)
 
-    def tolerance(self, shape: str) -> Tolerance:
-        """How far a rank's log-probabilities may lie from the reference's."""
+    def tolerance(self, shape: str, chosen_only: bool = False) -> Tolerance:
+        """How far log-probabilities may lie from the reference's: of all tokens, or of the chosen ones."""
         if self.device is CPU:
             return Tolerance(TOLERANCE, 1.0, "float32, another order of summation")
         if shape not in self._tolerances:
@@ -430,8 +436,9 @@ class Oracles:
             ]
             scale = float(np.quantile(np.concatenate([one.ravel() for one in differences]), SHARE))
             why = f"3 times what {self.device.dtype} does to the reference, {scale:.3g}"
-            self._tolerances[shape] = Tolerance(3 * scale, SHARE, why)
-        return self._tolerances[shape]
+            of_chosen = from_rounding(precise, rounded, self.device.dtype)
+            self._tolerances[shape] = {False: Tolerance(3 * scale, SHARE, why), True: of_chosen}
+        return self._tolerances[shape][chosen_only]
 
     def rounded(self, shape: str) -> Reference:
         """The reference in the ranks' dtype."""
@@ -477,6 +484,7 @@ def run_row(row: Row, oracles: Oracles) -> Outcome:
     checkpoint, _, completions = oracles.of(row.shape)
     probe = Probes(spies.watch_passes, spies.CaptureForEagle3(list(row.captures)) if row.captures else None)
     device, started = oracles.device, time.monotonic()
+    on_gpus = {} if device is CPU else row.on_gpus
     with _simulated(row):
         result = run_layout(
             checkpoint,
@@ -490,7 +498,7 @@ def run_row(row: Row, oracles: Oracles) -> Outcome:
             forced_tokens=_placed(row, [completion.tokens for completion in completions]),
             chunk=row.chunk,
             hidden_states=bool(row.captures),
-            server_arguments={"disable_radix_cache": False} | row.arguments | device.arguments,
+            server_arguments={"disable_radix_cache": False} | row.arguments | device.arguments | on_gpus,
             probe=probe,
             device=device.name,
             dtype=device.dtype,
@@ -596,6 +604,10 @@ def _capture_faults(row: Row, result: LayoutResult, oracles: Oracles) -> Iterato
     all but the last answered."""
     if not row.captures:
         return
+    # Of all sequences together, as the log-probabilities: the first token of one may be a near tie of the router, which
+    # all of its others then see, and it is a tenth of the tokens at most.
+    found: list[np.ndarray] = []
+    rounding: list[np.ndarray] = []
     attention_ranks = row.tp // row.dp
     for rank, probed in enumerate(result.probed):
         own = rank // attention_ranks
@@ -609,13 +621,16 @@ def _capture_faults(row: Row, result: LayoutResult, oracles: Oracles) -> Iterato
             continue
         for sequence, cached in sequences:
             expected = oracles.hidden_states(row.shape, sequence, row.captures)[cached:]
-            share, limit = 1.0, TOLERANCE
+            found.append(np.abs(captured[tuple(sequence[cached:])] - expected).ravel())
             if oracles.device is not CPU:
                 rounded = oracles.hidden_states(row.shape, sequence, row.captures, rounded=True)[cached:]
-                share, limit = SHARE, 3 * np.quantile(np.abs(rounded - expected), SHARE)
-            found = np.quantile(np.abs(captured[tuple(sequence[cached:])] - expected), share)
-            if not found < limit:
-                yield f"rank {rank}: {share:.0%} of captured hidden states differ by up to {found:.2e}, not {limit:.2e}"
+                rounding.append(np.abs(rounded - expected).ravel())
+    share, limit = 1.0, TOLERANCE
+    if rounding:
+        share, limit = SHARE, 3 * float(np.quantile(np.concatenate(rounding), SHARE))
+    within = float(np.quantile(np.concatenate(found), share)) if found else float("nan")
+    if not within < limit:
+        yield f"{share:.0%} of captured hidden states differ by up to {within:.2e}, not {limit:.2e}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from layouts.harness import LayoutFailed, count_gpus
-from layouts.matrix import CPU, GPUS, ROWS, SHARE, TOLERANCE, Device, Oracles, Outcome, run_row
+from layouts.matrix import CPU, GPUS, ROWS, SHARE, TOLERANCE, Device, Oracles, Outcome, Row, run_row
+from layouts.servers import flags_of, names_of_servers, run_server
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
 COMMAND = "python test/layouts/matrix.py --write"
@@ -30,9 +31,15 @@ class Marks:
     end: str
 
 
-MARKS = {
-    CPU.name: Marks("<!-- matrix: written by the command below -->", "<!-- end of matrix -->"),
-    GPUS.name: Marks("<!-- matrix on GPUs: written by the command below -->", "<!-- end of matrix on GPUs -->"),
+MARKS = {  # by device, and by whether servers ran
+    (CPU.name, False): Marks("<!-- matrix: written by the command below -->", "<!-- end of matrix -->"),
+    (CPU.name, True): Marks("<!-- servers: written by the command below -->", "<!-- end of servers -->"),
+    (GPUS.name, False): Marks(
+        "<!-- matrix on GPUs: written by the command below -->", "<!-- end of matrix on GPUs -->"
+    ),
+    (GPUS.name, True): Marks(
+        "<!-- servers on GPUs: written by the command below -->", "<!-- end of servers on GPUs -->"
+    ),
 }
 
 
@@ -44,22 +51,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the ranks run (default: cpu)")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="rows that run at a time, on GPUs only")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="add each row that holds to FILE, and run none of it")
+    parser.add_argument("--servers", action="store_true", help="each layout through the real server, see servers.py")
     options = parser.parse_args(arguments)
     if options.write and options.only:
         parser.error("--write needs all rows: leave --only out")
-    if options.at_once < 1 or (options.at_once > 1 and options.device == "cpu"):
+    if options.at_once < 1 or (options.at_once > 1 and options.device == "cpu" and not options.servers):
         # Ranks on a CPU are forked, which a process with threads cannot do safely.
-        parser.error(f"--at-once {options.at_once} must be 1 on the CPU and at least 1 on GPUs")
+        parser.error(f"--at-once {options.at_once} must be 1 on the CPU, but for --servers, and at least 1 on GPUs")
     names = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
     device = {one.name: one for one in (CPU, GPUS)}[options.device]
     if device is GPUS:
         names = [name for name in names if ROWS[name].simulation is None]
         if not names or not count_gpus():
             parser.error(f"none of these rows can run on {count_gpus()} GPUs, where nothing is simulated")
+    if options.servers:
+        names = names_of_servers(names, device)
     started = time.monotonic()
-    outcomes = read_kept(options.keep)
+    outcomes = {name: outcome for name, outcome in read_kept(options.keep).items() if name in names}
     kept = len(outcomes)
-    for name, outcome in run_rows([name for name in names if name not in outcomes], device, options.at_once):
+    run = run_server if options.servers else run_row
+    for name, outcome in run_rows([name for name in names if name not in outcomes], device, options.at_once, run):
         outcomes[name] = outcome
         print(line(name, outcome), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
         if options.keep and not outcome.faults:
@@ -70,9 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = [name for name, outcome in outcomes.items() if outcome.faults]
     print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} rows hold; {seconds:.0f} s, the reference included")
     if options.write and not wrong:
-        command = COMMAND if device is CPU else f"{COMMAND} --device {device.name} --at-once {options.at_once}"
+        command = COMMAND + " --servers" * options.servers
+        command += "" if device is CPU else f" --device {device.name}"
+        command += f" --at-once {options.at_once}" if options.at_once > 1 else ""
         command += f" --keep FILE, which had {kept} of them," if kept else ""
-        write(DOCUMENT, MARKS[device.name], table(outcomes, command, seconds, device))
+        write(DOCUMENT, MARKS[device.name, options.servers], table(outcomes, command, seconds, device, options.servers))
         print(f"wrote {DOCUMENT}")
     return 1 if wrong else 0
 
@@ -85,14 +98,16 @@ def read_kept(file: Path | None) -> dict[str, Outcome]:
     return {fields.pop("name"): Outcome(**fields) for fields in found}
 
 
-def run_rows(names: list[str], device: Device, at_once: int = 1) -> Iterator[tuple[str, Outcome]]:
-    """The rows' outcomes as they come; ``at_once`` of them run at a time."""
+def run_rows(
+    names: list[str], device: Device, at_once: int = 1, run: Callable[[Row, Oracles], Outcome] = run_row
+) -> Iterator[tuple[str, Outcome]]:
+    """What ``run`` gives for the rows, as it comes; ``at_once`` of them run at a time."""
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
         oracles = Oracles(Path(folder), device)
 
         def outcome(name: str) -> tuple[str, Outcome]:
             try:
-                return name, run_row(ROWS[name], oracles)
+                return name, run(ROWS[name], oracles)
             except LayoutFailed as failure:
                 return name, Outcome.of_failure(str(failure).splitlines()[:40])
 
@@ -112,8 +127,10 @@ def line(name: str, outcome: Outcome) -> str:
     return f"{name:24} {ROWS[name].layout:16} {ROWS[name].ranks:3} ranks {held:>8} {within} {outcome.seconds:6.1f} s"
 
 
-def table(outcomes: dict[str, Outcome], command: str, seconds: float, device: Device = CPU) -> str:
-    """The lines between a device's marks, the marks included."""
+def table(
+    outcomes: dict[str, Outcome], command: str, seconds: float, device: Device = CPU, servers: bool = False
+) -> str:
+    """The lines between the marks of a device, and of rows or servers, the marks included."""
     compared = sum(outcome.compared for outcome in outcomes.values())
     columns: dict[str, Callable[[str, Outcome], str]] = {
         "row": lambda name, _: name,
@@ -131,19 +148,30 @@ def table(outcomes: dict[str, Outcome], command: str, seconds: float, device: De
     else:
         allowed = f"the largest difference allowed is {TOLERANCE:g}"
         del columns["90% within"], columns["allowed"]
-    words = {"row", "layout", "model, and what happens", "evidence"}
+    if servers:
+        columns["model"] = lambda name, _: ROWS[name].shape
+        columns["flags"] = lambda name, _: f"`{' '.join(flags_of(ROWS[name]))}`{_on_nodes(ROWS[name])}"
+        shown = ["row", "flags", "model", "ranks", "90% within", "allowed", "largest difference", "seconds", "evidence"]
+        columns = {title: columns[title] for title in shown if title in columns}
+    words = {"row", "layout", "model, and what happens", "evidence", "model", "flags"}
     rows = [list(columns), ["---" if title in words else "---:" for title in columns]]
     rows += [[cell(name, outcome) for cell in columns.values()] for name, outcome in outcomes.items()]
+    marks, what = MARKS[device.name, servers], "servers" if servers else "rows"
     return "\n".join([
-        MARKS[device.name].begin,
+        marks.begin,
         "",
-        f"`{command}` on {hardware(device)}: {len(outcomes)} rows in {seconds:.0f} s, the reference included. "
+        f"`{command}` on {hardware(device)}: {len(outcomes)} {what} in {seconds:.0f} s, the reference included. "
         f"{compared:,} log-probabilities were compared; {allowed}.",
         "",
         *(f"| {' | '.join(cells)} |" for cells in rows),
         "",
-        MARKS[device.name].end,
+        marks.end,
     ])  # fmt: skip
+
+
+def _on_nodes(row: Row) -> str:
+    nodes = row.arguments.get("nnodes", 1)
+    return f" on {nodes} nodes" if nodes > 1 else ""
 
 
 def evidence_of_gpus(ranks: int) -> str:

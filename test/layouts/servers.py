@@ -1,0 +1,143 @@
+"""The matrix's layouts through the real server, over HTTP. Started by ``matrix.py --servers``.
+
+A server has the flags of a row, and the row's model. It is asked for the five prompts of the matrix in one batch, which
+it prefills in chunks; for the same again, now from its prefix cache; and for one alone, which leaves all DP ranks but
+one idle. Rows that differ in which rank has which prompt, or when it comes, are one server here: requests go where the
+server sends them. Left out are rows in which something is simulated, those of EAGLE3, whose captured states no server
+returns (test/gpu/test_reference.py has drafts), and on a CPU pipeline stages, whose scheduler needs CUDA.
+
+Tokens are the server's own, so a number is compared until the two choose different ones, which on a CPU is wrong. On
+GPUs a server has CUDA graphs and overlap scheduling, and where it has more ranks than there are GPUs a launcher a rank.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from layouts.harness import count_gpus
+from layouts.matrix import CHUNK, CPU, ROWS, STEPS, Device, Oracles, Outcome, Row
+from layouts.nodes import BESIDE_OTHERS, ON_GPUS, answer_of, serve_on_nodes, shared_gpu_environment
+
+from sglang_minimax import comparison
+from sglang_minimax.comparison import Answer
+from sglang_minimax.server_process import ServerError
+
+START_SECONDS = 420
+
+
+def names_of_servers(names: Iterable[str], device: Device) -> list[str]:
+    """Of the rows ``names`` the first of each server."""
+    first: dict[tuple, str] = {}
+    for name in names:
+        row = ROWS[name]
+        if row.simulation is None and not row.captures and (row.pp == 1 or device is not CPU):
+            first.setdefault((row.shape, flags_of(row), row.arguments.get("nnodes", 1)), name)
+    return list(first.values())
+
+
+def flags_of(row: Row) -> tuple[str, ...]:
+    """The server's flags for a row's layout; how many nodes is not among them."""
+    flags = ["--tp", str(row.tp)]
+    if row.dp > 1:
+        flags += ["--dp", str(row.dp), "--enable-dp-attention"]
+    if row.ep > 1:
+        flags += ["--ep", str(row.ep)]
+    if row.pp > 1:
+        flags += ["--pp-size", str(row.pp)]
+    for name, value in row.arguments.items():
+        if name != "nnodes":
+            flags += _flag(name, value)
+    return tuple(flags)
+
+
+def run_server(row: Row, oracles: Oracles) -> Outcome:
+    """Starts the server of ``row``, asks it, and compares its answers with transformers'."""
+    checkpoint, _, completions = oracles.of(row.shape)
+    expected = {str(one.prompt): one for one in completions}
+    tolerance = oracles.tolerance(row.shape, chosen_only=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="server-") as folder:
+        try:
+            answers = _ask(row, checkpoint, oracles, Path(folder))
+        except ServerError as error:
+            ends = [
+                log.read_text(errors="replace").splitlines()[-15:] for log in sorted(Path(folder).glob("*.log"))[:2]
+            ]
+            return Outcome.of_failure([str(error).splitlines()[0], *(line for end in ends for line in end)])
+    seconds = time.monotonic() - started
+    found = [comparison.compare(answer, expected[answer.prompt], [], "") for answer in answers]
+    differences = [difference for one in found for difference in one.differences]
+    within = comparison.quantile(differences, tolerance.share)
+    faults = []
+    if not within <= tolerance.limit:
+        faults.append(f"{tolerance.share:.0%} of log-probabilities differ by up to {within:.2e}")
+    if oracles.device is CPU:
+        faults += [
+            f"{one.answer.prompt}: another token at step {one.parted_at}" for one in found if not one.same_tokens
+        ]
+    return Outcome(max(differences), within, tolerance.limit, len(differences), seconds, faults)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a server is started.
+
+    flags: of ``sglang.launch_server``, without model, port and nodes.
+    nodes: launchers, each of which is told that it is a host of its own.
+    gpus_of_node: GPUs that each of several launchers sees, one a rank; 0: all there are.
+    """
+
+    flags: list[str]
+    nodes: int
+    gpus_of_node: int
+
+
+def launch_of(row: Row, device: Device, gpus: int) -> Launch:
+    """``gpus``: of this host."""
+    nodes, gpus_of_node = row.arguments.get("nnodes", 1), 0
+    # Under DP attention the chunk is divided by the groups.
+    flags = [*flags_of(row), "--chunked-prefill-size", str(CHUNK * row.dp), "--max-total-tokens", "4096"]
+    if device is CPU:
+        return Launch([*flags, "--device", "cpu"], nodes, gpus_of_node)
+    flags += [*ON_GPUS, "--disable-piecewise-cuda-graph"]  # these take a while to start
+    if row.ranks > gpus or nodes > 1:
+        nodes = nodes if nodes > 1 and row.ranks // nodes <= gpus else row.ranks
+        gpus_of_node = row.ranks // nodes
+        flags += ["--disable-custom-all-reduce"]  # it is for GPUs that no other rank has
+    for name, value in row.on_gpus.items():
+        flags += _flag(name, value)
+    return Launch(flags, nodes, gpus_of_node)
+
+
+def environment_of(launch: Launch, rank: int, device: Device, gpus: int) -> dict[str, str]:
+    """What the launcher of node ``rank`` is given."""
+    if device is CPU:
+        return {"GLOO_SOCKET_IFNAME": "lo"} if launch.nodes > 1 else {}
+    return BESIDE_OTHERS | (shared_gpu_environment(rank, gpus, launch.gpus_of_node) if launch.gpus_of_node else {})
+
+
+def _flag(name: str, value: object) -> list[str]:
+    """A field of ``ServerArgs`` on the command line."""
+    return [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+
+
+def _ask(row: Row, checkpoint: Path, oracles: Oracles, folder: Path) -> list[Answer]:
+    """Raises ServerError where the server does not start, or does not answer."""
+    device = oracles.device
+    gpus = 0 if device is CPU else count_gpus()
+    launch = launch_of(row, device, gpus)
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), *launch.flags]
+    logs = [folder / f"node{node}.log" for node in range(launch.nodes)]
+    with serve_on_nodes(command, launch.nodes, logs, lambda rank: environment_of(launch, rank, device, gpus)) as server:
+        server.wait_until_ready(START_SECONDS)
+        rounds = (oracles.prompts, oracles.prompts, oracles.prompts[:1])
+        return [
+            answer_of(prompt, meta_info)
+            for prompts in rounds
+            for prompt, meta_info in zip(prompts, server.generate(prompts, STEPS), strict=True)
+        ]
