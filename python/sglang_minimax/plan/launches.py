@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ _LESS_KV = "less what HBM takes to read the keys and values"
 # (13.77 - 2.13) ms / 16 layers / (65536 - 4096) tokens. The Triton backend divides a request into 8 parts.
 _TRITON_NS = 11.8
 _SLOPE = f"and {_TRITON_NS} ns for each token more, from steps of ours with one request of 4096 and 65536 tokens"
+_DECODE_ATTENTION = {1: 8.4, 16: 8.4, 64: 9.6, 256: 10.4}
+_DECODE_ATTENTION_NS = 0.5  # (24.03 - 8.50) us / (32768 - 512) tokens, of benchmark/results/decode_attention_h200.json
 _LESS_EXPERTS = "less the 6.6 us in which HBM reads 8 experts"
 
 PROJECTIONS = "qkv and o projections, quantisation"
@@ -70,30 +72,57 @@ STOCK = (
     Launch(EXPERTS, {1: 25.2, 16: 33.5, 64: 39.1}, f"{_PROFILE}, {_LESS_EXPERTS}", reads="experts"),
 )
 
-OURS = {  # in place of stock's of the same name
-    launch.name: launch
-    for launch in (
-        Launch(PROJECTIONS, {1: 11.90, 4: 11.95, 16: 12.32, 32: 14.65, 64: 20.37}, _TABLES, reads="attention"),
-        Launch(QK_NORM, {1: 2.81, 4: 2.75, 16: 2.73, 64: 2.82, 128: 2.89, 256: 3.42}, _TABLES),
-        Launch(NORMS, {1: 0.0}, "in the launch of the all-reduce"),
-        Launch(
-            ROUTER,
-            {1: 5.84, 2: 6.57, 4: 7.30, 8: 7.36, 16: 7.61, 32: 7.78, 64: 7.90, 128: 9.12, 256: 12.50},
-            _TABLES,
-            reads="router",
-        ),
-        Launch(
-            EXPERTS,
-            {1: 6.9, 4: 16.5, 8: 16.7, 16: 17.1, 64: 26.1},
-            f"{_TABLES}, all tokens to the same 8 experts, {_LESS_EXPERTS}",
-            reads="experts",
-        ),
-    )
-}
+EARLIER = (  # in place of stock's of the same name, in the steps that were measured before OURS
+    Launch(PROJECTIONS, {1: 11.90, 4: 11.95, 16: 12.32, 32: 14.65, 64: 20.37}, _TABLES, reads="attention"),
+    Launch(QK_NORM, {1: 2.81, 4: 2.75, 16: 2.73, 64: 2.82, 128: 2.89, 256: 3.42}, _TABLES),
+    Launch(NORMS, {1: 0.0}, "in the launch of the all-reduce"),
+    Launch(
+        ROUTER,
+        {1: 5.84, 2: 6.57, 4: 7.30, 8: 7.36, 16: 7.61, 32: 7.78, 64: 7.90, 128: 9.12, 256: 12.50},
+        _TABLES,
+        reads="router",
+    ),
+    Launch(
+        EXPERTS,
+        {1: 6.9, 4: 16.5, 8: 16.7, 16: 17.1, 64: 26.1},
+        f"{_TABLES}, all tokens to the same 8 experts, {_LESS_EXPERTS}",
+        reads="experts",
+    ),
+)
 
-ENGINES = {"stock": STOCK, "ours": tuple(OURS.get(launch.name, launch) for launch in STOCK)}
-"""A layer's launches by engine, without the all-reduces of attention's and the experts' output, which depend on the
-layout: :mod:`sglang_minimax.plan.collectives`."""
+# What steps gained when all-reduce + norm took over the last launch of the projections, and that of the experts.
+_SUMS_US = Launch("sums of parts", {1: 0.0, 16: 4.4, 64: 5.3}, _TABLES)
+
+
+def _without_its_sum(launch: Launch) -> Launch:
+    us = {tokens: us - _SUMS_US.at(tokens) / 2 for tokens, us in launch.us.items()}
+    return replace(launch, us=us, source=f"{launch.source}, less half of what steps gained by leaving out two sums")
+
+
+OURS = (  # in place of those of the same name among the earlier ones
+    *(_without_its_sum(launch) for launch in EARLIER if launch.name in (PROJECTIONS, EXPERTS)),
+    Launch(ATTENTION, _DECODE_ATTENTION, f"{_TABLES}, 512 tokens, {_LESS_KV}"),
+    Launch(
+        ATTENTION,
+        _DECODE_ATTENTION,
+        f"{_TABLES}, {_LESS_KV}; and {_DECODE_ATTENTION_NS} ns for each token more, from one request of 512 and 32768",
+        context=512,
+        ns_per_token=_DECODE_ATTENTION_NS,
+    ),
+)
+
+
+def _in_place(launches: Iterable[Launch], others: Iterable[Launch]) -> tuple[Launch, ...]:
+    """``launches``, each with that of ``others`` in its place that has its name and holds for the same requests."""
+    found = {(each.name, each.context): each for each in others}
+    return tuple(found.get((each.name, each.context), each) for each in launches)
+
+
+_EARLIER = _in_place(STOCK, EARLIER)
+ENGINES = {"stock": STOCK, "earlier": _EARLIER, "ours": _in_place(_EARLIER, OURS)}
+"""A layer's launches by engine: stock; ours before all-reduce + norm added parts and attention was a launch of its own;
+and ours. Without the all-reduces of attention's and the experts' output, which depend on the layout:
+:mod:`sglang_minimax.plan.collectives`."""
 
 
 def for_context(launches: Iterable[Launch], context: int) -> tuple[Launch, ...]:

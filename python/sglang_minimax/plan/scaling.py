@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sglang_minimax.plan import collectives, step
 from sglang_minimax.plan.hardware import GPUS
-from sglang_minimax.plan.launches import ENGINES, QK_NORM
+from sglang_minimax.plan.launches import ENGINES, QK_NORM, Launch
 from sglang_minimax.plan.layout import Flags, settle
 from sglang_minimax.plan.shape import read_model
 
@@ -44,16 +44,20 @@ def _table(head: str, rows: list[list[str]]) -> str:
 
 def _launches() -> str:
     rows = []
-    for stock, ours in zip(ENGINES["stock"], ENGINES["ours"], strict=True):
-        same = ours is stock
+    for stock, *others in zip(*ENGINES.values(), strict=True):
         name = f"{stock.name}, {stock.context} tokens or more in a request" if stock.context else stock.name
-        times = [", ".join(f"{each.at(batch):.2f}" for batch in BATCHES) for each in (stock, ours)]
-        rows.append(
-            [name, times[0], "the same" if same else times[1],
-             stock.source if same else f"{stock.source}; ours: {ours.source}"]
-        )  # fmt: skip
-    text = _table("launch | stock, us | ours, us | from", rows)
+        cells, sources, before = [_times(stock)], [stock.source], stock
+        for engine, launch in zip(list(ENGINES)[1:], others, strict=True):
+            cells.append("the same" if launch is before else _times(launch))
+            sources += [] if launch is before else [f"{engine}: {launch.source}"]
+            before = launch
+        rows.append([name, *cells, "; ".join(sources)])
+    text = _table(f"launch | {' | '.join(f'{engine}, us' for engine in ENGINES)} | from", rows)
     return f"{text}\n\nAt 1, 16 and 64 tokens. What no launch explains, fitted: {step.fitted()}."
+
+
+def _times(launch: Launch) -> str:
+    return ", ".join(f"{launch.at(batch):.2f}" for batch in BATCHES)
 
 
 def _measured() -> str:
@@ -94,7 +98,7 @@ def _predictions() -> str:
         layout = settle(flags, _MODEL, _GPU)
         for batch in BATCHES:
             cells = []
-            for engine in ENGINES:
+            for engine in ("stock", "ours"):
                 alike, even = (
                     step.predict(_MODEL, layout, _GPU, batch, CONTEXT, routed_alike=alike, engine=engine)
                     for alike in (True, False)

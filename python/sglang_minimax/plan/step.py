@@ -46,8 +46,9 @@ ASSUMPTIONS = (
     "a launch takes what plan/launches.py has for TP4 on H200, on every GPU and in every layout; of the projections, "
     "the router, the experts and attention, the part that their bytes do not explain",
     "launches follow each other without a gap: what one costs before it starts is in the times that were measured",
-    "attention is the Triton backend's with 8 parts a request: beyond 512 tokens of a request it takes as long for "
-    "each more, whatever the requests, or as long as HBM takes to read all their keys and values, whichever is longer",
+    "attention is a launch of ours, and stock's the Triton backend's with 8 parts a request: beyond 512 tokens of a "
+    "request it takes as long for each more, whatever the requests, or as long as HBM takes to read all their keys and "
+    "values, whichever is longer",
     f"a collective inside a node takes {collectives.NODE_US:.0f} us on 2 to 8 GPUs (measured on four H200: an "
     "all-reduce of 98 kB), plus its bytes at the link's datasheet rate; the exchange of QK norm is in its launch",
     "a collective across nodes takes what NCCL's own model of its trees says (plan/collectives.py), over InfiniBand "
@@ -74,8 +75,10 @@ class MeasuredStep:
     Dummy weights do not route evenly: all tokens of a batch go to few experts. So a step lies between the model's two
     predictions, for all tokens alike and for even routing, and near the first.
 
+    engine: of :data:`sglang_minimax.plan.launches.ENGINES`.
     batch: requests of all DP groups.
     input_len: tokens of each request before the first step.
+    ranks: where fewer ran than ``flags`` says, each with what such a rank holds.
     """
 
     engine: str
@@ -85,6 +88,7 @@ class MeasuredStep:
     ms: float
     record: str
     flags: Flags = TABLE_FLAGS
+    ranks: int | None = None
 
     @property
     def context(self) -> int:
@@ -93,8 +97,9 @@ class MeasuredStep:
 
     @property
     def layout(self) -> str:
-        """TP4, for example, or TP4 DP4 EP4."""
-        return f"TP{self.flags.tp}" + (f" DP{self.flags.dp} EP{self.flags.ep}" if self.flags.dp > 1 else "")
+        """TP4, for example, or TP4 DP4 EP4, or 2 ranks of TP4."""
+        of = f"{self.ranks} ranks of " if self.ranks else ""
+        return f"{of}TP{self.flags.tp}" + (f" DP{self.flags.dp} EP{self.flags.ep}" if self.flags.dp > 1 else "")
 
     @property
     def batch_name(self) -> str:
@@ -107,11 +112,15 @@ _DP_FLAGS = Flags(tp=4, dp=4, ep=4, enable_dp_attention=True)
 
 
 def _measured(
-    record: str, num_layers: int, rows: dict[tuple[str, int], tuple[float, ...]], flags: Flags = TABLE_FLAGS
+    record: str,
+    num_layers: int,
+    rows: dict[tuple[str, int], tuple[float, ...]],
+    flags: Flags = TABLE_FLAGS,
+    ranks: int | None = None,
 ) -> tuple[MeasuredStep, ...]:
     """``rows``: by engine and tokens in, milliseconds for as many of 1, 16 and 64 requests in each DP group."""
     return tuple(
-        MeasuredStep(engine, num_layers, input_len, batch * flags.dp, ms, record, flags)
+        MeasuredStep(engine, num_layers, input_len, batch * flags.dp, ms, record, flags, ranks)
         for (engine, input_len), times in rows.items()
         for batch, ms in zip((1, 16, 64), times, strict=False)
     )
@@ -124,9 +133,9 @@ MEASURED = (
         62,
         {
             ("stock", 512): (8.03, 9.12, 10.81),
-            ("ours", 512): (4.19, 5.16, 7.86),
+            ("earlier", 512): (4.19, 5.16, 7.86),
             ("stock", 128): (7.45, 8.66, 10.11),
-            ("ours", 128): (3.77, 4.65, 7.13),
+            ("earlier", 128): (3.77, 4.65, 7.13),
         },
     ),
     # Another host, with four; the engines took turns.
@@ -135,9 +144,9 @@ MEASURED = (
         16,
         {
             ("stock", 512): (2.58, 2.94, 3.69),
-            ("ours", 512): (1.67, 2.01, 2.88),
+            ("earlier", 512): (1.67, 2.01, 2.88),
             ("stock", 128): (2.46, 2.82, 3.42),
-            ("ours", 128): (1.53, 1.84, 2.54),
+            ("earlier", 128): (1.53, 1.84, 2.54),
         },
     ),
     # A third host, with four; the engines took turns.
@@ -146,14 +155,53 @@ MEASURED = (
         16,
         {
             ("stock", 512): (2.45, 3.36, 3.46),
-            ("ours", 512): (1.45, 1.73, 2.76),
+            ("earlier", 512): (1.45, 1.73, 2.76),
             ("stock", 4096): (3.21, 4.18),
-            ("ours", 4096): (2.13, 2.49),
+            ("earlier", 4096): (2.13, 2.49),
             ("stock", 65536): (15.08,),
-            ("ours", 65536): (13.77,),
+            ("earlier", 65536): (13.77,),
         },
     ),
-    *_measured("steps_tp4_dp4_ep4_62_layers_h200.json", 62, {("ours", 128): (8.14, 10.17, 17.42)}, _DP_FLAGS),
+    # A fourth host, with two, after all-reduce + norm added parts and attention was a launch of its own: TP4's shards
+    # on two ranks; TP2; and TP1 while other cores compiled. The engines took turns.
+    *_measured(
+        "steps_tp4_shards_16_layers_five_h200.json",
+        16,
+        {
+            ("stock", 512): (2.49, 3.22, 3.17),
+            ("ours", 512): (1.37, 1.60, 2.29),
+            ("stock", 4096): (3.18, 4.03),
+            ("ours", 4096): (1.29, 2.01),
+        },
+        ranks=2,
+    ),
+    *_measured(
+        "steps_tp2_8_layers_h200.json",
+        8,
+        {
+            ("stock", 512): (1.61, 2.02, 2.23),
+            ("ours", 512): (1.45, 1.57, 2.02),
+            ("stock", 4096): (1.95, 2.43),
+            ("ours", 4096): (1.48, 1.96),
+            ("stock", 32768): (4.75,),
+            ("ours", 32768): (1.54,),
+        },
+        Flags(tp=2),
+    ),
+    *_measured(
+        "steps_tp1_6_layers_h200.json",
+        6,
+        {
+            ("stock", 512): (1.73, 1.85, 2.09),
+            ("ours", 512): (1.56, 1.60, 1.96),
+            ("stock", 4096): (1.99, 2.46),
+            ("ours", 4096): (1.66, 1.80),
+            ("stock", 32768): (3.83,),
+            ("ours", 32768): (1.70,),
+        },
+        Flags(tp=1),
+    ),
+    *_measured("steps_tp4_dp4_ep4_62_layers_h200.json", 62, {("earlier", 128): (8.14, 10.17, 17.42)}, _DP_FLAGS),
 )
 
 
@@ -169,7 +217,7 @@ def _one(engine: str, record: str, input_len: int, batch: int) -> MeasuredStep:
 FITTED = (
     _one("stock", "steps_tp4_16_layers_h200.json", 512, 1),
     _one("stock", "steps_tp4_16_layers_h200.json", 512, 64),
-    _one("ours", "steps_tp4_dp4_ep4_62_layers_h200.json", 128, 4),
+    _one("earlier", "steps_tp4_dp4_ep4_62_layers_h200.json", 128, 4),
 )
 """What the model's three constants are fitted to, in the order of :class:`Constants`."""
 
