@@ -25,8 +25,8 @@ from pathlib import Path
 import pytest
 from gpu.eagle3 import write_draft
 from gpu.host import NUM_GPUS, needs_gpus
-from gpu.rounding import activations_in_fp8
 from layouts.nodes import BESIDE_OTHERS, ON_GPUS, Nodes, answer_of, serve_on_nodes, shared_gpu_environment
+from layouts.rounding import activations_in_fp8
 
 from sglang_minimax import comparison
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks

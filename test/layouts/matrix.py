@@ -8,14 +8,17 @@
     python test/layouts/matrix.py --device cuda       the rows in which nothing is simulated, on this host's GPUs; with
                                                       --write into a table of their own, with --at-once N sooner; with
                                                       --keep FILE a run that is cut off goes on in the next one
+    python test/layouts/matrix.py --device cuda --servers --stock
+                                                      the same through the real server, and the stock engine's beside it
 
 Each row is run on one process a rank. The ranks are given transformers' tokens whatever they would have chosen, so a
 tie between two tokens can neither hide an error nor fake one, and the log-probabilities of all tokens of the vocabulary
 are compared at every step. A row also says what its run must have met, so that it is worth what its name says.
 
-On GPUs the model computes in bfloat16, with heads of 128, since their kernels have neither float32 nor heads of 8. What
-that alone does to the reference bounds 90% of the differences there; who sums is the GPUs' own choice, and how often is
-counted as on a CPU. CUDA graphs are off, for in a graph nothing can be counted: test/gpu/test_reference.py has them.
+On GPUs the model computes in bfloat16, with heads of 128, since their kernels have neither float32 nor heads of 8, and
+what is in FP8 with the GPUs' own products. What that alone does to the reference, bfloat16 or activations in FP8,
+bounds 90% of the differences there; who sums is the GPUs' own choice, and how often is counted as on a CPU. CUDA graphs
+are off, for in a graph nothing can be counted: servers have them, with --servers, and in test/gpu/test_reference.py.
 Where a row has more ranks than there are GPUs, these take turns, and NCCL connects them by sockets, see nodes.py.
 """
 
@@ -38,6 +41,7 @@ import numpy as np
 import pytest
 from layouts import simulations, spies
 from layouts.harness import LayoutResult, run_layout
+from layouts.rounding import activations_in_fp8
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
 from sglang_minimax.comparison import Tolerance, from_rounding
@@ -46,6 +50,7 @@ from sglang_minimax.reference import Completion, Reference
 STEPS = 6
 CHUNK = 16
 NUM_LAYERS = 3
+IN_FP8 = "FP8 blocks"  # of SHAPES the model whose checkpoint is quantised
 TOLERANCE = 1e-4  # natural log; float32, another order of summation
 SHARE = 0.9  # of the differences in bfloat16: near ties of the router, which rounding tips over, make the others large
 
@@ -60,14 +65,23 @@ class Device:
     """Where the ranks run, and what goes with it.
 
     sizes: of every model, in place of those in ``SHAPES``.
+    sizes_in_fp8: of the model in FP8 blocks, in place of both.
     arguments: further fields of the engine's ``ServerArgs``.
+    has: simulations that are not needed there, since it has what they stand for.
     """
 
     name: str
     dtype: str = "float32"
     sizes: dict[str, int] = field(default_factory=dict)
+    sizes_in_fp8: dict[str, int] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+    has: tuple[Callable, ...] = ()
     timeout_seconds: float = 110
+
+    def model_of(self, shape: str) -> SmallModel:
+        """The model of ``SHAPES`` as it is served there."""
+        sizes = self.sizes | (self.sizes_in_fp8 if shape == IN_FP8 else {})
+        return replace(SHAPES[shape], dtype=self.dtype, **sizes)
 
 
 CPU = Device("cpu")
@@ -75,7 +89,9 @@ GPUS = Device(
     "cuda",
     "bfloat16",
     {"head_dim": 128, "hidden_size": 512, "intermediate_size": 384},
+    {"intermediate_size": 512},  # a block of 128 on each of four ranks
     {"attention_backend": "triton", "disable_cuda_graph": True, "disable_piecewise_cuda_graph": True},
+    has=(simulations.fp8_in_plain_torch,),
     timeout_seconds=400,  # the first to run a kernel compiles it
 )
 
@@ -96,8 +112,8 @@ SHAPES = {
     "48 heads, 3 KV heads": small(num_attention_heads=48, num_key_value_heads=3, head_dim=8),
     "24 heads, 1 KV head": small(num_attention_heads=24, num_key_value_heads=1, head_dim=8),
     "13 experts": small(num_key_value_heads=2, num_local_experts=13),
-    "FP8 blocks": small(num_attention_heads=4, num_key_value_heads=2, head_dim=128, num_local_experts=4,
-                        intermediate_size=512, hidden_size=256),
+    IN_FP8: small(num_attention_heads=4, num_key_value_heads=2, head_dim=128, num_local_experts=4,
+                  intermediate_size=512, hidden_size=256),
 }  # fmt: skip
 
 ONE = ((0, 1, 2, 3),)
@@ -161,6 +177,9 @@ class Row:
     def layout(self) -> str:
         sizes = [("TP", self.tp), ("DP", self.dp), ("EP", self.ep), ("PP", self.pp)]
         return " ".join(f"{name}{size}" for name, size in sizes if size > 1 or name == "TP")
+
+    def simulation_on(self, device: Device) -> Callable | None:
+        return None if self.simulation in device.has else self.simulation
 
     @property
     def evidence(self) -> str:
@@ -227,7 +246,7 @@ ROWS = {
     "tp16_kv8_2_nodes": Row("each KV head on 2 ranks, 8 ranks a node", tp=16, arguments=TWO_NODES),
     "tp8_dp2_4_nodes": Row("two groups of two nodes each, one idle at times", "2 KV heads", tp=8, dp=2,
                            placed=((), (0, 1, 2, 3)), arguments={"nnodes": 4}),
-    "tp4_fp8_2_nodes": Row("each KV head on both ranks of a node", "FP8 blocks", tp=4, arguments=TWO_NODES,
+    "tp4_fp8_2_nodes": Row("each KV head on both ranks of a node", IN_FP8, tp=4, arguments=TWO_NODES,
                            simulation=simulations.fp8_in_plain_torch),
     # DP attention.
     "tp4_dp2": Row("attention TP 2", "2 KV heads", tp=4, dp=2, placed=ON_TWO),
@@ -354,10 +373,10 @@ ROWS = {
     "tp4_dp4_eagle3": Row("outputs of two layers for a draft model, one idle", "2 KV heads", tp=4, dp=4,
                           placed=((0,), (1, 2), (), (3,)), captures=(0, 1)),
     # FP8 blocks of 128 x 128, against the checkpoint that they stand for.
-    "tp2_fp8": Row("1 KV head of 128 a rank", "FP8 blocks", tp=2, simulation=simulations.fp8_in_plain_torch),
-    "tp4_fp8": Row("each KV head on 2 ranks", "FP8 blocks", tp=4, simulation=simulations.fp8_in_plain_torch),
-    "tp4_ep2_fp8": Row("experts in 2 groups", "FP8 blocks", tp=4, ep=2, simulation=simulations.fp8_in_plain_torch),
-    "tp4_dp2_fp8": Row("DP attention", "FP8 blocks", tp=4, dp=2, placed=ON_TWO,
+    "tp2_fp8": Row("1 KV head of 128 a rank", IN_FP8, tp=2, simulation=simulations.fp8_in_plain_torch),
+    "tp4_fp8": Row("each KV head on 2 ranks", IN_FP8, tp=4, simulation=simulations.fp8_in_plain_torch),
+    "tp4_ep2_fp8": Row("experts in 2 groups", IN_FP8, tp=4, ep=2, simulation=simulations.fp8_in_plain_torch),
+    "tp4_dp2_fp8": Row("DP attention", IN_FP8, tp=4, dp=2, placed=ON_TWO,
                        simulation=simulations.fp8_in_plain_torch),
 }  # fmt: skip
 
@@ -409,9 +428,9 @@ class Oracles:
         """(checkpoint to serve, reference, its greedy completion of each prompt with all log-probabilities)."""
         if shape not in self._made:
             folder = self.folder / shape.replace(" ", "_").replace(",", "")
-            model = replace(SHAPES[shape], dtype=self.device.dtype, **self.device.sizes)
+            model = self.device.model_of(shape)
             checkpoint = plain = write_checkpoint(folder, model)
-            if shape == "FP8 blocks":
+            if shape == IN_FP8:
                 checkpoint, plain = write_fp8_blocks(plain, folder / "fp8", folder / "meant")
             reference = Reference(plain, device=self.device.name)
             completions = reference.greedy(self.prompts, STEPS, top_k=SHAPES[shape].vocab_size)
@@ -430,15 +449,23 @@ class Oracles:
         if shape not in self._tolerances:
             _, _, precise = self.of(shape)
             tokens = [completion.tokens for completion in precise]
-            rounded = self.rounded(shape).score(self.prompts, tokens, top_k=SHAPES[shape].vocab_size)
+            rounded, what = self._scored_with_rounding(shape, tokens)
             differences = [
                 np.abs(distributions(one) - distributions(other)) for one, other in zip(precise, rounded, strict=True)
             ]
             scale = float(np.quantile(np.concatenate([one.ravel() for one in differences]), SHARE))
-            why = f"3 times what {self.device.dtype} does to the reference, {scale:.3g}"
-            of_chosen = from_rounding(precise, rounded, self.device.dtype)
+            why = f"3 times what {what} does to the reference, {scale:.3g}"
+            of_chosen = from_rounding(precise, rounded, what)
             self._tolerances[shape] = {False: Tolerance(3 * scale, SHARE, why), True: of_chosen}
         return self._tolerances[shape][chosen_only]
+
+    def _scored_with_rounding(self, shape: str, tokens: list[list[int]]) -> tuple[list[Completion], str]:
+        """The reference's scores of ``tokens`` with the ranks' precision, and that in words."""
+        model = SHAPES[shape]
+        if shape != IN_FP8:
+            return self.rounded(shape).score(self.prompts, tokens, top_k=model.vocab_size), self.device.dtype
+        with activations_in_fp8(unrounded_rows={model.num_local_experts, model.vocab_size}):
+            return self.of(shape)[1].score(self.prompts, tokens, top_k=model.vocab_size), "activations in FP8"
 
     def rounded(self, shape: str) -> Reference:
         """The reference in the ranks' dtype."""
@@ -485,7 +512,7 @@ def run_row(row: Row, oracles: Oracles) -> Outcome:
     probe = Probes(spies.watch_passes, spies.CaptureForEagle3(list(row.captures)) if row.captures else None)
     device, started = oracles.device, time.monotonic()
     on_gpus = {} if device is CPU else row.on_gpus
-    with _simulated(row):
+    with _simulated(row.simulation_on(device)):
         result = run_layout(
             checkpoint,
             tp=row.tp,
@@ -530,10 +557,10 @@ class Probes:
 
 
 @contextlib.contextmanager
-def _simulated(row: Row) -> Iterator[None]:
+def _simulated(simulation: Callable | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if row.simulation:
-            row.simulation(monkeypatch)
+        if simulation:
+            simulation(monkeypatch)
         yield
 
 

@@ -9,9 +9,11 @@ import os
 import platform
 import re
 import tempfile
+import textwrap
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,94 +45,153 @@ MARKS = {  # by device, and by whether servers ran
 }
 
 
+@dataclass(frozen=True)
+class Run:
+    """A row, below the server or through it, and there with our model or with stock's."""
+
+    name: str
+    stock: bool = False
+
+    @property
+    def row(self) -> Row:
+        return ROWS[self.name]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 if any row is not as it should be."""
+    options = parse(arguments)
+    device = {one.name: one for one in (CPU, GPUS)}[options.device]
+    names = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
+    if device is GPUS:
+        names = [name for name in names if ROWS[name].simulation_on(GPUS) is None]
+        if not names or not count_gpus():
+            raise SystemExit(f"none of these rows can run on {count_gpus()} GPUs, where nothing is simulated")
+    if options.servers:
+        names = names_of_servers(names, device)
+    runs = [Run(name, stock) for stock in (False, True)[: 1 + options.stock] for name in names]
+    started = time.monotonic()
+    outcomes = {run: outcome for run, outcome in read_kept(options.keep).items() if run in runs}
+    kept = len(outcomes)
+    how = run_server if options.servers else run_row
+    remaining = [run for run in runs if run not in outcomes]
+    for run, outcome in outcomes_of(remaining, device, how, options.at_once, options.ranks):
+        outcomes[run] = outcome
+        print(line(run, outcome), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
+        if options.keep and (run.stock or not outcome.faults):
+            with options.keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(run) | asdict(outcome)) + "\n")
+    seconds = time.monotonic() - started
+    ours = {name: outcomes[Run(name)] for name in names}
+    of_stock = {name: outcomes[Run(name, stock=True)] for name in names} if options.stock else None
+    wrong = [name for name, outcome in ours.items() if outcome.faults]
+    print(f"{len(ours) - len(wrong)} of {len(ours)} rows hold; {seconds:.0f} s, the reference included")
+    if options.write and not wrong:
+        command = command_of(options) + (f" --keep FILE, which had {kept} of them," if kept else "")
+        write(
+            DOCUMENT,
+            MARKS[device.name, options.servers],
+            table(ours, command, seconds, device, options.servers, of_stock),
+        )
+        print(f"wrote {DOCUMENT}")
+    return 1 if wrong else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python test/layouts/matrix.py", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="PART", help="rows whose names contain one of these")
     parser.add_argument("--write", action="store_true", help="write docs/proof.md; all rows must hold")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the ranks run (default: cpu)")
-    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="rows that run at a time, on GPUs only")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="add each row that holds to FILE, and run none of it")
     parser.add_argument("--servers", action="store_true", help="each layout through the real server, see servers.py")
+    parser.add_argument("--stock", action="store_true", help="beside each server of ours on GPUs the stock engine's")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="rows that run at a time")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of rows at a time, unless it is one: N ranks at most")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="add each row that holds to FILE, and run none of it")
     options = parser.parse_args(arguments)
     if options.write and options.only:
         parser.error("--write needs all rows: leave --only out")
     if options.at_once < 1 or (options.at_once > 1 and options.device == "cpu" and not options.servers):
         # Ranks on a CPU are forked, which a process with threads cannot do safely.
         parser.error(f"--at-once {options.at_once} must be 1 on the CPU, but for --servers, and at least 1 on GPUs")
-    names = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
-    device = {one.name: one for one in (CPU, GPUS)}[options.device]
-    if device is GPUS:
-        names = [name for name in names if ROWS[name].simulation is None]
-        if not names or not count_gpus():
-            parser.error(f"none of these rows can run on {count_gpus()} GPUs, where nothing is simulated")
-    if options.servers:
-        names = names_of_servers(names, device)
-    started = time.monotonic()
-    outcomes = {name: outcome for name, outcome in read_kept(options.keep).items() if name in names}
-    kept = len(outcomes)
-    run = run_server if options.servers else run_row
-    for name, outcome in run_rows([name for name in names if name not in outcomes], device, options.at_once, run):
-        outcomes[name] = outcome
-        print(line(name, outcome), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
-        if options.keep and not outcome.faults:
-            with options.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"name": name, **asdict(outcome)}) + "\n")
-    seconds = time.monotonic() - started
-    outcomes = {name: outcomes[name] for name in names}
-    wrong = [name for name, outcome in outcomes.items() if outcome.faults]
-    print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} rows hold; {seconds:.0f} s, the reference included")
-    if options.write and not wrong:
-        command = COMMAND + " --servers" * options.servers
-        command += "" if device is CPU else f" --device {device.name}"
-        command += f" --at-once {options.at_once}" if options.at_once > 1 else ""
-        command += f" --keep FILE, which had {kept} of them," if kept else ""
-        write(DOCUMENT, MARKS[device.name, options.servers], table(outcomes, command, seconds, device, options.servers))
-        print(f"wrote {DOCUMENT}")
-    return 1 if wrong else 0
+    if options.stock and not (options.servers and options.device == "cuda"):
+        parser.error("--stock needs --servers --device cuda: the stock engine does not serve this model on a CPU")
+    return options
 
 
-def read_kept(file: Path | None) -> dict[str, Outcome]:
-    """The rows that an earlier run, which may have been cut off, found to hold."""
+def command_of(options: argparse.Namespace) -> str:
+    """The command that writes a table, as the document has it."""
+    command = COMMAND + " --servers" * options.servers
+    command += "" if options.device == CPU.name else f" --device {options.device}"
+    command += " --stock" * options.stock
+    command += f" --at-once {options.at_once}" if options.at_once > 1 else ""
+    return command + (f" --ranks {options.ranks}" if options.ranks else "")
+
+
+def read_kept(file: Path | None) -> dict[Run, Outcome]:
+    """The rows that an earlier run, which may have been cut off, found to hold, and what it found of stock's."""
     if file is None or not file.exists():
         return {}
     found = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
-    return {fields.pop("name"): Outcome(**fields) for fields in found}
+    return {Run(fields.pop("name"), fields.pop("stock")): Outcome(**fields) for fields in found}
 
 
-def run_rows(
-    names: list[str], device: Device, at_once: int = 1, run: Callable[[Row, Oracles], Outcome] = run_row
-) -> Iterator[tuple[str, Outcome]]:
-    """What ``run`` gives for the rows, as it comes; ``at_once`` of them run at a time."""
+def outcomes_of(
+    runs: list[Run],
+    device: Device,
+    how: Callable[..., Outcome] = run_row,
+    at_once: int = 1,
+    ranks: int | None = None,
+) -> Iterator[tuple[Run, Outcome]]:
+    """What ``how`` gives for each of ``runs``, as it comes.
+
+    Args:
+        how: takes a row and :class:`Oracles`, and ``stock=True`` where the run is stock's.
+        at_once: so many run at a time, those of the most ranks first.
+        ranks: unless only one runs, they have so many ranks together at most.
+    """
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
         oracles = Oracles(Path(folder), device)
 
-        def outcome(name: str) -> tuple[str, Outcome]:
+        def outcome(run: Run) -> tuple[Run, Outcome]:
             try:
-                return name, run(ROWS[name], oracles)
+                return run, how(run.row, oracles, **({"stock": True} if run.stock else {}))
             except LayoutFailed as failure:
-                return name, Outcome.of_failure(str(failure).splitlines()[:40])
+                return run, Outcome.of_failure(str(failure).splitlines()[:40])
 
-        for shape in dict.fromkeys(ROWS[name].shape for name in names):
+        for shape in dict.fromkeys(run.row.shape for run in runs):
             oracles.prepare(shape)  # so that a row's seconds are its own, and rows at once make it once
         if at_once == 1:  # without a thread: a process that has some cannot be forked safely
-            yield from map(outcome, names)
+            yield from map(outcome, runs)
             return
+        waiting = deque(sorted(runs, key=lambda run: run.row.ranks, reverse=True))
+        running: dict[Future, int] = {}
         with ThreadPoolExecutor(at_once) as pool:
-            for done in as_completed([pool.submit(outcome, name) for name in names]):
-                yield done.result()
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    needed = waiting[0].row.ranks
+                    if running and ranks and sum(running.values()) + needed > ranks:
+                        break
+                    running[pool.submit(outcome, waiting.popleft())] = needed
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    yield future.result()
 
 
-def line(name: str, outcome: Outcome) -> str:
+def line(run: Run, outcome: Outcome) -> str:
+    name = "stock " * run.stock + run.name
     held = f"{outcome.largest_difference:.1e}" if not outcome.faults else "WRONG"
     within = f"{outcome.within:.1e} of {outcome.allowed:.1e}"
-    return f"{name:24} {ROWS[name].layout:16} {ROWS[name].ranks:3} ranks {held:>8} {within} {outcome.seconds:6.1f} s"
+    return f"{name:28} {run.row.layout:16} {run.row.ranks:3} ranks {held:>8} {within} {outcome.seconds:6.1f} s"
 
 
 def table(
-    outcomes: dict[str, Outcome], command: str, seconds: float, device: Device = CPU, servers: bool = False
+    outcomes: dict[str, Outcome],
+    command: str,
+    seconds: float,
+    device: Device = CPU,
+    servers: bool = False,
+    of_stock: dict[str, Outcome] | None = None,
 ) -> str:
-    """The lines between the marks of a device, and of rows or servers, the marks included."""
+    """The lines between the marks of a device, and of rows or servers, the marks included; stock's in a column."""
     compared = sum(outcome.compared for outcome in outcomes.values())
     columns: dict[str, Callable[[str, Outcome], str]] = {
         "row": lambda name, _: name,
@@ -153,7 +214,9 @@ def table(
         columns["flags"] = lambda name, _: f"`{' '.join(flags_of(ROWS[name]))}`{_on_nodes(ROWS[name])}"
         shown = ["row", "flags", "model", "ranks", "90% within", "allowed", "largest difference", "seconds", "evidence"]
         columns = {title: columns[title] for title in shown if title in columns}
-    words = {"row", "layout", "model, and what happens", "evidence", "model", "flags"}
+    if of_stock:
+        columns["stock"] = lambda name, _: said_of_stock(of_stock[name])
+    words = {"row", "layout", "model, and what happens", "evidence", "model", "flags", "stock"}
     rows = [list(columns), ["---" if title in words else "---:" for title in columns]]
     rows += [[cell(name, outcome) for cell in columns.values()] for name, outcome in outcomes.items()]
     marks, what = MARKS[device.name, servers], "servers" if servers else "rows"
@@ -167,6 +230,16 @@ def table(
         "",
         marks.end,
     ])  # fmt: skip
+
+
+def said_of_stock(outcome: Outcome) -> str:
+    """A cell: that it is right, how far off it is, or how it ended."""
+    if not outcome.faults:
+        return "right"
+    if outcome.compared:
+        return f"wrong: 90% within {outcome.within:.3f}"
+    error = textwrap.shorten(outcome.faults[0], 100, placeholder=" …")
+    return f"ends: `{error.replace('`', '').replace('|', '/')}`"
 
 
 def _on_nodes(row: Row) -> str:

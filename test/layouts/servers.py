@@ -8,10 +8,13 @@ returns (test/gpu/test_reference.py has drafts), and on a CPU pipeline stages, w
 
 Tokens are the server's own, so a number is compared until the two choose different ones, which on a CPU is wrong. On
 GPUs a server has CUDA graphs and overlap scheduling, and where it has more ranks than there are GPUs a launcher a rank.
+
+Stock's server of a row, on GPUs, since on a CPU stock has none, is started and asked in the same way.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import time
@@ -28,6 +31,9 @@ from sglang_minimax.comparison import Answer
 from sglang_minimax.server_process import ServerError
 
 START_SECONDS = 420
+STOCK_START_SECONDS = 180  # it may hang
+# As the engine's log has it, behind the name of what raised it.
+_ERROR = re.compile(r"^(?:\[.*?\] )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", re.MULTILINE)
 
 
 def names_of_servers(names: Iterable[str], device: Device) -> list[str]:
@@ -35,7 +41,7 @@ def names_of_servers(names: Iterable[str], device: Device) -> list[str]:
     first: dict[tuple, str] = {}
     for name in names:
         row = ROWS[name]
-        if row.simulation is None and not row.captures and (row.pp == 1 or device is not CPU):
+        if row.simulation_on(device) is None and not row.captures and (row.pp == 1 or device is not CPU):
             first.setdefault((row.shape, flags_of(row), row.arguments.get("nnodes", 1)), name)
     return list(first.values())
 
@@ -55,22 +61,28 @@ def flags_of(row: Row) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def run_server(row: Row, oracles: Oracles) -> Outcome:
-    """Starts the server of ``row``, asks it, and compares its answers with transformers'."""
+def run_server(row: Row, oracles: Oracles, stock: bool = False) -> Outcome:
+    """Starts the server of ``row``, asks it, and compares its answers with transformers'.
+
+    Args:
+        stock: the engine's own model instead of ours.
+    """
     checkpoint, _, completions = oracles.of(row.shape)
     expected = {str(one.prompt): one for one in completions}
     tolerance = oracles.tolerance(row.shape, chosen_only=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="server-") as folder:
         try:
-            answers = _ask(row, checkpoint, oracles, Path(folder))
+            answers = _ask(row, checkpoint, oracles, Path(folder), stock)
         except ServerError as error:
-            ends = [
-                log.read_text(errors="replace").splitlines()[-15:] for log in sorted(Path(folder).glob("*.log"))[:2]
-            ]
-            return Outcome.of_failure([str(error).splitlines()[0], *(line for end in ends for line in end)])
+            logs = [log.read_text(errors="replace") for log in sorted(Path(folder).glob("*.log"))]
+            ends = [line for log in logs[:2] for line in log.splitlines()[-15:]]
+            return Outcome.of_failure([_first_error(logs) or str(error).splitlines()[0], *ends])
     seconds = time.monotonic() - started
-    found = [comparison.compare(answer, expected[answer.prompt], [], "") for answer in answers]
+    try:
+        found = [comparison.compare(answer, expected[answer.prompt], [], "") for answer in answers]
+    except ValueError as error:  # not a number
+        return Outcome.of_failure([str(error)])
     differences = [difference for one in found for difference in one.differences]
     within = comparison.quantile(differences, tolerance.share)
     faults = []
@@ -97,6 +109,12 @@ class Launch:
     gpus_of_node: int
 
 
+def _first_error(logs: list[str]) -> str | None:
+    """Of the first log that has one: those after it are consequences."""
+    found = filter(None, map(_ERROR.search, logs))
+    return next((match[1] for match in found), None)
+
+
 def launch_of(row: Row, device: Device, gpus: int) -> Launch:
     """``gpus``: of this host."""
     nodes, gpus_of_node = row.arguments.get("nnodes", 1), 0
@@ -114,11 +132,12 @@ def launch_of(row: Row, device: Device, gpus: int) -> Launch:
     return Launch(flags, nodes, gpus_of_node)
 
 
-def environment_of(launch: Launch, rank: int, device: Device, gpus: int) -> dict[str, str]:
+def environment_of(launch: Launch, rank: int, device: Device, gpus: int, stock: bool = False) -> dict[str, str]:
     """What the launcher of node ``rank`` is given."""
     if device is CPU:
         return {"GLOO_SOCKET_IFNAME": "lo"} if launch.nodes > 1 else {}
-    return BESIDE_OTHERS | (shared_gpu_environment(rank, gpus, launch.gpus_of_node) if launch.gpus_of_node else {})
+    own = BESIDE_OTHERS | {"SGLANG_MINIMAX_OVERLAY": str(int(not stock))}
+    return own | (shared_gpu_environment(rank, gpus, launch.gpus_of_node) if launch.gpus_of_node else {})
 
 
 def _flag(name: str, value: object) -> list[str]:
@@ -126,15 +145,19 @@ def _flag(name: str, value: object) -> list[str]:
     return [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
 
 
-def _ask(row: Row, checkpoint: Path, oracles: Oracles, folder: Path) -> list[Answer]:
+def _ask(row: Row, checkpoint: Path, oracles: Oracles, folder: Path, stock: bool) -> list[Answer]:
     """Raises ServerError where the server does not start, or does not answer."""
     device = oracles.device
     gpus = 0 if device is CPU else count_gpus()
     launch = launch_of(row, device, gpus)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), *launch.flags]
     logs = [folder / f"node{node}.log" for node in range(launch.nodes)]
-    with serve_on_nodes(command, launch.nodes, logs, lambda rank: environment_of(launch, rank, device, gpus)) as server:
-        server.wait_until_ready(START_SECONDS)
+
+    def environment(rank: int) -> dict[str, str]:
+        return environment_of(launch, rank, device, gpus, stock)
+
+    with serve_on_nodes(command, launch.nodes, logs, environment) as server:
+        server.wait_until_ready(STOCK_START_SECONDS if stock else START_SECONDS)
         rounds = (oracles.prompts, oracles.prompts, oracles.prompts[:1])
         return [
             answer_of(prompt, meta_info)

@@ -6,7 +6,9 @@ import collections
 import dataclasses
 import functools
 import json
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,16 +19,19 @@ from layouts.matrix import (
     CHUNK,
     CPU,
     GPUS,
+    IN_FP8,
     NUM_LAYERS,
     OVERLAPPED,
     REDUNDANT,
     ROWS,
     SHAPES,
+    SHARE,
     STEPS,
     TOLERANCE,
     TWO_NODES,
     Oracles,
     Outcome,
+    distributions,
     run_row,
     small,
 )
@@ -259,22 +264,46 @@ def test_rows_at_once_come_as_they_end_and_one_that_fails_is_a_fault(monkeypatch
         return Outcome(0.75, 0.03125, 0.125, 1234, 2.5, [])
 
     monkeypatch.setattr(proof, "Oracles", Prepared)
-    outcomes = list(proof.run_rows(["tp1", "tp2_kv8", "tp4_kv8"], GPUS, at_once=3, run=run))
-    assert sorted(name for name, _ in outcomes) == ["tp1", "tp2_kv8", "tp4_kv8"] and outcomes[-1][0] == "tp1"
-    assert {name: outcome.faults for name, outcome in outcomes if outcome.faults} == {"tp2_kv8": ["rank 1 failed"]}
+    runs = [proof.Run(name) for name in ("tp1", "tp2_kv8", "tp4_kv8")]
+    outcomes = list(proof.outcomes_of(runs, GPUS, run, at_once=3))
+    assert {found for found, _ in outcomes} == set(runs) and outcomes[-1][0] == proof.Run("tp1")
+    assert {found.name: one.faults for found, one in outcomes if one.faults} == {"tp2_kv8": ["rank 1 failed"]}
     assert sorted(prepared) == ["2 KV heads", "8 KV heads"]
+
+
+@pytest.mark.parametrize(("at_once", "ranks"), [(2, None), (4, 8), (8, 20), (8, 2)])
+def test_rows_at_once_have_so_many_ranks_together(monkeypatch, at_once, ranks):
+    monkeypatch.setattr(proof, "Oracles", lambda folder, device: SimpleNamespace(prepare=lambda shape: None))
+    lock, running, together = threading.Lock(), [], []
+
+    def run(row, oracles, stock=False):
+        with lock:
+            running.append(row.ranks)
+            together.append(list(running))
+        time.sleep(0.02)
+        with lock:
+            running.remove(row.ranks)
+        return Outcome(0.75, 0.03125, 0.125, 1234, 2.5, ["wrong"] if stock else [])
+
+    names = ["tp1", "tp16_kv8", "tp2_kv8", "tp8_kv8", "tp4_kv8", "tp4_kv2"]
+    runs = [proof.Run(name, stock) for stock in (False, True) for name in names]
+    outcomes = dict(proof.outcomes_of(runs, GPUS, run, at_once, ranks))
+    assert {run: bool(outcome.faults) for run, outcome in outcomes.items()} == {run: run.stock for run in runs}
+    assert together[0][0] == 16 and max(map(len, together)) <= at_once
+    assert all(len(rows) == 1 or sum(rows) <= (ranks or 100) for rows in together)
+    assert max(map(len, together)) > 1 or ranks == 2
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_rows_that_did_not_hold(monkeypatch, tmp_path, capsys):
     ran = []
 
-    def run_rows(names, device, at_once, run):
-        assert run is run_row
-        ran.append(list(names))
+    def outcomes_of(runs, device, how, at_once, ranks):
+        assert how is run_row
+        ran.append([run.name for run in runs])
         faults = {"tp4_kv2": ["rank 1 failed"]} if len(ran) == 1 else {}
-        yield from ((name, Outcome(0.75, 0.03125, 0.125, 1234, 2.5, faults.get(name, []))) for name in names)
+        yield from ((run, Outcome(0.75, 0.03125, 0.125, 1234, 2.5, faults.get(run.name, []))) for run in runs)
 
-    monkeypatch.setattr(proof, "run_rows", run_rows)
+    monkeypatch.setattr(proof, "outcomes_of", outcomes_of)
     options = ["--only", "tp4_kv2", "tp4_kv1", "--keep", str(tmp_path / "kept")]
     assert [proof.main(options), proof.main(options), proof.main(options)] == [1, 0, 0]
     held = [name for name in ROWS if "tp4_kv1" in name or "tp4_kv2" in name]
@@ -308,10 +337,19 @@ def test_the_first_prompt_begins_with_a_near_tie_which_rounding_may_tip_over(tmp
     assert ordered[chosen - 1] - ordered[chosen] < (scores(oracles.rounded(shape)) - exact).abs().max()
 
 
-def test_rows_on_a_cpu_run_one_at_a_time(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--at-once", "2"], "--at-once 2 must be 1 on the CPU"),
+        (["--servers", "--stock"], "--stock needs --servers --device cuda"),
+        (["--device", "cuda", "--stock"], "--stock needs --servers --device cuda"),
+        (["--write", "--only", "tp1"], "--write needs all rows"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments, said, capsys):
     with pytest.raises(SystemExit):
-        proof.main(["--at-once", "2"])
-    assert "--at-once 2 must be 1 on the CPU" in capsys.readouterr().err
+        proof.main(arguments)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("servers", "names"), [(False, list(ROWS)), (True, names_of_servers(ROWS, CPU))])
@@ -328,11 +366,13 @@ def test_the_document_names_every_row(servers, names):
 
 
 def test_every_layout_has_a_server():
-    """But those that are simulated, capture, or on a CPU have stages; each once."""
+    """But those that are simulated, capture, or on a CPU have stages; each once. FP8 is simulated on a CPU only."""
     on_cpu, on_gpus = (names_of_servers(ROWS, device) for device in (CPU, GPUS))
-    layouts = {(row.shape, row.tp, row.dp, row.ep, row.pp) for row in ROWS.values() if row.simulation is None}
+    real = [row for row in ROWS.values() if row.simulation is None or row.shape == IN_FP8]
+    layouts = {(row.shape, row.tp, row.dp, row.ep, row.pp) for row in real}
     assert {(row.shape, row.tp, row.dp, row.ep, row.pp) for row in map(ROWS.get, on_gpus)} == layouts
-    assert set(on_gpus) - set(on_cpu) == {name for name in on_gpus if ROWS[name].pp > 1}
+    only_on_gpus = {name for name in on_gpus if ROWS[name].pp > 1 or ROWS[name].shape == IN_FP8}
+    assert set(on_gpus) - set(on_cpu) == only_on_gpus and "tp4_dp2_fp8" in only_on_gpus
     assert "tp4_dp2" in on_cpu and "tp4_dp2_uneven" not in on_cpu
     assert {"tp2_mixed", "tp4_cp2", "tp4_kv2_2_nodes", "tp4_moe_dp2", "tp4_dp2_head"} <= set(on_cpu)
 
@@ -381,16 +421,31 @@ def test_server(name, oracles):
     assert outcome.largest_difference < TOLERANCE
 
 
-@pytest.mark.parametrize("wrong", ["token", "number", "end"])
-def test_a_server_that_answers_wrongly_is_a_fault(wrong, oracles, monkeypatch):
-    def answers(row, checkpoint, oracles, folder):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("token", "another token at step 2"),
+        ("number", "100% of log-probabilities differ by up to 2.00e-04"),
+        ("NaN", "is not finite"),
+        ("end", "the server has ended"),
+        ("error", "AssertionError: 3 heads"),
+    ],
+)
+def test_a_server_that_answers_wrongly_is_a_fault(wrong, said, oracles, monkeypatch):
+    def answers(row, checkpoint, oracles, folder, stock):
         if wrong == "end":
             (folder / "node0.log").write_text("out of memory\n")
+            raise ServerError("the server has ended")
+        if wrong == "error":
+            (folder / "node0.log").write_text("[2026-11-23 TP0] Scheduler hit an exception:\nAssertionError: 3 heads\n")
+            (folder / "node1.log").write_text("RuntimeError: connection closed\n")
             raise ServerError("the server has ended")
         _, _, completions = oracles.of(row.shape)
         found = [[list(one.tokens), list(one.logprobs)] for one in completions]
         if wrong == "token":
             found[1][0][2] += 1
+        elif wrong == "NaN":
+            found[1][1][2] = float("nan")
         else:
             found[1][1][2] += 2 * TOLERANCE
         return [
@@ -400,4 +455,78 @@ def test_a_server_that_answers_wrongly_is_a_fault(wrong, oracles, monkeypatch):
 
     monkeypatch.setattr(servers, "_ask", answers)
     faults = run_server(ROWS["tp4_kv2"], oracles).faults
-    assert faults and (wrong != "end" or faults == ["the server has ended", "out of memory"])
+    assert any(said in fault for fault in faults)
+    assert wrong != "end" or faults == [said, "out of memory"]
+
+
+def test_the_table_of_servers_says_how_stock_ends(monkeypatch):
+    monkeypatch.setattr(proof, "hardware", lambda device: "two GPUs")
+    monkeypatch.setattr(proof, "count_gpus", lambda: 2)
+    right = Outcome(0.75, 0.03125, 0.125, 1234, 2.5, [])
+    ours = dict.fromkeys(["tp2_kv8", "tp4_kv2", "tp4_dp2", "tp4_dp4"], right)
+    of_stock = {
+        "tp2_kv8": right,
+        "tp4_kv2": Outcome(1.75, 0.625, 0.125, 1234, 2.5, ["90% of log-probabilities differ by up to 6.25e-01"]),
+        "tp4_dp2": Outcome.of_failure(["AttributeError: no `norm` | none", "the log"]),
+        "tp4_dp4": Outcome.of_failure(["word " * 50]),
+    }
+    text = proof.table(ours, "the command", 60, GPUS, True, of_stock)
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    cells = {row[0]: row[-1] for row in rows}
+    assert cells.pop("tp4_dp4").endswith("word …`")
+    assert cells == {
+        "row": "stock",
+        "---": "---",
+        "tp2_kv8": "right",
+        "tp4_kv2": "wrong: 90% within 0.625",
+        "tp4_dp2": "ends: `AttributeError: no norm / none`",
+    }
+
+
+def test_a_run_of_stock_beside_ours_is_kept_and_goes_on(monkeypatch, tmp_path, capsys):
+    """Whatever stock answers, the run holds if ours does."""
+    right, wrong = Outcome(0.75, 0.03125, 0.125, 1234, 2.5, []), Outcome.of_failure(["ValueError: heads"])
+    ran = []
+
+    def outcomes_of(runs, device, how, at_once, ranks):
+        assert how is run_server and (at_once, ranks) == (12, 32)
+        ran.append(runs)
+        yield from ((run, wrong if run.stock else right) for run in runs)
+
+    monkeypatch.setattr(proof, "outcomes_of", outcomes_of)
+    monkeypatch.setattr(proof, "count_gpus", lambda: 2)
+    options = ["--device", "cuda", "--servers", "--stock", "--at-once", "12", "--ranks", "32", "--only", "tp16_kv8"]
+    assert proof.main([*options, "--keep", str(tmp_path / "kept")]) == 0
+    assert proof.main([*options, "--keep", str(tmp_path / "kept")]) == 0
+    names = ["tp16_kv8", "tp16_kv8_2_nodes"]
+    assert ran == [[proof.Run(name, stock) for stock in (False, True) for name in names], []]
+    assert "2 of 2 rows hold" in capsys.readouterr().out
+    assert (
+        proof.command_of(proof.parse(options[:-2]))
+        == "python test/layouts/matrix.py --write --servers --device cuda --stock --at-once 12 --ranks 32"
+    )
+
+
+def test_what_fp8_does_to_the_reference_bounds_rows_in_fp8_on_gpus(tmp_path):
+    """More than bfloat16 does, and so little that a norm over each head alone would still be found."""
+    oracles = Oracles(tmp_path, dataclasses.replace(GPUS, name="cpu"))  # their model; the reference runs here
+    _, precise, completions = oracles.of(IN_FP8)
+    allowed = oracles.tolerance(IN_FP8).limit
+    tokens, top_k = [one.tokens for one in completions], SHAPES[IN_FP8].vocab_size
+
+    def within(reference) -> float:
+        pairs = zip(reference.score(oracles.prompts, tokens, top_k=top_k), completions, strict=True)
+        differences = [np.abs(distributions(one) - distributions(other)).ravel() for one, other in pairs]
+        return float(np.quantile(np.concatenate(differences), SHARE))
+
+    def norm_each_head(norm, x):
+        heads = x.unflatten(-1, (-1, 128))
+        mean = heads.square().mean(-1, keepdim=True)
+        return (heads * torch.rsqrt(mean + norm.variance_epsilon)).flatten(-2) * norm.weight
+
+    dequantised = oracles.folder / "FP8_blocks" / "meant"
+    assert 3 * within(Reference(dequantised, dtype="bfloat16")) < allowed
+    for layer in precise.model.model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            norm.forward = functools.partial(norm_each_head, norm)
+    assert within(precise) > allowed

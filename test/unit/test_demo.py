@@ -267,6 +267,13 @@ def test_progress_is_read_from_the_log(line, rank, stage):
     assert progress.read("[2026-01-31 12:00:00 TP3] Capture cuda graph begin.") is None
 
 
+def test_servers_that_start_at_once_are_given_ports_of_their_own():
+    """Each takes the port, up to 13 behind it, and under DP attention those from 233 behind it on."""
+    ports = sorted(free_port() for _ in range(60))
+    derived = [port + offset for port in ports for offset in (*range(14), *range(233, 270))]
+    assert len(set(derived)) == len(derived)
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 INTERRUPTED_RUN = """
