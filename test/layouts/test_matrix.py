@@ -381,7 +381,7 @@ def test_every_layout_has_a_server():
 def test_the_engine_takes_a_servers_flags_and_reads_the_rows_layout_from_them(name, tmp_path):
     """Those for GPUs, where the engine is told that there is none: of them it reads the layout alike."""
     row = ROWS[name]
-    config = published_config(dataclasses.replace(SHAPES[row.shape], **GPUS.sizes))
+    config = published_config(GPUS.model_of(row.shape))
     (tmp_path / "config.json").write_text(json.dumps(config))
     launch = launch_of(row, GPUS, 2)
     nodes = ["--nnodes", str(launch.nodes), "--node-rank", "0", "--dist-init-addr", "127.0.0.1:5000"]
