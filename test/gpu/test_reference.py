@@ -211,7 +211,7 @@ def oracle(model: SmallModel, checkpoint: Path, in_fp8: bool) -> tuple[list[Comp
     precise = Reference(checkpoint, device="cuda").greedy(PROMPTS, MAX_NEW_TOKENS, top_k=2)
     continuations = [one.tokens for one in precise]
     if in_fp8:
-        with activations_in_fp8(unrounded_rows={model.num_local_experts, model.vocab_size}):
+        with activations_in_fp8(model):
             rounded = Reference(checkpoint, device="cuda").score(PROMPTS, continuations)
         return precise, comparison.from_rounding(precise, rounded, "float8 activations")
     rounded = Reference(checkpoint, dtype="bfloat16", device="cuda").score(PROMPTS, continuations)

@@ -273,8 +273,9 @@ def _collect(ranks, connections, logs: Path, timeout_s: float) -> list[dict]:
     failed = {rank: report for rank, report in reports.items() if "failed_at" in report}
     if failed:
         raise LayoutFailed(_describe_failures(failed, logs))
-    if len(reports) < len(ranks):
-        raise LayoutFailed(_describe_hang(ranks, sorted(set(range(len(ranks))) - set(reports)), logs, timeout_s))
+    unfinished = [rank for rank in range(len(ranks)) if rank not in reports]
+    if unfinished:
+        raise LayoutFailed(_describe_hang(ranks, unfinished, logs, timeout_s))
     return [reports[rank] for rank in range(len(ranks))]
 
 

@@ -465,7 +465,7 @@ class Oracles:
         model = self.device.model_of(shape)
         if shape != IN_FP8:
             return self.rounded(shape).score(self.prompts, tokens, top_k=model.vocab_size), self.device.dtype
-        with activations_in_fp8(unrounded_rows={model.num_local_experts, model.vocab_size}):
+        with activations_in_fp8(model):
             return self.of(shape)[1].score(self.prompts, tokens, top_k=model.vocab_size), "activations in FP8"
 
     def rounded(self, shape: str) -> Reference:

@@ -60,14 +60,7 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 if any row is not as it should be."""
     options = parse(arguments)
-    device = {one.name: one for one in (CPU, GPUS)}[options.device]
-    names = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
-    if device is GPUS:
-        names = [name for name in names if ROWS[name].simulation_on(GPUS) is None]
-        if not names or not count_gpus():
-            raise SystemExit(f"none of these rows can run on {count_gpus()} GPUs, where nothing is simulated")
-    if options.servers:
-        names = names_of_servers(names, device)
+    device, names = options.device, options.names
     runs = [Run(name, stock) for stock in (False, True)[: 1 + options.stock] for name in names]
     started = time.monotonic()
     outcomes = {run: outcome for run, outcome in read_kept(options.keep).items() if run in runs}
@@ -97,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """``device`` as :class:`Device`; ``names``, beside what is given, are those of the rows to run."""
     parser = argparse.ArgumentParser(prog="python test/layouts/matrix.py", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="PART", help="rows whose names contain one of these")
     parser.add_argument("--write", action="store_true", help="write docs/proof.md; all rows must hold")
@@ -114,13 +108,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--at-once {options.at_once} must be 1 on the CPU, but for --servers, and at least 1 on GPUs")
     if options.stock and not (options.servers and options.device == "cuda"):
         parser.error("--stock needs --servers --device cuda: the stock engine does not serve this model on a CPU")
+    options.device = {one.name: one for one in (CPU, GPUS)}[options.device]
+    options.names = [name for name in ROWS if not options.only or any(part in name for part in options.only)]
+    if options.device is GPUS:
+        options.names = [name for name in options.names if ROWS[name].simulation_on(GPUS) is None]
+        if not options.names or not count_gpus():
+            parser.error(f"none of these rows can run on {count_gpus()} GPUs, where nothing is simulated")
+    if options.servers:
+        options.names = names_of_servers(options.names, options.device)
     return options
 
 
 def command_of(options: argparse.Namespace) -> str:
     """The command that writes a table, as the document has it."""
     command = COMMAND + " --servers" * options.servers
-    command += "" if options.device == CPU.name else f" --device {options.device}"
+    command += "" if options.device is CPU else f" --device {options.device.name}"
     command += " --stock" * options.stock
     command += f" --at-once {options.at_once}" if options.at_once > 1 else ""
     return command + (f" --ranks {options.ranks}" if options.ranks else "")

@@ -7,10 +7,12 @@ token that meet it are rounded to float8_e4m3fn under one scale, their largest m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
+
+from sglang_minimax.checkpoints import SmallModel
 
 _GROUP = 128
 
@@ -23,13 +25,14 @@ def rounded_to_fp8(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def activations_in_fp8(unrounded_rows: Collection[int]) -> Iterator[None]:
-    """Within it every linear layer of transformers rounds what it is given.
+def activations_in_fp8(model: SmallModel) -> Iterator[None]:
+    """Within it every linear layer of transformers rounds what it is given, but for those whose weights are not in FP8.
 
-    Args:
-        unrounded_rows: weights of that many rows are not in FP8: the router's and the language-model head's.
+    These are the router's and the language-model head's, which are known by their rows: of ``model`` no other weight
+    may have as many.
     """
     linear = torch.nn.functional.linear
+    unrounded_rows = {model.num_local_experts, model.vocab_size}
 
     def rounding(x, weight, bias=None):
         return linear(x if weight.shape[0] in unrounded_rows else rounded_to_fp8(x), weight, bias)

@@ -344,6 +344,7 @@ def test_the_first_prompt_begins_with_a_near_tie_which_rounding_may_tip_over(tmp
         (["--servers", "--stock"], "--stock needs --servers --device cuda"),
         (["--device", "cuda", "--stock"], "--stock needs --servers --device cuda"),
         (["--write", "--only", "tp1"], "--write needs all rows"),
+        (["--device", "cuda", "--only", "tp2_a2a"], "none of these rows can run on"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments, said, capsys):
