@@ -314,13 +314,7 @@ def has_fa3() -> bool:
 def test_server_answers_as_the_reference(case, outcomes, oracles):
     outcome, tolerance = outcomes[case.name], oracles[case.model][1]
     assert not isinstance(outcome, ServerError), outcome
-    assert accepts(tolerance, outcome), f"{describe(outcome)}, tolerance {tolerance}"
-
-
-def accepts(tolerance: comparison.Tolerance, outcome: list[Comparison]) -> bool:
-    """Numbers only: the servers were asked with token ids, so there is no text."""
-    differences = [difference for one in outcome for difference in one.differences]
-    return comparison.quantile(differences, tolerance.share) <= tolerance.limit
+    assert tolerance.accepts(outcome), f"{describe(outcome)}, tolerance {tolerance}"
 
 
 @pytest.mark.timeout(1200)
@@ -329,7 +323,7 @@ def test_stock_is_right_where_no_head_is_replicated(case, outcomes, oracles):
     """Else the next two tests would show nothing about heads and idle ranks."""
     outcome = outcomes[case.name]
     assert not isinstance(outcome, ServerError), outcome
-    assert accepts(oracles[case.model][1], outcome), describe(outcome)
+    assert oracles[case.model][1].accepts(outcome), describe(outcome)
 
 
 @pytest.mark.timeout(1200)
@@ -337,7 +331,7 @@ def test_stock_is_right_where_no_head_is_replicated(case, outcomes, oracles):
 def test_stock_is_wrong_with_replicated_heads(case, outcomes, oracles):
     outcome = outcomes[case.name]
     assert not isinstance(outcome, ServerError), f"stock fails with an error now: {outcome}"
-    assert not accepts(oracles[case.model][1], outcome), describe(outcome)
+    assert not oracles[case.model][1].accepts(outcome), describe(outcome)
 
 
 @pytest.mark.timeout(1200)

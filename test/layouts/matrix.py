@@ -58,6 +58,7 @@ PROMPT_LENGTHS = (5, 21, 40, 9)  # one chunk, two, three, one
 SHARED_PREFIX = 33  # tokens that the fifth prompt has in common with the third
 THIRD, FIFTH = 2, 4
 PREFILL_TURNS = 6  # in so many the third prompt is in the cache
+MORE_SETS = 4  # of five prompts, for a server whose answers to the first leave a doubt
 
 
 @dataclass(frozen=True)
@@ -417,11 +418,11 @@ class Oracles:
 
     def __init__(self, folder: Path, device: Device = CPU) -> None:
         self.folder, self.device = folder, device
-        generator = np.random.default_rng(seed=0)
-        self.prompts = [generator.integers(0, 700, length).tolist() for length in PROMPT_LENGTHS]
-        self.prompts.append(self.prompts[2][:SHARED_PREFIX] + generator.integers(0, 700, 5).tolist())
+        self.prompts = five_prompts(seed=0)
+        self.more_prompts = [five_prompts(seed) for seed in range(1, 1 + MORE_SETS)]
         self._made: dict = {}
-        self._hooked = threading.Lock()  # rows that run at once have one reference
+        self._made_more: dict[str, tuple[list[Completion], Tolerance]] = {}
+        self._in_use = threading.Lock()  # rows that run at once have one reference
         self._rounded: dict[str, Reference] = {}
         self._tolerances: dict[str, dict[bool, Tolerance]] = {}
 
@@ -449,8 +450,7 @@ class Oracles:
             return Tolerance(TOLERANCE, 1.0, "float32, another order of summation")
         if shape not in self._tolerances:
             _, _, precise = self.of(shape)
-            tokens = [completion.tokens for completion in precise]
-            rounded, what = self._scored_with_rounding(shape, tokens)
+            rounded, what = self._scored_with_rounding(shape, self.prompts, precise)
             differences = [
                 np.abs(distributions(one) - distributions(other)) for one, other in zip(precise, rounded, strict=True)
             ]
@@ -460,13 +460,27 @@ class Oracles:
             self._tolerances[shape] = {False: Tolerance(3 * scale, SHARE, why), True: of_chosen}
         return self._tolerances[shape][chosen_only]
 
-    def _scored_with_rounding(self, shape: str, tokens: list[list[int]]) -> tuple[list[Completion], str]:
-        """The reference's scores of ``tokens`` with the ranks' precision, and that in words."""
-        model = self.device.model_of(shape)
+    def more(self, shape: str) -> tuple[list[Completion], Tolerance]:
+        """(completions of ``more_prompts``, one after the other; tolerance for the chosen tokens of all prompts)."""
+        with self._in_use:
+            if shape not in self._made_more:
+                _, reference, first = self.of(shape)
+                prompts = [prompt for five in self.more_prompts for prompt in five]
+                more = reference.greedy(prompts, STEPS, top_k=2)
+                precise = [*first, *more]
+                rounded, what = self._scored_with_rounding(shape, [*self.prompts, *prompts], precise)
+                self._made_more[shape] = more, from_rounding(precise, rounded, what)
+            return self._made_more[shape]
+
+    def _scored_with_rounding(
+        self, shape: str, prompts: list[list[int]], precise: list[Completion]
+    ) -> tuple[list[Completion], str]:
+        """The reference's scores of the tokens of ``precise`` with the ranks' precision, and that in words."""
+        model, tokens = self.device.model_of(shape), [completion.tokens for completion in precise]
         if shape != IN_FP8:
-            return self.rounded(shape).score(self.prompts, tokens, top_k=model.vocab_size), self.device.dtype
+            return self.rounded(shape).score(prompts, tokens, top_k=model.vocab_size), self.device.dtype
         with activations_in_fp8(model):
-            return self.of(shape)[1].score(self.prompts, tokens, top_k=model.vocab_size), "activations in FP8"
+            return self.of(shape)[1].score(prompts, tokens, top_k=model.vocab_size), "activations in FP8"
 
     def rounded(self, shape: str) -> Reference:
         """The reference in the ranks' dtype."""
@@ -488,7 +502,7 @@ class Oracles:
         reference = self.rounded(shape) if rounded else self.of(shape)[1]
         entering_last_norm = []
         norm = reference.model.model.norm
-        with self._hooked, torch.inference_mode():
+        with self._in_use, torch.inference_mode():
             handle = norm.register_forward_pre_hook(lambda _, args: entering_last_norm.append(args[0]))
             ids = torch.tensor([tokens], device=self.device.name)
             output = reference.model(input_ids=ids, output_hidden_states=True, use_cache=False)
@@ -496,6 +510,13 @@ class Oracles:
         # The first of them are the embeddings, and the last are normed, which the last layer's output is not.
         states = [*output.hidden_states[1:-1], *entering_last_norm]
         return torch.cat([states[layer][0] for layer in layers], dim=-1).float().cpu().numpy()
+
+
+def five_prompts(seed: int) -> list[list[int]]:
+    """One of each of ``PROMPT_LENGTHS``, and one that begins as the third does."""
+    generator = np.random.default_rng(seed)
+    prompts = [generator.integers(0, 700, length).tolist() for length in PROMPT_LENGTHS]
+    return [*prompts, prompts[THIRD][:SHARED_PREFIX] + generator.integers(0, 700, 5).tolist()]
 
 
 def distributions(completion: Completion) -> np.ndarray:

@@ -102,7 +102,7 @@ def serve_on_nodes(command: list[str], number: int, logs: list[Path], environmen
         ]
         # Under DP attention every node makes sure that the ports behind the meeting port are free on its host, and
         # node 0 takes them. Here that is one host, so node 0 starts last.
-        for node in others:
+        for node in others if "--enable-dp-attention" in command else ():
             _wait_until_it_starts_ranks(node)
         port = free_port()
         yield Nodes(running.enter_context(Server(words(0, port), logs[0], port=port)), others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -41,7 +42,6 @@ from sglang.srt.models import minimax_m2, minimax_m2_moe
 from sglang.srt.server_args import prepare_server_args
 
 from sglang_minimax.checkpoints import published_config, write_checkpoint
-from sglang_minimax.comparison import Answer
 from sglang_minimax.reference import Reference
 from sglang_minimax.server_process import ServerError
 
@@ -422,6 +422,25 @@ def test_server(name, oracles):
     assert outcome.largest_difference < TOLERANCE
 
 
+class Answering:
+    """In place of a server: what ``completions`` say, once ``change`` has had each prompt's steps to change.
+
+    ``asked``: the prompts of each request.
+    """
+
+    def __init__(self, completions, change) -> None:
+        self.steps_of = {}
+        for one in completions:
+            steps = [list(pair) for pair in zip(one.logprobs, one.tokens, strict=True)]
+            self.steps_of[str(one.prompt)] = steps
+            change(one.prompt, steps)
+        self.asked = []
+
+    def generate(self, prompts, steps):
+        self.asked.append(prompts)
+        return [{"output_token_logprobs": self.steps_of[str(prompt)]} for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -433,7 +452,13 @@ def test_server(name, oracles):
     ],
 )
 def test_a_server_that_answers_wrongly_is_a_fault(wrong, said, oracles, monkeypatch):
-    def answers(row, checkpoint, oracles, folder, stock):
+    def change(prompt, steps):
+        if prompt == oracles.prompts[1]:
+            by = {"token": (0, 1), "number": (2 * TOLERANCE, 0), "NaN": (float("nan"), 0)}[wrong]
+            steps[2] = [value + more for value, more in zip(steps[2], by, strict=True)]
+
+    @contextlib.contextmanager
+    def started(row, checkpoint, device, folder, stock):
         if wrong == "end":
             (folder / "node0.log").write_text("out of memory\n")
             raise ServerError("the server has ended")
@@ -441,23 +466,31 @@ def test_a_server_that_answers_wrongly_is_a_fault(wrong, said, oracles, monkeypa
             (folder / "node0.log").write_text("[2026-11-23 TP0] Scheduler hit an exception:\nAssertionError: 3 heads\n")
             (folder / "node1.log").write_text("RuntimeError: connection closed\n")
             raise ServerError("the server has ended")
-        _, _, completions = oracles.of(row.shape)
-        found = [[list(one.tokens), list(one.logprobs)] for one in completions]
-        if wrong == "token":
-            found[1][0][2] += 1
-        elif wrong == "NaN":
-            found[1][1][2] = float("nan")
-        else:
-            found[1][1][2] += 2 * TOLERANCE
-        return [
-            Answer(str(prompt), "", tokens, logprobs)
-            for prompt, (tokens, logprobs) in zip(oracles.prompts, found, strict=True)
-        ]
+        yield Answering(oracles.of(row.shape)[2], change)
 
-    monkeypatch.setattr(servers, "_ask", answers)
+    monkeypatch.setattr(servers, "_started", started)
     faults = run_server(ROWS["tp4_kv2"], oracles).faults
     assert any(said in fault for fault in faults)
     assert wrong != "end" or faults == [said, "out of memory"]
+
+
+@pytest.mark.parametrize(("wrong_in", "sets", "holds"), [((), 1, True), ((0,), 5, True), (range(5), 5, False)])
+def test_a_server_on_gpus_that_leaves_a_doubt_is_asked_for_more(wrong_in, sets, holds, tmp_path, monkeypatch):
+    """One prompt of five may have met a near tie of the router; if the same one of every five is off, it is a fault."""
+    oracles = Oracles(tmp_path, dataclasses.replace(GPUS, name="cpu", arguments={}))
+    fives, shape = [oracles.prompts, *oracles.more_prompts], ROWS["tp4_kv2"].shape
+    wrong = [fives[number][1] for number in wrong_in]
+
+    def change(prompt, steps):
+        for step in steps:
+            step[0] += prompt in wrong
+
+    server = Answering([*oracles.of(shape)[2], *oracles.more(shape)[0]], change)
+    monkeypatch.setattr(servers, "_started", lambda *_: contextlib.nullcontext(server))
+    outcome = run_server(ROWS["tp4_kv2"], oracles)
+    assert server.asked == [prompts for five in fives[:sets] for prompts in (five, five, five[:1])]
+    assert outcome.compared == sets * 11 * STEPS
+    assert not outcome.faults if holds else "differ by up to 1.00e+00" in outcome.faults[0]
 
 
 def test_the_table_of_servers_says_how_stock_ends(monkeypatch):
