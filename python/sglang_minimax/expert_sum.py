@@ -1,7 +1,7 @@
 """The sum over a token's experts for MiniMax-M2, up to 32 tokens: through a kernel instead of torch.compile.
 
 There the engine sums through torch.compile, whose choice of a configuration depends on which shape came first, and
-above with a kernel of sgl_kernel, which takes less time from 8 tokens on: see docs/performance.md. Only a server whose
+above with a kernel of sgl_kernel, which takes less time from 8 tokens on: see docs/kernels.md. Only a server whose
 arguments name this architecture sums otherwise than before.
 """
 

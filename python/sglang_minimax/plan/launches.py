@@ -38,7 +38,7 @@ class Launch:
         return self.us[measured[max(bisect.bisect_right(measured, tokens) - 1, 0)]]
 
 
-_TABLES = "docs/performance.md"
+_TABLES = "docs/kernels.md"
 _PROFILE = "profile of stock, TP4's shapes on two H200, dummy weights, 16 layers, 128 tokens in"
 _LONGER = "profile of ours at TP4 on four H200, 16 layers, 512 tokens in"
 _LESS_KV = "less what HBM takes to read the keys and values"

@@ -88,7 +88,7 @@ class Plan(NamedTuple):
 _FEWEST = Plan(16, Projection("float32", 8, 4), Projection("float32", 16, 4))
 _FEW = Plan(16, Projection("float8", 32, 4, 7, 3), Projection("float8", 128, 4, 3, 3))
 
-# Local width of an expert: up to so many tokens. docs/performance.md has what was measured on one H200, and at which
+# Local width of an expert: up to so many tokens. docs/kernels.md has what was measured on one H200, and at which
 # counts the engine's kernels take less.
 PLANS: dict[int, dict[int, Plan]] = {
     384: {2: _FEWEST, 64: _FEW},

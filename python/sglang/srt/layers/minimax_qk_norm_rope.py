@@ -20,7 +20,7 @@ Over two nodes a row may hold a counterpart's q and k too, behind v (:mod:`minim
 added to the own, and the ranks of one node swap or all-reduce what otherwise all ranks would.
 
 It is Triton and not CUDA C++ because a serving machine with a CUDA wheel has no nvcc, and nothing here needs more than
-Triton and a few lines of PTX. docs/performance.md has the measurements.
+Triton and a few lines of PTX. docs/kernels.md has the measurements.
 """
 
 # ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
