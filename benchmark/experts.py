@@ -65,9 +65,9 @@ def candidates(tokens: int) -> dict[str, list[Candidate]]:
         tensor(16, "float8", 64, 4, 4, 3), tensor(16, "float8", 64, 4, 4, 3, 4),
     ]  # fmt: skip
     down = [
-        tensor(16, "float8", 128, 4, 3, 3), tensor(16, "float8", 128, 4, 3, 3, 3), tensor(16, "float8", 128, 4, 3, 2, 3),
-        tensor(16, "float8", 128, 4, 4, 2), tensor(16, "float8", 64, 4, 4, 4), tensor(16, "float8", 64, 4, 3, 5, 3),
-        tensor(16, "float8", 128, 8, 4, 2),
+        tensor(16, "float8", 128, 4, 3, 3), tensor(16, "float8", 128, 4, 3, 3, 3),
+        tensor(16, "float8", 128, 4, 3, 2, 3), tensor(16, "float8", 128, 4, 4, 2),
+        tensor(16, "float8", 64, 4, 4, 4), tensor(16, "float8", 64, 4, 3, 5, 3), tensor(16, "float8", 128, 8, 4, 2),
     ]  # fmt: skip
     if tokens <= 4:
         gate_up = [Candidate(16, Projection("float32", columns, columns // 2)) for columns in (8, 4)] + gate_up
