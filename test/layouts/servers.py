@@ -39,7 +39,7 @@ from sglang_minimax.reference import Completion
 from sglang_minimax.server_process import ServerError
 
 START_SECONDS = 420
-STOCK_START_SECONDS = 180  # it may hang
+STOCK_START_SECONDS = 300  # it may hang; beside others 16 ranks take up to 250
 # As the engine's log has it, behind the name of what raised it.
 _ERROR = re.compile(r"^(?:\[.*?\] )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", re.MULTILINE)
 
