@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("]!p~[", "]~!b[", "[e~[")  # padding, begin, end: the last ids of the vocabulary
 DTYPES = ("float32", "bfloat16")
+# As the published models' it names the tools, and opens the thinking.
+CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}"
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}<think>"
+)
 
 _NUM_BYTES = 256  # a byte-level vocabulary starts with the single bytes
 _MEAN_SQUARE_IN_EPS = 10.0  # of q and k before QK norm
@@ -98,7 +103,7 @@ class SmallModel:
 
 
 def write_checkpoint(folder: str | Path, model: SmallModel | None = None) -> Path:
-    """Writes config, weights, tokenizer and generation config of ``model`` into ``folder`` and returns it.
+    """Writes config, weights, tokenizer, chat template and generation config of ``model`` into ``folder``; returns it.
 
     The folder is made if need be; files of the same names are overwritten. The same shape and seed give
     the same weights and the same tokenizer.
@@ -115,6 +120,7 @@ def write_checkpoint(folder: str | Path, model: SmallModel | None = None) -> Pat
         {"do_sample": False, "bos_token_id": model.vocab_size - 2, "eos_token_id": model.vocab_size - 1},
     )
     write_tokenizer(folder, model.vocab_size)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     save_file(dict(published_weights(model)), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -404,8 +410,21 @@ def main(arguments: list[str] | None = None) -> None:
         kind = {"int": int, "float": float, "str": str}[str(field.type)]
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
     options = vars(parser.parse_args(arguments))
-    folder = write_checkpoint(options.pop("folder"), SmallModel(**options))
+    folder: Path = options.pop("folder")
+    try:
+        model = SmallModel(**options)
+        _check_no_other_model(folder, model)
+        write_checkpoint(folder, model)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(f"wrote a MiniMax-M2 checkpoint to {folder}")
+
+
+def _check_no_other_model(folder: Path, model: SmallModel) -> None:
+    """Raises ValueError if ``folder`` holds a checkpoint of anything but ``model``, which would be lost."""
+    config = folder / "config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")) != published_config(model):
+        raise ValueError(f"{config} is of another model, whose files would be lost: give another folder, or remove it")
 
 
 if __name__ == "__main__":

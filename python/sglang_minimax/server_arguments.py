@@ -46,6 +46,8 @@ def adjust_server_args(module: EngineModule) -> None:
     _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _enable_fused_all_reduce(args, module))
     _run_after(server_args, "_handle_model_specific_adjustments", _sum_experts_in_kernel)
     _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _settle_kv_splits(args, module))
+    # The engine asserts this one, without a word.
+    _run_before(server_args, "_handle_data_parallelism", _check_attention_ranks)
     # Experts are divided after context parallelism is settled and before the MoE kernels are chosen for an EP size.
     _run_before(server_args, "_handle_moe_kernel_config", _settle_layout)
 
@@ -86,6 +88,16 @@ def is_minimax(model_config: EngineObject) -> bool:
     return ARCHITECTURE in (model_config.hf_config.architectures or [])
 
 
+def _check_attention_ranks(args: EngineObject) -> None:
+    """Raises ValueError if the DP ranks and context parallelism cannot divide TP."""
+    if is_minimax(args.get_model_config()):
+        _attention_ranks(args)
+
+
+def _attention_ranks(args: EngineObject) -> int:
+    return sharding.attention_tp_size(args.tp_size, args.dp_size if args.enable_dp_attention else 1, args.attn_cp_size)
+
+
 def _settle_layout(args: EngineObject) -> None:
     """Checks heads, vocabulary, experts, stages and LoRA against the ranks, and chooses EP where that was left open.
 
@@ -100,17 +112,10 @@ def _settle_layout(args: EngineObject) -> None:
             f"{ARCHITECTURE} generates text and has no embeddings to give, and --is-embedding would end the server at "
             f"its first request. Leave it out, or serve an embedding model."
         )
-    from sglang.srt.layers.minimax_sharding import (
-        attention_tp_size,
-        check_vocabulary,
-        expert_shape_of,
-        shard_attention,
-    )
+    from sglang.srt.layers.minimax_sharding import check_vocabulary, expert_shape_of, shard_attention
 
     config = args.get_model_config().hf_config
-    attention_ranks = attention_tp_size(
-        args.tp_size, args.dp_size if args.enable_dp_attention else 1, args.attn_cp_size
-    )
+    attention_ranks = _attention_ranks(args)
     shard_attention(config.num_attention_heads, config.num_key_value_heads, attention_ranks)
     # The head is divided over more ranks than the embedding, which divide these, or over the same.
     check_vocabulary(config.vocab_size, attention_ranks if args.enable_dp_lm_head else args.tp_size)
@@ -138,23 +143,12 @@ def _settle_layout(args: EngineObject) -> None:
 
 
 def _check_stages_for_triton(num_layers: int, pp_size: int) -> None:
-    """The engine's Triton attention reads the width of a head from layer 0 of the KV cache, which a later stage lacks;
-    counted backwards, as Python does, it is found as long as no more layers come before a stage than are in it.
-
-    Raises:
-        ValueError: more do.
-    """
+    """Raises ValueError if the engine's Triton attention would end the server."""
     from sglang.srt.distributed.utils import get_pp_indices
 
-    for stage in range(pp_size):
-        first, end = get_pp_indices(num_layers, stage, pp_size)
-        if first > end - first:
-            raise ValueError(
-                f"--pp-size {pp_size}: stage {stage} has layers {first} to {end - 1} of {num_layers}, and the engine's "
-                f"Triton attention, which fails where a stage has fewer layers than come before it, would end the "
-                f"server. Take --attention-backend fa3 or flashinfer, or two stages, the second no shorter than the "
-                f"first."
-            )
+    stages = [range(*get_pp_indices(num_layers, stage, pp_size)) for stage in range(pp_size)]
+    if (reason := sharding.reason_against_stages_of_triton(stages)) is not None:
+        raise ValueError(f"{reason}.")
 
 
 def settle_ep_size(shape: ExpertShape, tp_size: int, ep_size: int, left_alone: bool, moe_dp_size: int = 1) -> int:

@@ -25,12 +25,6 @@ pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has 
 DOCS = Path(__file__).parents[2] / "docs"
 SERVING = (DOCS / "serving.md").read_text(encoding="utf-8")
 
-# The published models' template names tools; the small checkpoint's tokenizer has none.
-TEMPLATE = (
-    "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}"
-    "{% for message in messages %}{{ message['content'] }}{% endfor %}<think>"
-)
-
 
 def commands(page: str, beginning: str) -> list[list[str]]:
     """The words of each command in the page's blocks that begins so; continued lines are one."""
@@ -44,7 +38,7 @@ def commands(page: str, beginning: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The page's two commands for a machine without a GPU, one after the other; a port and a template are added."""
+    """The page's two commands for a machine without a GPU, one after the other, with a port and the page's parsers."""
     folder, port = tmp_path_factory.mktemp("recipes"), free_port()
     [write] = commands(SERVING, "python -m sglang_minimax.checkpoints ")
     subprocess.run([sys.executable, *write[1:]], cwd=folder, check=True, timeout=120)
@@ -52,8 +46,7 @@ def server(tmp_path_factory):
     [parsers] = [
         words for words in commands(SERVING, "python -m sglang.launch_server ") if "--tool-call-parser" in words
     ]
-    (folder / "template.jinja").write_text(TEMPLATE)
-    serve += [*parsers[parsers.index("--tool-call-parser") :], "--chat-template", str(folder / "template.jinja")]
+    serve += parsers[parsers.index("--tool-call-parser") :]
     before = Path.cwd()
     os.chdir(folder)
     try:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from sglang_minimax.checkpoints import (
     SPECIAL_TOKENS,
     SmallModel,
+    main,
+    published_config,
     published_weights,
     write_checkpoint,
     write_fp8_blocks,
@@ -316,3 +318,26 @@ def test_fp8_blocks_are_scale_times_value_and_near_the_weights(tmp_path):
         assert torch.equal(stored[name], before[name]) and torch.equal(meant[name], before[name].float())
     config = json.loads((quantised / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num-attention-heads", "5"], "num_attention_heads=5 must be a multiple of num_key_value_heads=8"),
+        (["--hidden-size", "-1"], "hidden_size=-1 must be positive"),
+        (["--dtype", "int4"], "dtype='int4' must be one of float32, bfloat16"),
+        (["--seed", "2", "--num-local-experts", "32"], "is of another model, whose files would be lost"),
+    ],
+)
+def test_the_command_says_in_a_line_what_it_cannot_write(tmp_path, capsys, arguments, said):
+    (tmp_path / "config.json").write_text(json.dumps(published_config(SmallModel())))
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), *arguments])
+    assert said in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "file")])
+    assert str(tmp_path / "file") in capsys.readouterr().err

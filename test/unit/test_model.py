@@ -135,7 +135,7 @@ def test_eagle3_layers(asked, already, entering):
 def test_eagle3_refuses_unknown_layers_and_pipelines():
     with pytest.raises(ValueError, match=r"outputs of layers \[62\] of 62"):
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62), [62])
-    with pytest.raises(ValueError, match="--pp is 2"):
+    with pytest.raises(ValueError, match="--pp-size is 2"):
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62, pp_ranks=2), [3])
 
 

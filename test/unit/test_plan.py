@@ -299,6 +299,12 @@ def test_ranks_hold_the_experts_that_the_engine_gives_them(tp, ep):
         (Flags(tp=0), "--tp 0 must be at least 1", "--tp 2"),
         (Flags(tp=8, dp=3, enable_dp_attention=True), "--tp 8 must be a multiple of --dp 3", "--tp 8 --dp 4"),
         (Flags(tp=8, dp=2, nnodes=2), "without --enable-dp-attention starts copies", "--tp 8 --dp 2"),
+        (Flags(tp=8, dp=8), "starts 8 copies of the server on one node, 64 GPUs", "--tp 8 --dp 8 --enable-dp-att"),
+        (
+            Flags(tp=2, pp=3, kv_cache_dtype="fp8_e5m2"),
+            "--pp-size 3: stage 2 has layers 41 to 61",
+            "--tp 3 --dp 3 --pp-size 2",
+        ),
         (Flags(tp=8, context_length=10**6), "--context-length 1000000 must be between 1 and", "--tp 8"),
         (Flags(tp=8, mem_fraction_static=1.5), "--mem-fraction-static 1.5 must be between 0 and 1", "--tp 8"),
         (Flags(tp=8, moe_runner_backend="flashinfer_trtllm"), "chooses the experts by other rules", None),
@@ -376,6 +382,14 @@ def test_paths(flags, gpu, expected):
         assert taken[name].startswith(begin), name
 
 
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "backend"),
+    [("auto", H200, "fa3"), ("fp8_e4m3", H200, "fa3"), ("fp8_e5m2", H200, "triton"), ("fp8_e5m2", B200, "trtllm_mha")],
+)
+def test_on_hopper_a_kv_cache_in_e5m2_takes_tritons_attention(dtype, gpu, backend):
+    assert layouts.attention_backend(Flags(tp=8, kv_cache_dtype=dtype), gpu) == backend
+
+
 def test_flashinfer_reduces_and_norms_where_one_launch_cannot():
     """A model in float32: the launch takes bfloat16."""
     flags = Flags(tp=8)
@@ -417,6 +431,7 @@ def test_a_hub_name_is_found_in_the_local_cache(tmp_path, monkeypatch):
         ({"intermediate_size": -1}, "does not say intermediate_size as whole numbers above 0"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised by 'awq'"),
         ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"quantization_config": FP8 | {"weight_block_size": 128}}, "weight_block_size 128, which must be two numbers"),
     ],
 )
 def test_a_config_that_cannot_be_planned(change, said):
@@ -582,17 +597,54 @@ def test_a_valid_plan_on_the_screen(capsys):
     assert len(shown.splitlines()) <= 55
 
 
-def test_the_command_of_a_plan_is_one_that_the_server_takes(capsys, tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        Flags(tp=8, dp=4, enable_dp_attention=True),
+        Flags(tp=8, pp=2, nnodes=2, ep=8),
+        Flags(
+            tp=4, kv_cache_dtype="fp8_e4m3", mem_fraction_static=0.8, context_length=4096, moe_runner_backend="triton"
+        ),
+    ],
+    ids=name_of,
+)
+def test_every_command_of_a_plan_is_one_that_the_server_takes(flags):
     import argparse
     import shlex
 
-    assert cli.main(["plan", "m2.5", "--tp", "8", "--dp", "4", "--enable-dp-attention", "--json"]) == 0
-    (command,) = json.loads(capsys.readouterr().out)["commands"]
+    made = report.make_report(M25, flags, H200)
+    assert made.broken_rule is None and len(made.commands) == flags.nnodes
     parser = argparse.ArgumentParser()
     engine.ServerArgs.add_cli_args(parser)
-    arguments = parser.parse_args(shlex.split(command)[3:])
-    assert (arguments.tensor_parallel_size, arguments.data_parallel_size) == (8, 4)
-    assert arguments.enable_dp_attention and arguments.tool_call_parser == "minimax-m2"
+    for node, command in enumerate(made.commands):
+        given = parser.parse_args(shlex.split(command)[3:])
+        sizes = given.tensor_parallel_size, given.data_parallel_size, given.pipeline_parallel_size, given.nnodes
+        assert sizes == (flags.tp, flags.dp, flags.pp, flags.nnodes) and given.node_rank == node
+        assert given.expert_parallel_size == (flags.ep or 1)
+        assert given.enable_dp_attention == flags.enable_dp_attention and given.tool_call_parser == "minimax-m2"
+        names = "kv_cache_dtype", "mem_fraction_static", "context_length", "moe_runner_backend"
+        assert [getattr(given, name) for name in names] == [getattr(flags, name) for name in names]
+
+
+def test_the_backends_of_the_experts_are_the_engines():
+    assert list(layouts.MOE_RUNNER_BACKENDS) == engine.MOE_RUNNER_BACKEND_CHOICES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "16"], "--gpus: for --search only"),
+        (["--tp", "8", "--goal", "latency"], "--goal: for --search only"),
+        (["--search", "--tp", "8", "--pp", "2"], "--tp, --pp-size with --search"),
+        (["--search", "--gpus", "513"], "--gpus 513 must be between 1 and 512"),
+        (["--search", "--gpus", "7", "--gpu", "h100"], "6 of them have one that does"),
+        (["--search", "--gpus", "1", "--gpu", "h100"], "more GPUs, or GPUs with more memory"),
+    ],
+)
+def test_a_flag_without_a_meaning_is_refused_and_a_search_that_finds_nothing_says_what_would(capsys, arguments, said):
+    assert cli.main(["plan", "m2.5", *arguments]) != 0
+    captured = capsys.readouterr()
+    assert said in captured.err + captured.out
 
 
 @pytest.mark.parametrize(
@@ -618,10 +670,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("more", [[], ["--json"], ["--search", "--gpus", "16"]])
+@pytest.mark.parametrize("more", [["--tp", "8"], ["--tp", "8", "--json"], ["--search", "--gpus", "16"]])
 def test_it_answers_in_under_a_second_without_torch(more):
     python = str(Path(layouts.__file__).parents[2])
-    command = [sys.executable, "-c", WITHOUT_TORCH, "plan", "m2.5", "--tp", "8", *more]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "plan", "m2.5", *more]
 
     def seconds() -> float:
         """Of the processor, which is what a command that waits for nothing takes: a busy machine adds none."""

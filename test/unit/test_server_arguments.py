@@ -98,6 +98,8 @@ def test_other_architectures_are_left_alone(folder):
     [
         (["--tp", "5"], "8 KV heads cannot be divided over 5 attention-TP ranks.*: 4, 8"),
         (["--tp", "32"], "48 q heads cannot be divided over 32"),
+        (["--tp", "8", "--dp", "3", "--enable-dp-attention"], "--tp 8 must be a multiple of --dp 3 times the context"),
+        (["--tp", "4", "--attn-cp-size", "3"], "--tp 4 must be a multiple of --dp 1 times the context-parallel size 3"),
     ],
 )
 def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(folder, arguments, message):

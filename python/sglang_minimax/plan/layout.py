@@ -14,6 +14,12 @@ from sglang_minimax.server_arguments import settle_ep_size
 KV_CACHE_DTYPES = {"auto": None, "bf16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes of one value by ``--kv-cache-dtype``; None: what the checkpoint says."""
 
+MOE_RUNNER_BACKENDS = (
+    "auto", "deep_gemm", "triton", "triton_kernel", "flashinfer_trtllm", "flashinfer_trtllm_routed",
+    "flashinfer_cutlass", "flashinfer_mxfp4", "flashinfer_cutedsl", "cutlass",
+)  # fmt: skip
+"""What the engine takes for ``--moe-runner-backend``."""
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -37,7 +43,7 @@ class Flags:
         for flag, value, default in (
             ("--dp", self.dp, 1),
             ("--ep", self.ep, None),
-            ("--pp", self.pp, 1),
+            ("--pp-size", self.pp, 1),
             ("--nnodes", self.nnodes, 1),
             ("--quantization", self.quantization, None),
             ("--kv-cache-dtype", self.kv_cache_dtype, "auto"),
@@ -123,7 +129,7 @@ def settle(flags: Flags, model: ModelShape, gpu: Gpu) -> Layout:
     for name in ("tp", "dp", "ep", "pp", "nnodes"):
         value = getattr(flags, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+            raise ValueError(f"--{'pp-size' if name == 'pp' else name} {value} must be at least 1")
     dp_attention = flags.enable_dp_attention and flags.dp > 1
     attention_ranks = sharding.attention_tp_size(flags.tp, flags.dp if dp_attention else 1)
     sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, attention_ranks)
@@ -166,13 +172,18 @@ def _weights_rule(layout: Layout, model: ModelShape) -> str | None:
 def _placement_rule(layout: Layout, model: ModelShape) -> str | None:
     flags, gpus = layout.flags, layout.gpus
     if flags.pp > model.num_hidden_layers:
-        return f"--pp {flags.pp} is more than the {model.num_hidden_layers} layers"
+        return f"--pp-size {flags.pp} is more than the {model.num_hidden_layers} layers"
     if layout.servers > 1 and flags.nnodes > 1:
         return f"--dp {flags.dp} without --enable-dp-attention starts copies of the server, on one node only"
     if gpus % flags.nnodes:
-        return f"{gpus} GPUs (--tp times --pp) are not a multiple of --nnodes {flags.nnodes}"
+        return f"{gpus} GPUs (--tp times --pp-size) are not a multiple of --nnodes {flags.nnodes}"
     if flags.pp % flags.nnodes and flags.nnodes % flags.pp:
-        return f"--pp {flags.pp} and --nnodes {flags.nnodes}: one must be a multiple of the other"
+        return f"--pp-size {flags.pp} and --nnodes {flags.nnodes}: one must be a multiple of the other"
+    if layout.servers > 1 and gpus > GPUS_PER_NODE:
+        return (
+            f"--dp {flags.dp} without --enable-dp-attention starts {flags.dp} copies of the server on one node, {gpus} "
+            f"GPUs, and a node has {GPUS_PER_NODE}: give --enable-dp-attention, or a smaller --dp"
+        )
     if gpus // flags.nnodes > GPUS_PER_NODE:
         return (
             f"{gpus} GPUs on {flags.nnodes} node(s) are {gpus // flags.nnodes} a node, and a node has {GPUS_PER_NODE}: "
@@ -204,7 +215,17 @@ def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
             return "--moe-runner-backend flashinfer_cutlass takes NVFP4 or unquantised experts, not FP8 blocks"
         if layout.ep not in (1, layout.tp):
             return f"--moe-runner-backend flashinfer_cutlass needs --ep 1 or --ep {layout.tp}, and not {layout.ep}"
+    if attention_backend(flags, gpu) == "triton":
+        stages = [sharding.pipeline_layers(model.num_hidden_layers, stage, flags.pp) for stage in range(flags.pp)]
+        return sharding.reason_against_stages_of_triton(stages)
     return None
+
+
+def attention_backend(flags: Flags, gpu: Gpu) -> str:
+    """The engine's choice for a layout whose flags do not name one."""
+    if gpu.architecture == "hopper" and flags.kv_cache_dtype == "fp8_e5m2":
+        return "triton"  # FlashAttention-3 reads no other FP8 than e4m3
+    return {"hopper": "fa3", "blackwell": "trtllm_mha", "cdna3": "aiter"}[gpu.architecture]
 
 
 def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:

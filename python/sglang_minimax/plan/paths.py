@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import Gpu
-from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, has_counterpart, reason_against_counterpart
+from sglang_minimax.plan.layout import (
+    KV_CACHE_DTYPES,
+    Layout,
+    attention_backend,
+    has_counterpart,
+    reason_against_counterpart,
+)
 from sglang_minimax.plan.shape import ModelShape
 from sglang_minimax.server_arguments import reason_against_fused_all_reduce
 
@@ -30,7 +36,7 @@ def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
         _fused_all_reduce(model, layout, gpu),
         _expert_sum(model, layout, gpu),
         fp4_all_gather(fp4_all_gather_reason(model, layout)),
-        _attention_backend(gpu),
+        _attention_backend(layout, gpu),
     ]
 
 
@@ -197,9 +203,10 @@ def _expert_sum(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
     return Path(name, f"the model's all-reduce over {layout.tp} ranks", "no one after the experts does it")
 
 
-def _attention_backend(gpu: Gpu) -> Path:
-    backend = {"hopper": "fa3", "blackwell": "trtllm_mha", "cdna3": "aiter"}[gpu.architecture]
-    return Path("attention backend", backend, f"the engine's default on {gpu.name}; --attention-backend: another")
+def _attention_backend(layout: Layout, gpu: Gpu) -> Path:
+    backend, dtype = attention_backend(layout.flags, gpu), layout.flags.kv_cache_dtype
+    where = f"on {gpu.name}" + (f" for a KV cache in {dtype}" if backend == "triton" else "")
+    return Path("attention backend", backend, f"the engine's default {where}; --attention-backend: another")
 
 
 def commands(model: ModelShape, layout: Layout) -> list[str]:

@@ -56,7 +56,7 @@ def _show_broken(report: Report, title: str, console: Console) -> None:
     console.print(f"[bold red]not valid[/]  {escape(title)}")
     console.print(escape(f"{report.broken_rule}."))
     if not report.nearest:
-        console.print("No change of --tp, --dp, --ep, --pp and --nnodes on up to 16 such GPUs works.")
+        console.print("No change of --tp, --dp, --ep, --pp-size and --nnodes on up to 16 such GPUs works.")
         return
     console.print("\nWhat works, nearest first:")
     for flags in report.nearest:

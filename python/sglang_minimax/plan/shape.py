@@ -231,8 +231,10 @@ def _quantisation(quantization: dict[str, Any] | None, num_layers: int, name: st
     ]
     attention = _attention_is_quantised(skipped, num_layers, name)
     if method == "fp8" and quantization.get("weight_block_size"):
-        rows, columns = quantization["weight_block_size"]
-        return Quantisation("fp8", (rows, columns), attention)
+        block = quantization["weight_block_size"]
+        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) for size in block)):
+            raise CannotPlan(f"{name} says weight_block_size {block!r}, which must be two numbers, [rows, columns]")
+        return Quantisation("fp8", (block[0], block[1]), attention)
     if algorithm == "NVFP4":
         return Quantisation("nvfp4", attention=attention)
     raise CannotPlan(

@@ -10,6 +10,7 @@ Words used throughout:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -202,6 +203,26 @@ class ExpertShape:
         ranks = tp_size // ep_size
         first = rank % ranks * (self.width // ranks)
         return range(first, first + self.width // ranks)
+
+
+def reason_against_stages_of_triton(stages: Sequence[range]) -> str | None:
+    """Why the engine's Triton attention would end a server with these pipeline stages, or None.
+
+    It reads the width of a head from layer 0 of the KV cache, which a later stage lacks; counted backwards, as Python
+    does, it is found as long as no more layers come before a stage than are in it.
+
+    Args:
+        stages: the layers of each.
+    """
+    for number, layers in enumerate(stages):
+        if layers.start > len(layers):
+            return (
+                f"--pp-size {len(stages)}: stage {number} has layers {layers[0]} to {layers[-1]} of {stages[-1].stop}, "
+                f"and the engine's Triton attention, which fails where a stage has fewer layers than come before it, "
+                f"would end the server. Take --attention-backend fa3 or flashinfer, or two stages, the second no "
+                f"shorter than the first"
+            )
+    return None
 
 
 def pipeline_layers(num_layers: int, stage: int, num_stages: int) -> range:

@@ -543,7 +543,9 @@ class MiniMaxM2ForCausalLM(nn.Module):
         if not self.pp_group.is_last_rank:
             return
         if self.pp_group.world_size > 1:
-            raise ValueError(f"EAGLE3 needs all layers on one pipeline stage, and --pp is {self.pp_group.world_size}")
+            raise ValueError(
+                f"EAGLE3 needs all layers on one pipeline stage, and --pp-size is {self.pp_group.world_size}"
+            )
         num_layers = self.config.num_hidden_layers
         if layer_ids is not None:
             entering = [layer_id + 1 for layer_id in layer_ids]
