@@ -3,9 +3,10 @@
 Each entry is (engine module, function of that module), and the function runs once, right after the engine's
 module was imported. The functions live with their subject: :mod:`sglang_minimax.server_arguments` for what is
 decided when the server's arguments are read, :mod:`sglang_minimax.request_checks` for what a request may hold,
-:mod:`sglang_minimax.expert_tables` for the tuning of expert GEMMs, :mod:`sglang_minimax.expert_sum` for the sum after
-them, :mod:`sglang_minimax.quantised_inputs` for what goes into them, :mod:`sglang_minimax.serving` for what a running
-server says of itself, :mod:`sglang_minimax.cpu_host` for a host without a GPU.
+:mod:`sglang_minimax.eagle3` for the layers that a draft model names, :mod:`sglang_minimax.expert_tables` for the tuning
+of expert GEMMs, :mod:`sglang_minimax.expert_sum` for the sum after them, :mod:`sglang_minimax.quantised_inputs` for
+what goes into them, :mod:`sglang_minimax.serving` for what a running server says of itself,
+:mod:`sglang_minimax.cpu_host` for a host without a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def for_this_host() -> Iterator[Adjustment]:
     """The adjustments that apply to this process, decided before anything of the engine is imported."""
     from sglang_minimax import (
         cpu_host,
+        eagle3,
         expert_sum,
         expert_tables,
         quantised_inputs,
@@ -34,6 +36,7 @@ def for_this_host() -> Iterator[Adjustment]:
 
     yield from server_arguments.ADJUSTMENTS
     yield from request_checks.ADJUSTMENTS
+    yield from eagle3.ADJUSTMENTS
     yield from expert_tables.ADJUSTMENTS
     yield from expert_sum.ADJUSTMENTS
     yield from quantised_inputs.ADJUSTMENTS

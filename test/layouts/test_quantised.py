@@ -1,4 +1,4 @@
-"""AWQ, GPTQ and NVFP4 checkpoints through the loader: on every rank every parameter holds its shard, value by value.
+"""AWQ, GPTQ, NVFP4 and W4A16 checkpoints through the loader: on each rank each parameter holds its shard, by value.
 
 Their products run on GPUs only. Here the engine is told that there is one, builds the layers that it would build there,
 and stops behind the loading. What belongs where is cut out of the checkpoint by fractions of heads, widths and experts.
@@ -17,7 +17,12 @@ import pytest
 import torch
 from layouts.harness import LayoutFailed, run_layout
 from safetensors.torch import load_file, save_file
-from sglang.srt.layers.quantization import awq, gptq, modelopt_quant
+from sglang.srt.layers.quantization import awq, gptq, modelopt_quant, moe_wna16
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import CompressedTensorsWNA16
+from sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe import (
+    CompressedTensorsWNA16MoE,
+)
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 
@@ -35,11 +40,15 @@ class Format:
     tensors: by suffix, (dtype, shape), from out and in.
     transposed: whether its tensors are [in, out].
     config: what config.json says.
+    unread: suffixes that a checkpoint has and the engine does not read.
+    experts_turned: whether the engine holds those of experts the other way round.
     """
 
     tensors: callable
     transposed: bool
     config: dict
+    unread: tuple[str, ...] = ()
+    experts_turned: bool = False
 
 
 FORMATS = {
@@ -73,6 +82,22 @@ FORMATS = {
         },
         False,
         {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": FP4_GROUP, "ignore": ["lm_head", "*gate*"]},
+    ),
+    "w4a16": Format(
+        lambda rows, columns: {
+            "weight_packed": (torch.int32, (rows, columns // PACKED)),
+            "weight_scale": (torch.bfloat16, (rows, columns // GROUP)),
+            "weight_shape": (torch.int64, (2,)),
+        },
+        False,
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+         "ignore": ["lm_head", "re:.*gate$"],
+         "config_groups": {"group_0": {
+             "targets": ["Linear"], "input_activations": None, "output_activations": None,
+             "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP,
+                         "dynamic": False, "actorder": None, "observer": "minmax", "block_structure": None}}}},
+        unread=("weight_shape",),
+        experts_turned=True,
     ),
 }  # fmt: skip
 
@@ -113,11 +138,13 @@ def as_if_on_a_gpu(monkeypatch) -> None:
         monkeypatch.setattr(module, "_is_cuda", True)
         monkeypatch.setattr(module, "check_marlin_supported", lambda **_: True)
         monkeypatch.setattr(module, "verify_marlin_supported", lambda *_, **__: None)
+    monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda *_, **__: True)
     monkeypatch.setattr(modelopt_quant, "is_blackwell_supported", lambda: True)
     monkeypatch.setattr(modelopt_quant, "swizzle_blockscale", torch.clone)
     for method in (
         awq.AWQMarlinLinearMethod, awq.AWQMoEMethod, gptq.GPTQMarlinLinearMethod, gptq.GPTQMarlinMoEMethod,
         modelopt_quant.ModelOptFp4LinearMethod, modelopt_quant.ModelOptNvFp4FusedMoEMethod,
+        CompressedTensorsWNA16, CompressedTensorsWNA16MoE,
     ):  # fmt: skip
         monkeypatch.setattr(method, "process_weights_after_loading", lambda self, layer: None)
 
@@ -132,7 +159,9 @@ def keep_parameters(runner):
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """numpy has no FP8: its bytes stand for it."""
+    """numpy has neither FP8, whose bytes stand for it, nor bfloat16, which float32 holds."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.float().numpy()
     return (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor).numpy()
 
 
@@ -150,7 +179,7 @@ def expected_parameters(
     moe_tp, per_rank = tp // ep, SHAPE.num_local_experts // ep
     first_expert, width = rank // moe_tp * per_rank, rank % moe_tp
     for layer in range(SHAPE.num_hidden_layers):
-        for suffix in form.tensors(256, 256):
+        for suffix in [suffix for suffix in form.tensors(256, 256) if suffix not in form.unread]:
             attention = f"model.layers.{layer}.self_attn."
             own_kv = rank * kv_shards // tp, kv_shards
             rank_of = {"q": (rank, tp), "k": own_kv, "v": own_kv}
@@ -169,9 +198,9 @@ def expected_parameters(
                 together([part(tensors[f"{one}{w}.{suffix}"], out_axis, width, moe_tp) for w in ("w1", "w3")], out_axis)
                 for one in own
             ]
-            yield f"{experts}w13_{suffix}", np.stack(gate_up)
             down = [part(tensors[f"{name}w2.{suffix}"], in_axis, width, moe_tp) for name in own]
-            yield f"{experts}w2_{suffix}", np.stack(down)
+            for which, values in (("w13", np.stack(gate_up)), ("w2", np.stack(down))):
+                yield f"{experts}{which}_{suffix}", values.swapaxes(1, 2) if form.experts_turned else values
 
 
 def together(shards: list[np.ndarray], axis: int) -> np.ndarray:
@@ -182,8 +211,8 @@ def together(shards: list[np.ndarray], axis: int) -> np.ndarray:
 
 
 ANY = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
-WHOLE_EXPERTS = [(tp, ep) for tp, ep in ANY if tp == ep]
-CASES = [(name, *layout) for name in FORMATS for layout in (WHOLE_EXPERTS if name == "gptq" else ANY)]
+LAYOUTS = {"awq": [(2, 1), (4, 1)], "gptq": [(1, 1)], "nvfp4": ANY, "w4a16": ANY}
+CASES = [(name, *layout) for name in FORMATS for layout in LAYOUTS[name]]
 
 
 @pytest.mark.parametrize(("name", "tp", "ep"), CASES)
@@ -196,15 +225,49 @@ def test_every_parameter_holds_its_shard(checkpoints, as_if_on_a_gpu, name, tp, 
             assert (got == expected).all(), f"rank {rank}: {param}"
 
 
-def load(folder: Path, name: str, tp: int, ep: int) -> list[dict[str, np.ndarray]]:
-    dtype = "bfloat16" if name == "nvfp4" else "float16"
+def load(folder: Path, name: str, tp: int, ep: int, **server_arguments) -> list[dict[str, np.ndarray]]:
+    dtype = "float16" if name in ("awq", "gptq") else "bfloat16"
     return run_layout(
-        folder, tp=tp, ep=ep, prompts_by_dp_rank=[[[1]]], steps=0, dtype=dtype, probe=keep_parameters, timeout_s=60
-    ).probed
+        folder, tp=tp, ep=ep, prompts_by_dp_rank=[[[1]]], steps=0, dtype=dtype, probe=keep_parameters, timeout_s=60,
+        server_arguments=server_arguments,
+    ).probed  # fmt: skip
 
 
-@pytest.mark.parametrize(("tp", "ep"), [layout for layout in ANY if layout not in WHOLE_EXPERTS])
-def test_gptq_experts_cut_by_width_are_refused_with_the_way_out(checkpoints, as_if_on_a_gpu, tp, ep):
+@pytest.mark.parametrize("tp", [2, 4])
+def test_gptq_experts_cut_by_width_are_refused_with_the_way_out(checkpoints, as_if_on_a_gpu, tp):
     """The engine's own allocation, of all scales on every rank, cannot be loaded by its own cutting of them."""
-    with pytest.raises(LayoutFailed, match=f"GPTQ experts cannot be divided over --tp {tp} --ep {ep}.* Use --ep {tp}"):
-        load(checkpoints["gptq"][0], "gptq", tp, ep)
+    said = f"GPTQ experts cannot be divided over --tp {tp}: .* Add --quantization moe_wna16"
+    with pytest.raises(LayoutFailed, match=said):
+        load(checkpoints["gptq"][0], "gptq", tp, 1)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_the_way_out_for_gptq_loads_each_ranks_part(checkpoints, as_if_on_a_gpu, monkeypatch, tp):
+    """Held as bytes of two weights each, [out, in / 2], and scales [out, groups]."""
+    monkeypatch.setattr(moe_wna16, "get_device_capability", lambda *_: (9, 0))
+    folder, tensors = checkpoints["gptq"]
+
+    def four_bits(packed: np.ndarray, axis: int) -> np.ndarray:
+        """The weights that lie along ``axis`` in the integers of ``packed``, the lowest bits first."""
+        shifts = np.arange(0, 8 * packed.dtype.itemsize, 4)
+        unpacked = np.stack([(packed >> shift) & 15 for shift in shifts], axis + 1)
+        return unpacked.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :]).astype(int)
+
+    for rank, params in enumerate(load(folder, "gptq", tp, 1, quantization="moe_wna16")):
+        for layer, expert in np.ndindex(SHAPE.num_hidden_layers, SHAPE.num_local_experts):
+            experts = f"model.layers.{layer}.block_sparse_moe.experts."
+            for which, shards, axis in (("w13", ("w1", "w3"), 1), ("w2", ("w2",), 0)):
+                own = [f"{experts}{expert}.{shard}." for shard in shards]
+                weight = [part(four_bits(tensors[f"{name}qweight"], 0), axis, rank, tp) for name in own]
+                scales = [part(tensors[f"{name}scales"], axis, rank, tp) for name in own]
+                got = four_bits(params[f"{experts}{which}_qweight"][expert], 1)
+                assert (got == np.concatenate(weight, 1).T).all(), f"rank {rank}, {which} of expert {expert}"
+                assert (params[f"{experts}{which}_scales"][expert] == np.concatenate(scales, 1).T).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"), [("awq", "Leave --ep out."), ("gptq", "Leave --ep out, and give --quant")]
+)
+def test_experts_whose_kernels_know_no_other_ranks_are_not_divided_by_ep(checkpoints, as_if_on_a_gpu, name, way_out):
+    with pytest.raises(LayoutFailed, match=f"{name}.* experts and --ep 2: .* {way_out}"):
+        load(checkpoints[name][0], name, 2, 2)

@@ -126,7 +126,7 @@ def captured_layers(num_layers: int, already=(), pp_ranks: int = 1):
     [(None, [], [2, 31, 59]), ([1, 30, 61], [], [2, 31, 62]), (None, [2, 31, 62], [2, 31, 62])],
 )
 def test_eagle3_layers(asked, already, entering):
-    """The engine asks a second time, for none, before it captures graphs: what the draft model asked for stays."""
+    """The engine asks for none where it captures graphs: what the draft model asked for before stays."""
     model = captured_layers(62, already)
     MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(model, asked)
     assert model.model.layers_to_capture == entering and model.capture_aux_hidden_states

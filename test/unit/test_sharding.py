@@ -143,6 +143,9 @@ def test_an_odd_number_of_experts_has_tp_sizes_that_work():
         ({"quant_method": "fp8", "weight_block_size": [64, 96]}, 192),
         ({"config_groups": {"group_0": {"weights": {"block_structure": [128, 128]}}}}, 128),
         ({"config_groups": {"group_0": {"weights": {"block_structure": None}}}}, 1),
+        ({"config_groups": {"group_0": {"weights": {"strategy": "group", "group_size": 128}}}}, 128),
+        ({"config_groups": {"group_0": {"weights": {"strategy": "tensor_group", "group_size": 16}}}}, 1),
+        ({"config_groups": {"group_0": {"weights": {"strategy": "channel", "group_size": None}}}}, 1),
     ],
 )
 def test_quantisation_block(config, block):

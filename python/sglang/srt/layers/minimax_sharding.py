@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import lcm
 
 
 @dataclass(frozen=True)
@@ -254,18 +254,17 @@ def working_tp_sizes(shape: ExpertShape, at_most: int) -> list[int]:
 def quantisation_block(quantization_config: dict | None) -> int:
     """The block that an expert's width must be a multiple of, from a checkpoint's ``quantization_config``.
 
-    FP8 block-quantised checkpoints say ``weight_block_size``, compressed-tensors ones ``block_structure``. Both the
-    gate/up rows and the down columns are cut, so the block is the least common multiple of the two. 1: no block.
+    FP8 block-quantised checkpoints say ``weight_block_size``, compressed-tensors ones ``block_structure``, or have a
+    scale for each ``group_size`` columns. Both the gate/up rows and the down columns are cut, so the block is the least
+    common multiple of all. 1: no block.
     """
-    if not quantization_config:
-        return 1
-    blocks = quantization_config.get("weight_block_size")
+    quantization_config = quantization_config or {}
+    sizes = [*(quantization_config.get("weight_block_size") or [])]
     for group in (quantization_config.get("config_groups") or {}).values():
-        blocks = blocks or (group.get("weights") or {}).get("block_structure")
-    if not blocks:
-        return 1
-    rows, columns = blocks
-    return rows * columns // gcd(rows, columns)
+        weights = group.get("weights") or {}
+        sizes += weights.get("block_structure") or []
+        sizes += [weights["group_size"]] if weights.get("strategy") == "group" else []
+    return lcm(*sizes)
 
 
 def _joined(values: list[int]) -> str:

@@ -473,7 +473,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
 
     def __init__(self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
-        check_experts(config)
+        check_experts(config, quant_config and quant_config.get_name())
         self.config = config
         self.quant_config = quant_config
         self.pp_group = get_pp_group()
@@ -535,7 +535,8 @@ class MiniMaxM2ForCausalLM(nn.Module):
     def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
         """Asks for the outputs of ``layer_ids`` (0-based), or, where none were asked for before, of EAGLE3's three.
 
-        The engine calls this with the draft model's layers, and once more without any before it captures graphs.
+        The engine calls this without any before it captures graphs, and with the draft model's layers after that; that
+        it has these when graphs are captured is :mod:`sglang_minimax.eagle3`'s doing.
 
         Raises:
             ValueError: an unknown layer, or a pipeline, whose earlier stages could not pass their outputs on.

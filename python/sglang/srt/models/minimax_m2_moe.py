@@ -221,8 +221,15 @@ def recorded_as(layer_id: int):
     return get_global_expert_distribution_recorder().with_current_layer(layer_id)
 
 
-def check_experts(config: PretrainedConfig) -> None:
-    """Refuses a division of the experts that cannot work, before any of their weights is allocated."""
+_WITHOUT_EP = ("awq", "awq_marlin", "gptq", "gptq_marlin", "moe_wna16")
+
+
+def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
+    """Refuses a division of the experts that cannot work, before any of their weights is allocated.
+
+    Args:
+        method: of quantisation, under the engine's name.
+    """
     server_args = get_global_server_args()
     tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
     shape = expert_shape_of(config, server_args.ep_num_redundant_experts)
@@ -236,12 +243,22 @@ def check_experts(config: PretrainedConfig) -> None:
             f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
             f"--moe-a2a-backend, or leave the redundant experts out."
         )
-    quantisation = getattr(config, "quantization_config", None) or {}
-    if quantisation.get("quant_method") == "gptq" and tp_size > ep_size * server_args.moe_dp_size:
+    _check_4_bit_experts(method, tp_size, ep_size, server_args.moe_dp_size)
+
+
+def _check_4_bit_experts(method: str | None, tp_size: int, ep_size: int, moe_dp_size: int) -> None:
+    """Refuses what the engine would load wrongly, or multiply with what lies beside the weights."""
+    by_width = "--quantization moe_wna16"  # the one for GPTQ that loads an expert's part
+    if method in _WITHOUT_EP and ep_size > 1:
+        also = f", and give {by_width}" if method.startswith("gptq") and tp_size > moe_dp_size else ""
         raise ValueError(
-            f"GPTQ experts cannot be divided over --tp {tp_size} --ep {ep_size}: the engine allocates the scales of an "
-            f"expert's whole width on each of the ranks that share it, and then cuts them. Use --ep {tp_size}, which "
-            f"keeps experts whole."
+            f"{method} experts and --ep {ep_size}: for these the engine's kernels do not pass over routes to other "
+            f"ranks' experts, and would read beside the weights. Leave --ep out{also}."
+        )
+    if method in ("gptq", "gptq_marlin") and tp_size > moe_dp_size:
+        raise ValueError(
+            f"GPTQ experts cannot be divided over --tp {tp_size}: the engine allocates the scales of an expert's whole "
+            f"width on each of the ranks that share it, and then cuts them. Add {by_width}, which allocates a part."
         )
 
 

@@ -283,8 +283,8 @@ def _shape_fault(expected: tuple[int, ...] | None, tensor: torch.Tensor) -> str 
 
 def _dtype_fault(owner: nn.Module, param: nn.Parameter, target: Target, tensor: torch.Tensor) -> str | None:
     """A quantised weight read as a plain one, or the other way round, copies without an error and means nothing."""
-    if "scale" in target.param or target.param.endswith("qzeros") or not _keeps_shapes(owner):
-        return None  # GPTQ's experts keep int32 zero points as floats, and never read them
+    if "scale" in target.param or target.param.endswith(("qzeros", "weight_shape")) or not _keeps_shapes(owner):
+        return None  # the engine keeps these of experts as floats, and never reads them
     quantised = tensor.element_size() == 1 or not tensor.is_floating_point()
     wants_quantised = param.element_size() == 1 or not param.is_floating_point()
     if quantised == wants_quantised:
