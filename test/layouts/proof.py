@@ -98,7 +98,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--servers", action="store_true", help="each layout through the real server, see servers.py")
     parser.add_argument("--stock", action="store_true", help="beside each server of ours on GPUs the stock engine's")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="rows that run at a time")
-    parser.add_argument("--ranks", type=int, metavar="N", help="of rows at a time, unless it is one: N ranks at most")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="of rows at a time, unless it is one: N ranks at most; "
+        "a server's rank on a GPU takes 3 to 4 GiB of the host's memory",
+    )
     parser.add_argument("--keep", type=Path, metavar="FILE", help="add each row that holds to FILE, and run none of it")
     options = parser.parse_args(arguments)
     if options.write and options.only:
