@@ -30,7 +30,7 @@ _INTEGERS = {
     "max_new_tokens": _INT32,
     "min_new_tokens": _INT32,
     "top_k": _INT32,
-    "n": range(1, 2**31),
+    "n": range(1, 4097),  # each is a request, which the HTTP server makes before it serves another
     "stream_interval": range(1, 2**31),
     "sampling_seed": _INT64,
 }
@@ -159,6 +159,7 @@ def check_request(request: EngineObject, vocab_size: int, hidden_size: int, *, h
     for number in _listed(request.logprob_start_len):
         holds = _is_integer(number) and number >= -1
         _check(holds, "logprob_start_len", number, "is -1 (output tokens only) or more")
+    _check_session(request.session_params)
     for parameters in _listed(request.sampling_params):
         _check(isinstance(parameters, Mapping), "sampling_params", parameters, "is an object, or a list of objects")
         check_sampling_params(parameters, vocab_size, has_tokenizer=has_tokenizer)
@@ -181,6 +182,25 @@ def _check_counts(request: EngineObject) -> None:
             _check(num_prompts is not None, name, values, "is no list for a single prompt")
             rule = f"has a value for each of {num_prompts} prompts, or is one for all"
             _check(len(values) >= (num_prompts or 0), name, values, rule)
+    if _is_nested(lists := request.token_ids_logprob):
+        _check(num_prompts is not None, "token_ids_logprob", lists, "is one list for a single prompt")
+        rule = f"has a list for each of {num_prompts} prompts, or is one for all"
+        _check(len(lists) >= (num_prompts or 0), "token_ids_logprob", lists, rule)
+
+
+def _check_session(parameters: Any) -> None:
+    if parameters is None:
+        return
+    _check(isinstance(parameters, Mapping), "session_params", parameters, "is an object")
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        if name in ("id", "rid"):
+            _check(isinstance(value, str), f"session_params[{name}]", value, "is a string")
+        elif name == "offset":
+            _check(_is_integer(value), f"session_params[{name}]", value, "is an integer")
+        elif name in ("replace", "drop_previous_output"):
+            _check(isinstance(value, bool), f"session_params[{name}]", value, "is true or false")
 
 
 def _check_embeddings(embeddings: Any, hidden_size: int) -> None:
@@ -233,7 +253,7 @@ def check_sampling_params(parameters: Mapping[str, Any], vocab_size: int, *, has
         elif name in _STRINGS_OR_LISTS:
             strings = value is None or all(isinstance(each, str) for each in _listed(value))
             _check(strings, name, value, "is a string or a list of strings")
-        elif name == "skip_special_tokens":
+        elif name in ("skip_special_tokens", "spaces_between_special_tokens"):
             _check(isinstance(value, bool), name, value, "is true or false")
     penalty = parameters.get("repetition_penalty", 1)
     rule = f"is from {_SMALLEST_REPETITION_PENALTY:g} to 2: logits are divided by it"

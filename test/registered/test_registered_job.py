@@ -76,6 +76,20 @@ def test_without_gpus_it_says_what_it_lacks_and_skips(tmp_path):
     assert "MINIMAX_M2_HEAD" in run.stderr and "sglang_minimax.checkpoints" in run.stderr
 
 
+def test_gsm8k_gets_all_that_the_engines_evaluation_reads(job, monkeypatch):
+    from sglang.test import run_eval, simple_eval_gsm8k
+
+    class Read(Exception):
+        """All arguments of the evaluation were there."""
+
+    def evaluate(**arguments):
+        raise Read(arguments)
+
+    monkeypatch.setattr(simple_eval_gsm8k, "GSM8KEval", evaluate)
+    with pytest.raises(Read, match="'num_examples': None, 'num_threads': 1024"):
+        run_eval.run_eval(job.gsm8k_arguments("http://127.0.0.1:1"))
+
+
 @pytest.mark.parametrize(("num_gpus", "lacks"), [(0, True), (4, True), (7, True), (8, False)])
 def test_it_counts_the_gpus(job, monkeypatch, num_gpus, lacks):
     import torch

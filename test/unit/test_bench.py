@@ -211,10 +211,10 @@ def test_a_model_without_a_config(tmp_path, capsys):
     assert "must be a folder with a config.json" in capsys.readouterr().err
 
 
-def write(path: Path, **changes) -> Path:
+def write(path: Path, flags: str = "", **changes) -> Path:
     batches = {"1 x 8": {"prefill_ms": [20.0], "decode_ms": [5.0, 5.4]}}
     run = {"seconds": 1, "error": None, "batches": batches, "clocks_before": [], "clocks_after": []}
-    ours = {"versions": {"sglang": "1"}, "error": None, "variables": {}, "runs": [run]}
+    ours = {"versions": {"sglang": "1"}, "error": None, "variables": {}, "runs": [run], "command": f"bench {flags}"}
     found = {
         "format": 3, "kind": "model", "time": "now", "host": HOST, "model": {"name": "m2", "changes": []},
         "layout": "--tp 1", "batch_sizes": [1], "input_lens": [8], "output_len": 3, "contestants": {"ours": ours},
@@ -235,6 +235,25 @@ def test_records_of_other_work_are_not_compared(tmp_path, capsys):
     first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", input_lens=[128])
     assert main(["bench", "--show", str(first), str(second)]) == 2
     assert "input_lens is [8] in a.json and [128] in b.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rounds": 1}, "rounds is None in a.json and 1 in b.json"),
+        ({"device": "cpu"}, "device is None in a.json and 'cpu' in b.json"),
+        ({"flags": "--tp 4 --dp 4 --enable-dp-attention"}, "ours of a.json: 1, ours of b.json: 4"),
+    ],
+)
+def test_records_of_other_rounds_devices_and_requests_a_batch_are_not_compared(changes, said, tmp_path, capsys):
+    first, second = write(tmp_path / "a.json"), write(tmp_path / "b.json", **changes)
+    assert main(["bench", "--show", str(first), str(second)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_flags_of_each_engine_are_shown(tmp_path, capsys):
+    assert main(["bench", "--show", str(write(tmp_path / "a.json", flags="--disable-cuda-graph"))]) == 0
+    assert "bench --disable-cuda-graph" in capsys.readouterr().out
 
 
 def test_records_of_one_host_stand_side_by_side(tmp_path, capsys):

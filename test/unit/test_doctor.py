@@ -188,6 +188,10 @@ TALES = {
         "NCCL", "warning", "2.19.3 is loaded, and torch 2.9.1+cu128 was released with 2.27.5",
         "nvidia-nccl-cu12==2.27.5",
     ),
+    "NCCL of a later version": (
+        changed(GPU_FACTS, torch={"nccl": "2.28.3"}),
+        "NCCL", "ok", "2.28.3 is loaded, and torch 2.9.1+cu128 was released with 2.27.5", None,
+    ),
     "NCCL missing": (changed(GPU_FACTS, torch={"nccl": None}), "NCCL", "error", "without it", "torch==2.9.1"),
     "NCCL on a CPU host": (CPU_FACTS, "NCCL", "not applicable", "no GPU", None),
     "sgl_kernel": (GPU_FACTS, "sgl_kernel", "ok", "0.4.1 loads, with kernels for sm90", None),

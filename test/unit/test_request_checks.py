@@ -25,7 +25,8 @@ VOCAB, HIDDEN = 1000, 3
 def request(**fields):
     """As the engine's, with nothing given."""
     inputs = ("text", "input_ids", "input_embeds")
-    names = (*inputs, "token_ids_logprob", "top_logprobs_num", "logprob_start_len", "sampling_params")
+    logprobs = ("token_ids_logprob", "top_logprobs_num", "logprob_start_len")
+    names = (*inputs, *logprobs, "session_params", "sampling_params")
     return SimpleNamespace(**(dict.fromkeys(names) | fields))
 
 
@@ -51,6 +52,10 @@ def check(has_tokenizer: bool = True, **fields) -> None:
         {"input_embeds": [[0.5, 1.0, -1e29]]},
         {"input_embeds": [[[0.5, 1, 2]], [[1, 2, 3], [4, 5, 6]]], "top_logprobs_num": [1, 2]},
         {"input_ids": [1], "input_embeds": [["not looked at"]]},
+        {"input_ids": [[1], [2]], "token_ids_logprob": [[1], [2, 3]]},
+        {"input_ids": [[1], [2]], "token_ids_logprob": [2, 3]},
+        {"text": "a", "session_params": {"id": "x", "rid": None, "offset": -1, "replace": True, "unknown": [1]}},
+        {"sampling_params": {"spaces_between_special_tokens": False, "n": 4096}},
         {"sampling_params": {"ignore_eos": True, "custom_params": {"a": object()}, "skip_special_tokens": False}},
     ],
 )
@@ -70,6 +75,14 @@ def test_what_can_be_answered_passes(fields):
         ({"input_ids": [1.0]}, r"input_ids\[0\] is 1.0"),
         ({"input_ids": [[1], 2]}, r"input_ids=2 cannot be: input_ids is a list of token ids"),
         ({"token_ids_logprob": [VOCAB]}, r"token_ids_logprob\[0\]"),
+        ({"text": "a", "token_ids_logprob": [[1], [2, 3]]}, "token_ids_logprob is one list for a single prompt"),
+        ({"input_ids": [[1], [2]], "token_ids_logprob": [[1]]}, "token_ids_logprob has a list for each of 2 prompts"),
+        ({"session_params": ["x"]}, "session_params is an object"),
+        ({"session_params": {"id": ["x"]}}, r"session_params\[id\] is a string"),
+        ({"session_params": {"id": "x", "rid": {}}}, r"session_params\[rid\] is a string"),
+        ({"session_params": {"id": "x", "offset": "1"}}, r"session_params\[offset\] is an integer"),
+        ({"session_params": {"id": "x", "replace": 1}}, r"session_params\[replace\] is true or false"),
+        ({"sampling_params": {"n": 4097}}, "n is an integer from 1 to 4096"),
         ({"top_logprobs_num": VOCAB + 1}, r"top_logprobs_num is from 0 to 1000"),
         ({"input_ids": [[1], [2]], "top_logprobs_num": [1, -1]}, r"top_logprobs_num=-1"),
         ({"logprob_start_len": -2}, r"logprob_start_len is -1 \(output tokens only\) or more"),
@@ -142,6 +155,7 @@ def test_numbers_are_finite_numbers(name, value):
         {"repetition_penalty": 1e-300},
         {"skip_special_tokens": None},
         {"skip_special_tokens": 1},
+        {"spaces_between_special_tokens": []},
         {"structural_tag": ""},
         {"stop_regex": "(["},
         {"stop_regex": ["a", "a{2,1}"]},

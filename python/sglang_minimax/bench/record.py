@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -137,11 +138,22 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_comparable(records: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    """Records may stand side by side if host, model and lengths are the same.
+    """Records may stand side by side if host, model, lengths, rounds and requests of a batch are the same.
 
     Raises:
         CannotBench: they differ; the message has both values.
     """
+    sizes = {
+        _dp_ranks(facts.get("command") or ""): f"{contestant} of {name}"
+        for record, name in zip(records, names, strict=True)
+        for contestant, facts in record.get("contestants", {}).items()
+    }
+    if len(sizes) > 1:
+        which = ", ".join(f"{who}: {ranks}" for ranks, who in sizes.items())
+        raise CannotBench(
+            f"a batch is for each DP rank under DP attention, and these have different numbers of them ({which}): the "
+            f"same batch size is another number of requests. Show each by itself"
+        )
     first = records[0]
     for record, name in zip(records[1:], names[1:], strict=True):
         ours, theirs = first["host"], record["host"]
@@ -151,9 +163,15 @@ def check_comparable(records: Sequence[dict[str, Any]], names: Sequence[str]) ->
                 f"{theirs['identity']} ({describe_host(theirs)}): times of different hosts cannot be compared. Measure "
                 f"all of it in one go with --compare, or show each file by itself"
             )
-        for field in ("kind", "model", "op", "input_lens", "output_len"):
+        for field in ("kind", "model", "op", "input_lens", "output_len", "rounds", "device"):
             if first.get(field) != record.get(field):
                 raise CannotBench(
                     f"{field} is {first.get(field)!r} in {names[0]} and {record.get(field)!r} in {name}: these are not "
                     f"times of the same work. Measure again with the same {field}, or show each file by itself"
                 )
+
+
+def _dp_ranks(command: str) -> int:
+    """Among how many DP ranks a command's server divides its requests; each of them gets the whole batch."""
+    given = re.search(r"--(?:dp|dp-size|data-parallel-size)[ =](\d+)", command)
+    return int(given[1]) if given and "--enable-dp-attention" in command else 1

@@ -113,6 +113,7 @@ def _versions(record: dict[str, Any], label: str) -> list[str]:
         samples = [sample for run in facts["runs"] for sample in (run["clocks_before"], run["clocks_after"])]
         variables = " ".join(f"{variable}={value}" for variable, value in facts["variables"].items())
         parts = [versions or "nothing found", describe_clocks(samples), f"{len(facts['runs'])} run(s)", variables]
+        parts.append(facts.get("command"))
         lines.append(f"{_named(contestant, label)}: {'; '.join(filter(None, parts))}")
     return lines
 

@@ -155,6 +155,10 @@ def _same_release(installed: str, pinned: str) -> bool:
     return installed.partition("+")[0] == pinned.partition("+")[0]
 
 
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
+
+
 # ----------------------------------------------------------------------------------------- driver and GPUs
 
 
@@ -292,7 +296,9 @@ def check_nccl(torch: Torch, engine: Engine) -> Finding:
     )
     if package and wanted and not _same_release(torch.nccl, wanted):
         what = f"{torch.nccl} is loaded, and torch {torch.version} was released with {wanted}"
-        return Finding(name, "warning", what, f"python -m pip install {package}=={wanted}")
+        if _release(torch.nccl) < _release(wanted):
+            return Finding(name, "warning", what, f"python -m pip install {package}=={wanted}")
+        return Finding(name, "ok", what)  # as in the engine's own images
     return Finding(name, "ok", f"{torch.nccl} is loaded")
 
 

@@ -1,0 +1,45 @@
+"""Requests that are right, and for which the engine's own code would end the server, whatever the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from sglang_minimax.adjustments import EngineModule, EngineObject
+
+
+def pass_over_requests_without_token_ids(module: EngineModule) -> None:
+    """In a prefill beside one with ``token_ids_logprob``, a request that asks for other log-probabilities.
+
+    The engine makes a tensor of its token ids, of which there are none; in decode it passes over it.
+    """
+    of_token_ids = module.get_token_ids_logprobs_raw
+
+    @functools.wraps(of_token_ids)
+    def of_token_ids_or_none(logprobs: Any, token_ids: Sequence[list[int] | None], *args: Any, **kwargs: Any) -> Any:
+        return of_token_ids(logprobs, [ids or [] for ids in token_ids], *args, **kwargs)
+
+    module.get_token_ids_logprobs_raw = of_token_ids_or_none
+
+
+def replace_all_of_a_session(module: EngineModule) -> None:
+    """``replace`` without ``rid``: the engine takes requests out of a dictionary while it goes through it."""
+    create_req = module.Session.create_req
+
+    @functools.wraps(create_req)
+    def create_after_clearing(self: EngineObject, req: EngineObject, *args: Any, **kwargs: Any) -> Any:
+        parameters = req.session_params
+        if not self.streaming and parameters.replace and parameters.rid is None:
+            for node in list(self.req_nodes.values()):
+                if node.req.rid in self.req_nodes:  # not taken out with the one that it continues
+                    node.clear(self.req_nodes)
+        return create_req(self, req, *args, **kwargs)
+
+    module.Session.create_req = create_after_clearing
+
+
+ADJUSTMENTS = [
+    ("sglang.srt.layers.utils.logprob", pass_over_requests_without_token_ids),
+    ("sglang.srt.managers.session_controller", replace_all_of_a_session),
+]

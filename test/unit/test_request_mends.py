@@ -1,0 +1,64 @@
+"""Right requests for which the engine's own code would end the server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.layers.utils import logprob
+from sglang.srt.layers.utils.logprob import LogprobStage
+from sglang.srt.managers import session_controller
+
+
+def test_a_request_without_token_ids_is_passed_over_in_a_prefill_beside_one_with_some():
+    logprobs = torch.arange(20.0).view(4, 5)
+    lengths, token_ids = [2, 1, 1], [[3, 0], None, [4]]
+    engines = logprob.get_token_ids_logprobs_raw.__wrapped__
+    with pytest.raises(TypeError):  # or there is nothing left to mend
+        engines(logprobs, token_ids, LogprobStage.PREFILL, lengths)
+    values, ids = logprob.get_token_ids_logprobs_raw(logprobs, token_ids, LogprobStage.PREFILL, lengths)
+    assert values == [[[3.0, 0.0], [8.0, 5.0]], [[]], [[19.0]]]
+    assert ids == [[[3, 0], [3, 0]], [[]], [[4]]]
+    values, ids = logprob.get_token_ids_logprobs_raw(logprobs, [None, [1]], LogprobStage.DECODE)
+    assert values == [[], [6.0]] and ids == [[], [1]]
+
+
+@pytest.fixture
+def session():
+    """With a request, one that continues it, and one beside them."""
+    session = session_controller.Session(1000, "session")
+    parent = None
+    for rid in ("first", "second", "other"):
+        req = SimpleNamespace(rid=rid, finished_reason=None, to_finish=None)
+        node = session_controller.SessionReqNode(req, parent if rid == "second" else None)
+        session.req_nodes[rid], parent = node, node
+    return session
+
+
+class Cleared(Exception):
+    """The engine goes on to make a request, which wants more than is here."""
+
+
+def asked_to_replace(rid: str | None):
+    def input_ids(self):
+        raise Cleared
+
+    parameters = SimpleNamespace(replace=True, rid=rid, offset=None, drop_previous_output=None)
+    return type("Asked", (), {"session_params": parameters, "input_ids": property(input_ids), "rid": "new"})()
+
+
+def test_a_session_is_replaced_as_a_whole(session):
+    nodes = [node.req for node in session.req_nodes.values()]
+    with pytest.raises(RuntimeError, match="changed size during iteration"):  # or there is nothing left to mend
+        session_controller.Session.create_req.__wrapped__(session, asked_to_replace(None), None, 100)
+    session.req_nodes.update((req.rid, session_controller.SessionReqNode(req)) for req in nodes)
+    with pytest.raises(Cleared):
+        session.create_req(asked_to_replace(None), None, 100)
+    assert session.req_nodes == {} and all(req.to_finish is not None for req in nodes)
+
+
+def test_replacing_one_request_is_left_to_the_engine(session):
+    with pytest.raises((Cleared, AttributeError)):  # it goes on with the tokens of the first, which has none here
+        session.create_req(asked_to_replace("first"), None, 100)
+    assert set(session.req_nodes) == {"first", "other"}, "what continued it is gone"
