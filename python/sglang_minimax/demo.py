@@ -299,26 +299,24 @@ class Demo:
                 f"({progress.reached} of {layout.tp})"
             )
 
+        # Where rounding may tip a router's choice over, the numbers of one prompt are too few to judge by.
+        alone = PROMPTS[:1] if tolerance.share == 1 else PROMPTS
         with running(self.interrupts, lambda: Server(command, log, port=port)) as server:
             server.wait_until_ready(START_SECONDS, show)
             console.print(f"  {time.monotonic() - since:5.1f} s  server ready, answering")
             asked = {
                 "/generate, all prompts at once": ask_generate(server, PROMPTS),
                 # One prompt alone leaves the other DP ranks idle, and they must still join every collective.
-                "/generate, one prompt alone": ask_generate(server, PROMPTS[:1]),
+                "/generate, one prompt at a time": [one for prompt in alone for one in ask_generate(server, [prompt])],
                 "/v1/completions, all prompts at once": ask_completions(server, PROMPTS),
             }
             console.print(f"  {time.monotonic() - since:5.1f} s  answered")
         console.print(f"  {time.monotonic() - since:5.1f} s  server stopped, no process left")
-        compared = {title: expected.compare(answers) for title, answers in asked.items()}
-        for title, comparisons in compared.items():
-            show_answers(title, comparisons)
-        # By all of them: where rounding tips over a router's choice, a prompt alone would decide.
-        return judge([one for comparisons in compared.values() for one in comparisons], tolerance)
+        return all([report(title, expected.compare(answers), tolerance) for title, answers in asked.items()])
 
 
-def show_answers(title: str, comparisons: Sequence[Comparison]) -> None:
-    """Prints the answers beside the reference's, with differences of log-probabilities."""
+def report(title: str, comparisons: Sequence[Comparison], tolerance: Tolerance) -> bool:
+    """Prints the answers beside the reference's, with differences of log-probabilities; whether they agree."""
     table = Table(title=title, title_justify="left")
     for column in ("prompt", "server", "transformers"):
         table.add_column(column, overflow="fold", ratio=1)
@@ -329,11 +327,6 @@ def show_answers(title: str, comparisons: Sequence[Comparison]) -> None:
         cells = (repr(text) for text in (one.answer.prompt, one.answer.text, one.expected_text))
         table.add_row(*map(escape, cells), f"{same}/{one.num_steps}", f"{one.largest:.2e}")
     console.print(table)
-    console.print()
-
-
-def judge(comparisons: Sequence[Comparison], tolerance: Tolerance) -> bool:
-    """Whether the answers agree with the reference, which is printed."""
     agreed = tolerance.accepts(comparisons)
     differences = [difference for one in comparisons for difference in one.differences]
     within = comparison.quantile(differences, tolerance.share)

@@ -10,9 +10,10 @@ from sglang_minimax.adjustments import EngineModule, EngineObject
 
 
 def pass_over_requests_without_token_ids(module: EngineModule) -> None:
-    """In a prefill beside one with ``token_ids_logprob``, a request that asks for other log-probabilities.
+    """Beside one with ``token_ids_logprob``, a request that asks for other log-probabilities.
 
-    The engine makes a tensor of its token ids, of which there are none; in decode it passes over it.
+    In a prefill the engine makes a tensor of its token ids, of which there are none; in decode it leaves a list where
+    it later wants a tensor.
     """
     of_token_ids = module.get_token_ids_logprobs_raw
 
@@ -31,9 +32,10 @@ def replace_all_of_a_session(module: EngineModule) -> None:
     def create_after_clearing(self: EngineObject, req: EngineObject, *args: Any, **kwargs: Any) -> Any:
         parameters = req.session_params
         if not self.streaming and parameters.replace and parameters.rid is None:
-            for node in list(self.req_nodes.values()):
-                if node.req.rid in self.req_nodes:  # not taken out with the one that it continues
-                    node.clear(self.req_nodes)
+            for node in self.req_nodes.values():
+                node.abort()
+                node.children = []
+            self.req_nodes.clear()
         return create_req(self, req, *args, **kwargs)
 
     module.Session.create_req = create_after_clearing

@@ -6,8 +6,10 @@ one idle. Rows that differ in which rank has which prompt, or when it comes, are
 server sends them. Left out are rows in which something is simulated, those of EAGLE3, whose captured states no server
 returns (test/gpu/test_reference.py has drafts), and on a CPU pipeline stages, whose scheduler needs CUDA.
 
-Tokens are the server's own, so a number is compared until the two choose different ones, which on a CPU is wrong. On
-GPUs a server has CUDA graphs and overlap scheduling, and where it has more ranks than there are GPUs several launchers.
+Tokens are the server's own, so a number is compared until the two choose different ones, which on a CPU is wrong. An
+answer that parts from the reference has the difference at which it did for each step behind it too, so that a prompt
+that is wrong from its first token on is a fifth of the numbers. On GPUs a server has CUDA graphs and overlap
+scheduling, where the engine does, and several launchers where it has more ranks than there are GPUs.
 
 On GPUs five prompts are few: one at a near tie of the router is a fifth of all numbers, and rounding may tip it over in
 the server and not in the reference. A server whose answers are not within the tolerance is therefore asked for four
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layouts.harness import count_gpus
@@ -120,7 +122,13 @@ def _compared(server: Nodes, prompts: list[list[int]], completions: list[Complet
         for asked in (prompts, prompts, prompts[:1])
         for prompt, meta_info in zip(asked, server.generate(asked, STEPS), strict=True)
     ]
-    return [comparison.compare(answer, expected[answer.prompt], [], "") for answer in answers]
+    return [_to_its_end(comparison.compare(answer, expected[answer.prompt], [], "")) for answer in answers]
+
+
+def _to_its_end(one: Comparison) -> Comparison:
+    """With a difference for each step: where it parted, that of the parting for those behind it."""
+    behind = one.num_steps - len(one.differences)
+    return replace(one, differences=one.differences + one.differences[-1:] * behind)
 
 
 @dataclass(frozen=True)

@@ -474,23 +474,24 @@ def test_a_server_that_answers_wrongly_is_a_fault(wrong, said, oracles, monkeypa
     assert wrong != "end" or faults == [said, "out of memory"]
 
 
+@pytest.mark.parametrize("parts", [False, True], ids=["numbers", "tokens"])
 @pytest.mark.parametrize(("wrong_in", "sets", "holds"), [((), 1, True), ((0,), 5, True), (range(5), 5, False)])
-def test_a_server_on_gpus_that_leaves_a_doubt_is_asked_for_more(wrong_in, sets, holds, tmp_path, monkeypatch):
+def test_a_server_on_gpus_that_leaves_a_doubt_is_asked_for_more(wrong_in, sets, holds, parts, tmp_path, monkeypatch):
     """One prompt of five may have met a near tie of the router; if the same one of every five is off, it is a fault."""
     oracles = Oracles(tmp_path, dataclasses.replace(GPUS, name="cpu", arguments={}))
     fives, shape = [oracles.prompts, *oracles.more_prompts], ROWS["tp4_kv2"].shape
     wrong = [fives[number][1] for number in wrong_in]
 
     def change(prompt, steps):
-        for step in steps:
-            step[0] += prompt in wrong
+        for step in steps if prompt in wrong else ():
+            step[0], step[1] = step[0] + 3, step[1] + parts
 
     server = Answering([*oracles.of(shape)[2], *oracles.more(shape)[0]], change)
     monkeypatch.setattr(servers, "_started", lambda *_: contextlib.nullcontext(server))
     outcome = run_server(ROWS["tp4_kv2"], oracles)
     assert server.asked == [prompts for five in fives[:sets] for prompts in (five, five, five[:1])]
     assert outcome.compared == sets * 11 * STEPS
-    assert not outcome.faults if holds else "differ by up to 1.00e+00" in outcome.faults[0]
+    assert not outcome.faults if holds else "90% of log-probabilities differ by up to 3.00e+00" in outcome.faults[0]
 
 
 def test_the_table_of_servers_says_how_stock_ends(monkeypatch):

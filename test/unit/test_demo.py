@@ -179,12 +179,12 @@ def test_the_tolerance_for_rounding_comes_from_the_reference_and_still_sees_faul
 @pytest.mark.parametrize(
     ("tipped_over", "verdict", "within"), [(1, "agrees", "1.00e-02"), (5, "DOES NOT AGREE", "5.00e-01")]
 )
-def test_a_layout_is_judged_by_all_its_answers(tipped_over, verdict, within, capsys, monkeypatch):
-    """One of 25 may have met a near tie of the router, alone in a request or not."""
+def test_a_request_is_judged_by_all_its_answers(tipped_over, verdict, within, capsys, monkeypatch):
+    """One of 25 may have met a near tie of the router."""
     monkeypatch.setattr(demo, "console", Console(width=200))
     answers = [compared(logprobs=(-1.5, -1.0, -2.5))] * tipped_over
     answers += [compared(logprobs=(-1.01, -0.51, -2.01))] * (25 - tipped_over)
-    assert demo.judge(answers, comparison.Tolerance(0.03, 0.9, "measured")) == (tipped_over == 1)
+    assert demo.report("a request", answers, comparison.Tolerance(0.03, 0.9, "measured")) == (tipped_over == 1)
     said = f"{verdict}: 90% of log-probabilities differ by at most {within}, where 0.03 is allowed; the largest"
     assert said in capsys.readouterr().out
 

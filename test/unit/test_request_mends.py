@@ -22,6 +22,8 @@ def test_a_request_without_token_ids_is_passed_over_in_a_prefill_beside_one_with
     assert ids == [[[3, 0], [3, 0]], [[]], [[4]]]
     values, ids = logprob.get_token_ids_logprobs_raw(logprobs, [None, [1]], LogprobStage.DECODE)
     assert values == [[], [6.0]] and ids == [[], [1]]
+    values, _ = logprob.get_token_ids_logprobs_raw(logprobs, [None, [1]], LogprobStage.DECODE, no_copy_to_cpu=True)
+    assert [value.tolist() for value in values] == [[], [6.0]]
 
 
 @pytest.fixture
@@ -52,7 +54,9 @@ def test_a_session_is_replaced_as_a_whole(session):
     nodes = [node.req for node in session.req_nodes.values()]
     with pytest.raises(RuntimeError, match="changed size during iteration"):  # or there is nothing left to mend
         session_controller.Session.create_req.__wrapped__(session, asked_to_replace(None), None, 100)
-    session.req_nodes.update((req.rid, session_controller.SessionReqNode(req)) for req in nodes)
+    first, *others = (session_controller.SessionReqNode(req) for req in nodes)
+    again = session_controller.SessionReqNode(first.req, others[0])  # the first's id, taken once more
+    session.req_nodes.update((node.req.rid, node) for node in (first, *others, again))
     with pytest.raises(Cleared):
         session.create_req(asked_to_replace(None), None, 100)
     assert session.req_nodes == {} and all(req.to_finish is not None for req in nodes)

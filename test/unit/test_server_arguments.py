@@ -156,7 +156,9 @@ def test_stages_that_tritons_attention_would_fail_in_are_refused(folder, backend
     """Two stages have 31 layers each; of three, the last has 21 behind 41."""
     whole = folder(num_hidden_layers=62)
     assert read(whole, "--pp-size", "2", backend, "triton").pp_size == 2
-    with pytest.raises(ValueError, match=r"stage 2 has layers 41 to 61 of 62, .* Take --attention-backend fa3"):
+    with pytest.raises(
+        ValueError, match=r"stage 2 has layers 41 to 61 of 62, .* --attention-backend flashinfer, or fa3"
+    ):
         read(whole, "--pp-size", "3", backend, "triton")
 
 

@@ -148,7 +148,7 @@ def check_comparable(records: Sequence[dict[str, Any]], names: Sequence[str]) ->
         for record, name in zip(records, names, strict=True)
         for contestant, facts in record.get("contestants", {}).items()
     }
-    if len(sizes) > 1:
+    if len(records) > 1 and len(sizes) > 1:
         which = ", ".join(f"{who}: {ranks}" for ranks, who in sizes.items())
         raise CannotBench(
             f"a batch is for each DP rank under DP attention, and these have different numbers of them ({which}): the "

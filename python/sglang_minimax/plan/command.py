@@ -12,6 +12,7 @@ from sglang_minimax.plan.report import make_report
 from sglang_minimax.plan.shape import PUBLISHED, CannotPlan, ModelShape, read_model
 
 MOST_GPUS = 512  # of a search, which is over in seconds
+NEAREST_GPUS = 16  # so many numbers below one for which there is no layout are tried
 
 SUMMARY = "whether a layout works, what each rank holds, bytes a GPU, and the commands; or the best layouts"
 
@@ -103,7 +104,7 @@ def _search(arguments: argparse.Namespace, model: ModelShape, gpu: Gpu, flags: F
     if arguments.json:
         print(json.dumps(step.as_data(found), indent=2))
     elif not found:
-        fewer = range(arguments.gpus - 1, 0, -1)
+        fewer = range(arguments.gpus - 1, max(arguments.gpus - 1 - NEAREST_GPUS, 0), -1)
         works = next((gpus for gpus in fewer if step.search(model, gpu, gpus, arguments.goal, flags)), None)
         way_out = "more GPUs, or GPUs with more memory" if works is None else f"{works} of them have one that does"
         print(f"no layout of {arguments.gpus} x {gpu.name} holds {model.name}: {way_out}")

@@ -219,8 +219,8 @@ def reason_against_stages_of_triton(stages: Sequence[range]) -> str | None:
             return (
                 f"--pp-size {len(stages)}: stage {number} has layers {layers[0]} to {layers[-1]} of {stages[-1].stop}, "
                 f"and the engine's Triton attention, which fails where a stage has fewer layers than come before it, "
-                f"would end the server. Take --attention-backend fa3 or flashinfer, or two stages, the second no "
-                f"shorter than the first"
+                f"would end the server. Take --attention-backend flashinfer, or fa3, which reads no KV cache in "
+                f"fp8_e5m2, or two stages, the second no shorter than the first"
             )
     return None
 

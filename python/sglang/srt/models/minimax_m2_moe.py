@@ -221,7 +221,7 @@ def recorded_as(layer_id: int):
     return get_global_expert_distribution_recorder().with_current_layer(layer_id)
 
 
-_WITHOUT_EP = ("awq", "awq_marlin", "gptq", "gptq_marlin", "moe_wna16")
+_MARLIN = ("awq", "awq_marlin", "gptq", "gptq_marlin")
 
 
 def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
@@ -243,13 +243,23 @@ def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
             f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
             f"--moe-a2a-backend, or leave the redundant experts out."
         )
-    _check_4_bit_experts(method, tp_size, ep_size, server_args.moe_dp_size)
+    stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    _check_4_bit_experts(method, stored, tp_size, ep_size, server_args.moe_dp_size)
 
 
-def _check_4_bit_experts(method: str | None, tp_size: int, ep_size: int, moe_dp_size: int) -> None:
-    """Refuses what the engine would load wrongly, or multiply with what lies beside the weights."""
+def _check_4_bit_experts(method: str | None, stored: str | None, tp_size: int, ep_size: int, moe_dp_size: int) -> None:
+    """Refuses what the engine would load wrongly, or multiply with what lies beside the weights.
+
+    Args:
+        stored: the method that the checkpoint names.
+    """
     by_width = "--quantization moe_wna16"  # the one for GPTQ that loads an expert's part
-    if method in _WITHOUT_EP and ep_size > 1:
+    if method == "moe_wna16" and stored == "awq" and ep_size > 1:
+        raise ValueError(
+            f"AWQ experts by --quantization moe_wna16 and --ep {ep_size}: the engine's loader puts zero points where "
+            f"the experts of all ranks would have them. Leave --ep out."
+        )
+    if method in _MARLIN and ep_size > 1:
         also = f", and give {by_width}" if method.startswith("gptq") and tp_size > moe_dp_size else ""
         raise ValueError(
             f"{method} experts and --ep {ep_size}: for these the engine's kernels do not pass over routes to other "
