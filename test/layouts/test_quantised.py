@@ -241,11 +241,12 @@ def test_gptq_experts_cut_by_width_are_refused_with_the_way_out(checkpoints, as_
         load(checkpoints["gptq"][0], "gptq", tp, 1)
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_the_way_out_for_gptq_loads_each_ranks_part(checkpoints, as_if_on_a_gpu, monkeypatch, tp):
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_the_way_out_for_gptq_loads_each_ranks_part(checkpoints, as_if_on_a_gpu, monkeypatch, tp, ep):
     """Held as bytes of two weights each, [out, in / 2], and scales [out, groups]."""
     monkeypatch.setattr(moe_wna16, "get_device_capability", lambda *_: (9, 0))
     folder, tensors = checkpoints["gptq"]
+    moe_tp, per_rank = tp // ep, SHAPE.num_local_experts // ep
 
     def four_bits(packed: np.ndarray, axis: int) -> np.ndarray:
         """The weights that lie along ``axis`` in the integers of ``packed``, the lowest bits first."""
@@ -253,16 +254,16 @@ def test_the_way_out_for_gptq_loads_each_ranks_part(checkpoints, as_if_on_a_gpu,
         unpacked = np.stack([(packed >> shift) & 15 for shift in shifts], axis + 1)
         return unpacked.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :]).astype(int)
 
-    for rank, params in enumerate(load(folder, "gptq", tp, 1, quantization="moe_wna16")):
-        for layer, expert in np.ndindex(SHAPE.num_hidden_layers, SHAPE.num_local_experts):
-            experts = f"model.layers.{layer}.block_sparse_moe.experts."
+    for rank, params in enumerate(load(folder, "gptq", tp, ep, quantization="moe_wna16")):
+        for layer, place in np.ndindex(SHAPE.num_hidden_layers, per_rank):
+            experts, expert = f"model.layers.{layer}.block_sparse_moe.experts.", rank // moe_tp * per_rank + place
             for which, shards, axis in (("w13", ("w1", "w3"), 1), ("w2", ("w2",), 0)):
                 own = [f"{experts}{expert}.{shard}." for shard in shards]
-                weight = [part(four_bits(tensors[f"{name}qweight"], 0), axis, rank, tp) for name in own]
-                scales = [part(tensors[f"{name}scales"], axis, rank, tp) for name in own]
-                got = four_bits(params[f"{experts}{which}_qweight"][expert], 1)
+                weight = [part(four_bits(tensors[f"{name}qweight"], 0), axis, rank % moe_tp, moe_tp) for name in own]
+                scales = [part(tensors[f"{name}scales"], axis, rank % moe_tp, moe_tp) for name in own]
+                got = four_bits(params[f"{experts}{which}_qweight"][place], 1)
                 assert (got == np.concatenate(weight, 1).T).all(), f"rank {rank}, {which} of expert {expert}"
-                assert (params[f"{experts}{which}_scales"][expert] == np.concatenate(scales, 1).T).all()
+                assert (params[f"{experts}{which}_scales"][place] == np.concatenate(scales, 1).T).all()
 
 
 @pytest.mark.parametrize(
