@@ -84,7 +84,7 @@ def run_server(row: Row, oracles: Oracles, stock: bool = False) -> Outcome:
         try:
             with _started(row, checkpoint, oracles.device, Path(folder), stock) as server:
                 found = _compared(server, oracles.prompts, completions)
-                if oracles.device is not CPU and not tolerance.accepts(found):
+                if oracles.device is not CPU and not tolerance.accepts(_to_their_ends(found)):
                     more, tolerance = oracles.more(row.shape)
                     for prompts in oracles.more_prompts:
                         found += _compared(server, prompts, more)
@@ -95,13 +95,15 @@ def run_server(row: Row, oracles: Oracles, stock: bool = False) -> Outcome:
         except ValueError as error:  # not a number
             return Outcome.of_failure([str(error)])
     seconds = time.monotonic() - started
-    differences = [difference for one in found for difference in one.differences]
+    judged = _to_their_ends(found)
+    differences = [difference for one in judged for difference in one.differences]
     within = comparison.quantile(differences, tolerance.share)
     faults = []
-    if not tolerance.accepts(found):
+    if not tolerance.accepts(judged):
         faults.append(f"{tolerance.share:.0%} of log-probabilities differ by up to {within:.2e}")
         faults += map(_in_words, found)
-    return Outcome(max(differences), within, tolerance.limit, len(differences), seconds, faults)
+    compared = sum(len(one.differences) for one in found)
+    return Outcome(max(differences), within, tolerance.limit, compared, seconds, faults)
 
 
 def _in_words(one: Comparison) -> str:
@@ -122,13 +124,15 @@ def _compared(server: Nodes, prompts: list[list[int]], completions: list[Complet
         for asked in (prompts, prompts, prompts[:1])
         for prompt, meta_info in zip(asked, server.generate(asked, STEPS), strict=True)
     ]
-    return [_to_its_end(comparison.compare(answer, expected[answer.prompt], [], "")) for answer in answers]
+    return [comparison.compare(answer, expected[answer.prompt], [], "") for answer in answers]
 
 
-def _to_its_end(one: Comparison) -> Comparison:
-    """With a difference for each step: where it parted, that of the parting for those behind it."""
-    behind = one.num_steps - len(one.differences)
-    return replace(one, differences=one.differences + one.differences[-1:] * behind)
+def _to_their_ends(found: list[Comparison]) -> list[Comparison]:
+    """With a difference for each step: where an answer parted, that of the parting for those behind it."""
+    return [
+        replace(one, differences=one.differences + one.differences[-1:] * (one.num_steps - len(one.differences)))
+        for one in found
+    ]
 
 
 @dataclass(frozen=True)
