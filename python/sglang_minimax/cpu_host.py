@@ -472,6 +472,7 @@ def name_the_triton_kernel(common: EngineModule) -> None:
     """Without a driver Triton says "0 active drivers": neither which kernel nor what to do about it."""
     from triton.runtime.jit import JITFunction
 
+    @functools.wraps(JITFunction.run)
     def run(self: Any, *args: object, **kwargs: object) -> None:
         raise RuntimeError(
             f"The Triton kernel {self.fn.__module__}.{self.fn.__name__} was reached, and this host has no GPU. "

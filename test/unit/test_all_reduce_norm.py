@@ -30,7 +30,17 @@ def test_kernel_agrees_with_float64_when_interpreted():
 
 @pytest.mark.parametrize(
     ("capability", "ranks", "warps", "parts"),
-    [(80, 2, 16, 0), (90, 2, 16, 0), (90, 4, 16, 0), (90, 8, 16, 0), (90, 4, 8, 0), (90, 4, 16, 6), (90, 8, 16, 8)],
+    [
+        (80, 2, 16, 0),
+        (90, 2, 16, 0),
+        (90, 4, 16, 0),
+        (90, 8, 16, 0),
+        (90, 4, 8, 0),
+        (90, 4, 16, 6),
+        (90, 8, 16, 8),
+        (100, 8, 16, 0),
+        (120, 4, 16, 0),
+    ],
 )
 def test_kernel_compiles_without_a_gpu(capability, ranks, warps, parts):
     """Through ptxas, so that the PTX of the exchange is read by the one who must accept it."""

@@ -226,7 +226,7 @@ def test_launch_plans_fit_the_multiprocessor_and_the_inbox(values_per_row):
         assert ROWS_PER_CTA % plan.rows == 0, "a turn must not run over the CTA's part of the inbox"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 @pytest.mark.parametrize(
     "ranks, rows, once, counterpart, parts",
     [(1, 1, True, False, 0), (2, 1, True, False, 0), (4, 4, True, False, 0), (8, 2, False, False, 0),

@@ -16,7 +16,7 @@ from sglang_minimax.cpu_host import has_no_accelerator
 
 FITS = {
     "on_cuda": True,
-    "launches_early": True,
+    "hopper": True,
     "activations": torch.bfloat16,
     "weights": torch.float32,
     "deterministic": False,
@@ -39,7 +39,7 @@ def test_every_count_up_to_the_limit_has_the_first_plan_that_is_large_enough():
     [
         ({}, None),
         ({"on_cuda": False}, "NVIDIA"),
-        ({"launches_early": False}, "compute capability 9.0"),
+        ({"hopper": False}, "compute capability 9 "),
         ({"activations": torch.float16}, "float16"),
         ({"weights": torch.bfloat16}, "weights are torch.bfloat16"),
         ({"deterministic": True}, "batch size"),
@@ -61,7 +61,7 @@ def server(monkeypatch, case: dict, **arguments) -> list[str]:
     """A host and a server of which ``case`` holds; gives what is logged."""
     said: list[str] = []
     monkeypatch.setattr(router, "is_cuda", lambda: case["on_cuda"])
-    monkeypatch.setattr(router, "has_programmatic_launch", lambda device: case["launches_early"])
+    monkeypatch.setattr(router, "get_device_capability", lambda: (9, 0) if case["hopper"] else (10, 0))
     monkeypatch.setattr(torch, "get_default_dtype", lambda: case["activations"])
     plain = {"ep_dispatch_algorithm": None, "enable_symm_mem": False}
     arguments = SimpleNamespace(enable_deterministic_inference=case["deterministic"], **(plain | arguments))

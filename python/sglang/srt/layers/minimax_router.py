@@ -35,7 +35,7 @@ from sglang.srt.layers.moe import get_moe_a2a_backend
 from sglang.srt.layers.moe.routed_experts_capturer import get_global_experts_capturer
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK, TopKConfig, TopKOutputFormat, fused_topk
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import is_cuda
+from sglang.srt.utils import get_device_capability, is_cuda
 from sglang.srt.utils.custom_op import register_custom_op
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -145,7 +145,7 @@ def reason_against_logits(gate: torch.nn.Module) -> str | None:
     """Why this layer's logits do not come from the kernels here, as a clause, or None."""
     return reason_against_plans(
         on_cuda=is_cuda(),
-        launches_early=is_cuda() and has_programmatic_launch(torch.device("cuda")),
+        hopper=is_cuda() and get_device_capability()[0] == 9,
         activations=torch.get_default_dtype(),
         weights=gate.weight.dtype,
         deterministic=bool(get_global_server_args().enable_deterministic_inference),
@@ -164,13 +164,13 @@ def reason_against_route(topk: TopK) -> str | None:
 
 
 def reason_against_plans(
-    *, on_cuda: bool, launches_early: bool, activations: torch.dtype, weights: torch.dtype, deterministic: bool
+    *, on_cuda: bool, hopper: bool, activations: torch.dtype, weights: torch.dtype, deterministic: bool
 ) -> str | None:
     """The first condition of the kernels here that does not hold, as a clause, or None."""
     if not on_cuda:
         return "its kernels are for NVIDIA GPUs"
-    if not launches_early:
-        return "its plans were measured on compute capability 9.0, and this GPU has less"
+    if not hopper:
+        return "its plans, and the error of its sums, were measured on compute capability 9 (Hopper) only"
     if activations != torch.bfloat16:
         return f"activations are {activations}, and its plans were measured with bfloat16"
     if weights != torch.float32:
