@@ -6,6 +6,7 @@ The engine decides per architecture while it reads its arguments, and does not n
     FlashInfer's fused all-reduce + norm, on wherever it is on for the engine's other mixtures of experts, until the
         model finds that one launch of its own does it;
     the kernel that sums a token's experts;
+    the dtype of activations, where neither the person nor the checkpoint names one;
     into how many parts Triton's attention divides a request in decode, where the person left it alone.
 """
 
@@ -77,8 +78,38 @@ def announce_overlay(module: EngineModule) -> None:
     module.configure_scheduler = announced
 
 
+def assume_bfloat16(module: EngineModule) -> None:
+    """Serves a checkpoint whose ``config.json`` names no dtype in bfloat16, that of the published weights.
+
+    The engine takes what names none for float32, and that for float16, in which it has no DeepGEMM and this model no
+    kernels of its own for FP8; FlashAttention-3 answers in bfloat16 to an FP8 cache whatever it was asked in.
+    """
+    engine = module._get_and_verify_dtype
+
+    @functools.wraps(engine)
+    def get_and_verify_dtype(config: EngineObject, dtype: Any) -> Any:
+        named = _of(config, "dtype") or _of(config, "torch_dtype")
+        if dtype == "auto" and named is None and ARCHITECTURE in (_of(config, "architectures") or ()):
+            _say_bfloat16()
+            dtype = "bfloat16"
+        return engine(config, dtype)
+
+    module._get_and_verify_dtype = get_and_verify_dtype
+
+
+def _of(config: EngineObject, name: str) -> Any:
+    """A value of a config, which is a dictionary where no class of transformers fits it."""
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+@functools.cache
+def _say_bfloat16() -> None:
+    logger.warning("The checkpoint's config names no dtype: bfloat16. Give --dtype to choose another.")
+
+
 ADJUSTMENTS = [
     ("sglang.srt.server_args", adjust_server_args),
+    ("sglang.srt.configs.model_config", assume_bfloat16),
     ("sglang.srt.managers.scheduler", announce_overlay),
 ]
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from pathlib import Path
 
 import pytest
+import torch
 from sglang.srt import server_args as engine
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from sglang_minimax.checkpoints import SmallModel, published_config
@@ -34,6 +37,29 @@ def folder(tmp_path):
 
 def read(folder: str, *arguments: str) -> ServerArgs:
     return prepare_server_args(["--model-path", folder, "--device", "cpu", "--skip-tokenizer-init", *arguments])
+
+
+def dtype_of(folder: str, asked: str = "auto", **named: str) -> torch.dtype:
+    """Of the model's activations, as every process of a server finds it, where the config names only ``named``."""
+    path = Path(folder, "config.json")
+    config = {key: value for key, value in json.loads(path.read_text()).items() if key != "dtype"} | named
+    path = path.with_name("-".join([config["model_type"], asked, *named]))  # the engine remembers what a folder has
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    return ModelConfig(str(path), dtype=asked).dtype
+
+
+def test_a_checkpoint_that_names_no_dtype_is_served_in_bfloat16(folder):
+    """As MiniMax-M2.5's is said not to; the engine would take float16."""
+    path = folder(FP8)
+    assert dtype_of(path) == torch.bfloat16
+    assert dtype_of(path, "float16") == torch.float16
+    assert dtype_of(path, dtype="float16") == torch.float16
+    assert dtype_of(path, torch_dtype="float16") == torch.float16
+
+
+def test_other_models_keep_the_engines_dtype(folder):
+    assert dtype_of(folder(architecture="LlamaForCausalLM"), model_type="llama") == torch.float16
 
 
 @pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (4, 1), (8, 2), (16, 4)])
