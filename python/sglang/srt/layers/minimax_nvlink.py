@@ -7,8 +7,10 @@ business of the kernel: :mod:`minimax_sum_exchange` (two sums a token), :mod:`mi
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
+from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
 
 # How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
@@ -96,12 +98,42 @@ def peers_are_reachable(group, device: torch.device) -> bool:
 
     if device.type != "cuda" or torch.version.hip is not None or not parallel_state._ENABLE_CUSTOM_ALL_REDUCE:
         return False
+    reason = _reason_against_a_check(
+        os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), group.world_size
+    )
+    if not _all_agree(reason is None, group):  # before the check, in which a rank that fails leaves the others waiting
+        _say_unchecked(reason or "another rank's cannot")
+        return False
     from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
         can_use_custom_all_reduce_with_nvlink,
     )
 
-    sizes = list(EXCHANGE_RANKS)
-    return can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "An exchange over NVLink") is True
+    sizes, found = list(EXCHANGE_RANKS), None
+    try:
+        found = can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "An exchange over NVLink")
+    except Exception as error:  # as the engine, which then goes on without its own all-reduce
+        _say_unchecked(f"{type(error).__name__}: {error}")
+    return _all_agree(found is True, group)
+
+
+def _reason_against_a_check(visible_devices: str | None, num_devices: int, num_ranks: int) -> str | None:
+    """Why the engine's check of peer access would fail on this rank, or None."""
+    named = [name.strip() for name in (visible_devices or "").split(",") if name.strip()]
+    if not all(name.isdigit() for name in named):
+        return f"CUDA_VISIBLE_DEVICES={visible_devices} names GPUs, and the engine reads numbers there"
+    if num_devices < num_ranks:
+        return f"this process sees {num_devices} GPUs, and the group has {num_ranks}"
+    return None
+
+
+def _all_agree(mine: bool, group) -> bool:
+    answers = [False] * group.world_size
+    torch.distributed.all_gather_object(answers, mine, group=group.cpu_group)
+    return all(answers)
+
+
+def _say_unchecked(reason: str) -> None:
+    log_once(f"Whether GPUs reach each other cannot be checked, so nothing is exchanged over NVLink: {reason}.")
 
 
 def peer_timeout_ms(seconds: float | None) -> int:
