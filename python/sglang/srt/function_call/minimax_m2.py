@@ -1,0 +1,251 @@
+"""Tool calls as MiniMax-M2 writes them, in blocks among its text:
+
+    <minimax:tool_call>
+    <invoke name="weather">
+    <parameter name="city">Oslo</parameter>
+    </invoke>
+    </minimax:tool_call>
+
+The format, and that ``null`` is null for any type, is the publisher's (docs/tool_calling_guide.md of
+github.com/MiniMax-AI/MiniMax-M2.5). A string is written as it is, so none of its characters is taken away; a value of
+another type is JSON. One reader takes text in pieces of any size, and a whole answer is one piece: what a client gets
+depends neither on the pieces nor on whether it asked for a stream.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang.srt.entrypoints.openai.protocol import Tool
+from sglang.srt.environ import envs
+from sglang.srt.function_call.base_format_detector import BaseFormatDetector
+from sglang.srt.function_call.core_types import StreamingParseResult, ToolCallItem, _GetInfoFunc
+
+logger = logging.getLogger(__name__)
+
+BLOCK, END_OF_BLOCK = "<minimax:tool_call>", "</minimax:tool_call>"
+END_OF_CALL, END_OF_PARAMETER = "</invoke>", "</parameter>"
+_NAME = r"""\s+name=["']?(?P<name>[^"'>]*)["']?\s*>"""
+# What may come next between calls, and between the parameters of one; what else stands there is passed over.
+_CALL = re.compile(f"<invoke{_NAME}|{END_OF_BLOCK}")
+_PARAMETER = re.compile(f"<parameter{_NAME}|{END_OF_CALL}|{END_OF_BLOCK}")
+
+
+@dataclass
+class _Call:
+    """A call that is being read. ``index``: its place among the answer's calls; None: it is passed over."""
+
+    name: str
+    index: int | None
+    text: str  # as it was written so far
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class MinimaxM2Detector(BaseFormatDetector):
+    """The engine's ``--tool-call-parser minimax-m2``: one for each answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bot_token, self.eot_token = BLOCK, END_OF_BLOCK
+        self._buffer = ""  # what was not read yet
+        self._in_block = False
+        self._call: _Call | None = None
+
+    def has_tool_call(self, text: str) -> bool:
+        return BLOCK in text
+
+    def supports_structural_tag(self) -> bool:
+        return False
+
+    def structure_info(self) -> _GetInfoFunc:
+        raise NotImplementedError("this format is no structural tag: supports_structural_tag() is False")
+
+    def detect_and_parse(self, text: str, tools: list[Tool]) -> StreamingParseResult:
+        """The calls of a whole answer, and its text without them. A call that was cut off stays text."""
+        reader = type(self)()
+        found = reader.parse_streaming_increment(text, tools)
+        unfinished = reader._call
+        rest = unfinished.text + reader._buffer if unfinished else "" if reader._in_block else reader._buffer
+        calls: dict[int, ToolCallItem] = {}
+        for item in found.calls:
+            call = calls.setdefault(item.tool_index, ToolCallItem(tool_index=item.tool_index, name="", parameters=""))
+            call.name, call.parameters = call.name or item.name, call.parameters + item.parameters
+        if unfinished and unfinished.index is not None:
+            del calls[unfinished.index]
+        return StreamingParseResult(normal_text=found.normal_text + rest, calls=list(calls.values()))
+
+    def parse_streaming_increment(self, new_text: str, tools: list[Tool]) -> StreamingParseResult:
+        """What a further piece of the answer completes: a call's name first, then each parameter as its end is read.
+
+        The strings of a call, put together, are one JSON object.
+        """
+        self._buffer += new_text
+        result = StreamingParseResult()
+        while self._step(result, {tool.function.name: tool.function.parameters for tool in tools}):
+            pass
+        return result
+
+    def _step(self, result: StreamingParseResult, schemas: dict[str | None, Any]) -> bool:
+        """Reads one tag, with what comes before it; False: the buffer has none that is complete."""
+        if not self._in_block:
+            text, found, rest = self._buffer.partition(BLOCK)
+            self._in_block = bool(found)
+            kept = 0 if found else self._ends_with_partial_token(text, BLOCK)
+            result.normal_text += text[: len(text) - kept]
+            self._buffer = rest if found else text[len(text) - kept :]
+            return bool(found)
+        pattern = _CALL if self._call is None else _PARAMETER
+        if (tag := pattern.search(self._buffer)) is None:
+            return False
+        name, end, value = tag["name"], tag.end(), ""
+        if self._call is not None and name is not None:
+            value, found, _ = self._buffer[end:].partition(END_OF_PARAMETER)
+            if not found:
+                return False
+            end += len(value) + len(END_OF_PARAMETER)
+        written, self._buffer = self._buffer[:end], self._buffer[end:]
+        if self._call is None:
+            self._in_block = name is not None
+            if name is not None:
+                self._begin(name.strip(), written[tag.start() :], result, schemas)
+        elif name is not None:
+            self._call.text += written
+            self._add(name.strip(), value, result, schemas)
+        else:
+            self._end(result)
+            self._in_block = tag[0] == END_OF_CALL
+        return True
+
+    def _begin(self, name: str, text: str, result: StreamingParseResult, schemas: dict[str | None, Any]) -> None:
+        self._call = _Call(name, None, text)
+        if name not in schemas:
+            logger.warning("The model called %r, which is no tool of its request", name)
+            if not envs.SGLANG_FORWARD_UNKNOWN_TOOLS.get():
+                return
+        self.current_tool_id = self._call.index = len(self.prev_tool_call_arr)
+        # The engine looks at both when an answer ends, and completes the last call's JSON where it was cut off.
+        self.prev_tool_call_arr.append({"name": name, "arguments": self._call.arguments})
+        self.streamed_args_for_tool.append("")
+        result.calls.append(ToolCallItem(tool_index=self._call.index, name=name, parameters=""))
+
+    def _add(self, name: str, value: str, result: StreamingParseResult, schemas: dict[str | None, Any]) -> None:
+        call = self._call
+        assert call is not None, "a parameter is one of a call"
+        if name in call.arguments:  # the first was said already
+            logger.warning("The model gave %r of %r twice; the first counts", name, call.name)
+            return
+        call.arguments[name] = value_of(value, schemas.get(call.name), name)
+        pair = json.dumps({name: call.arguments[name]}, ensure_ascii=False)[1:-1]
+        self._say(("{" if len(call.arguments) == 1 else ", ") + pair, result)
+
+    def _end(self, result: StreamingParseResult) -> None:
+        assert self._call is not None, "only a call that began ends"
+        self._say("}" if self._call.arguments else "{}", result)
+        self._call = None
+
+    def _say(self, part: str, result: StreamingParseResult) -> None:
+        """A further part of the call's JSON."""
+        assert self._call is not None, "JSON is a call's"
+        if self._call.index is not None:
+            self.streamed_args_for_tool[self._call.index] += part
+            result.calls.append(ToolCallItem(tool_index=self._call.index, name=None, parameters=part))
+
+
+def value_of(text: str, schema: Any, name: str) -> Any:
+    """A parameter's value, of one of the types that the tool's schema names for it.
+
+    Args:
+        text: as the model wrote it.
+        schema: JSON schema of the tool's parameters, or anything, which says nothing.
+        name: of the parameter.
+
+    Returns:
+        None for ``null``; JSON of a type that is named; else, where strings are allowed or nothing is named, the text;
+        else what is nearest to a type that is named, or the text.
+    """
+    if text.strip().lower() == "null":
+        return None
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    types = types_of(properties.get(name) if isinstance(properties, dict) else None, schema) or {"string"}
+    value = _NO_JSON if types == {"string"} else _json(text)
+    if value is not _NO_JSON and not isinstance(value, str) and types & _types_of_value(value):
+        return int(value) if isinstance(value, float) and "number" not in types else value
+    if "string" in types:
+        return text
+    for kind, convert in _NEAREST.items():
+        if kind in types:
+            try:
+                return convert(text.strip().lower())
+            except (ValueError, OverflowError, KeyError):
+                continue
+    return text if value is _NO_JSON else value
+
+
+def types_of(schema: Any, root: Any, depth: int = 8) -> set[str]:
+    """The JSON types that a schema allows, by the names that it uses; empty: it does not say.
+
+    Args:
+        root: where its references lead.
+        depth: of nested schemas; references may lead in a circle.
+    """
+    if not isinstance(schema, dict) or depth == 0:
+        return set()
+    named = schema.get("type")
+    types = {_SYNONYMS.get(one, one) for one in ([named] if isinstance(named, str) else named or []) if one}
+    values = list(schema["enum"]) if isinstance(schema.get("enum"), list) else []
+    for value in values + ([schema["const"]] if "const" in schema else []):
+        types |= {"null"} if value is None else {"string"} if isinstance(value, str) else _types_of_value(value)
+    for way in ("anyOf", "oneOf", "allOf"):
+        for one in schema[way] if isinstance(schema.get(way), list) else []:
+            types |= types_of(one, root, depth - 1)
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
+        target = root
+        for key in reference[2:].split("/"):
+            target = target.get(key) if isinstance(target, dict) else None
+        types |= types_of(target, root, depth - 1)
+    return types
+
+
+_SYNONYMS = {"str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_NO_JSON = object()
+
+
+def _json(text: str) -> Any:
+    """Of text, or ``_NO_JSON``, as for what no answer can hold: infinities, halves of surrogate pairs."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return _NO_JSON
+    return value
+
+
+def _types_of_value(value: Any) -> set[str]:
+    """Of what JSON gave, strings left out."""
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, (int, float)):
+        return {"integer", "number"} if value == int(value) else {"number"}
+    return {"object"} if isinstance(value, dict) else {"array"} if isinstance(value, list) else set()
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"JSON has no {value}")
+    return int(value) if value == int(value) else value
+
+
+_TRUTH = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+_NEAREST: dict[str, Callable[[str], Any]] = {  # for text that is no JSON of a type that is named: +3, 007, True, none
+    "null": {"none": None, "nil": None, "": None}.__getitem__,
+    "integer": int,
+    "number": _number,
+    "boolean": _TRUTH.__getitem__,
+}
