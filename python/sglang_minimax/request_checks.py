@@ -46,6 +46,9 @@ _ONE_OR_EACH = ("sampling_params", "top_logprobs_num", "logprob_start_len")
 _LARGEST_BIAS = 1e30
 _SMALLEST_REPETITION_PENALTY = 1e-6
 
+_TAKEN_DOWN = "sglang_minimax_taken_down"
+"""The attribute of a request whose ids were new to the engine, and are in its books."""
+
 
 def check_requests_first(tokenizer_manager: EngineModule) -> None:
     """Runs the checks where every endpoint hands its request over; once, after the engine's module was imported.
@@ -53,7 +56,7 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
     Only for this architecture: in a multimodal model an id outside the vocabulary may mean an image.
     """
     manager = tokenizer_manager.TokenizerManager
-    generate, validate = manager.generate_request, manager._validate_one_request
+    generate, validate, take_down = manager.generate_request, manager._validate_one_request, manager._req_stats_init
 
     @functools.wraps(generate)
     async def generate_request(self: EngineObject, obj: EngineObject, request: EngineObject = None) -> Any:
@@ -61,14 +64,20 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
         if isinstance(obj, tokenizer_manager.GenerateReqInput) and is_minimax(config):
             check_request(obj, config.vocab_size, config.hidden_size, has_tokenizer=self.tokenizer is not None)
             obj.sampling_params = with_finite_biases(obj.sampling_params)
-        others = self.rid_to_state.keys() & _ids(obj)
         try:
             async with contextlib.aclosing(generate(self, obj, request)) as answers:
                 async for answer in answers:
                     yield answer
         except Exception:
-            forget_unsent(self.rid_to_state, _ids(obj) - others)
+            if getattr(obj, _TAKEN_DOWN, False):
+                forget_unsent(self.rid_to_state, _ids(obj))
             raise
+
+    @functools.wraps(take_down)
+    def req_stats_init(self: EngineObject, obj: EngineObject, *args: Any, **kwargs: Any) -> Any:
+        # Only behind this are the ids in the engine's books this request's, and no other's of the same name.
+        setattr(obj, _TAKEN_DOWN, True)
+        return take_down(self, obj, *args, **kwargs)
 
     @functools.wraps(validate)
     def validate_one_request(self: EngineObject, obj: EngineObject, input_ids: list[int] | None) -> None:
@@ -76,7 +85,7 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
             raise ValueError("the prompt has no token: there is nothing to continue. Give at least one.")
         validate(self, obj, input_ids)
 
-    manager.generate_request = generate_request
+    manager.generate_request, manager._req_stats_init = generate_request, req_stats_init
     manager._validate_one_request = validate_one_request
 
 
@@ -271,7 +280,7 @@ def check_sampling_params(parameters: Mapping[str, Any], vocab_size: int, *, has
 
 
 def _check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
-    _check(isinstance(ids, (list, tuple)), name, ids, "is a list of token ids")
+    _check(isinstance(ids, (list, tuple, set, frozenset)), name, ids, "is a list of token ids")
     # A long prompt holds up other requests meanwhile, so first what takes no loop in Python.
     if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
         return
@@ -317,7 +326,7 @@ def _is_nested(values: Any, depth: int = 1) -> bool:
 def _listed(value: Any) -> Iterable[Any]:
     if value is None:
         return []
-    return value if isinstance(value, (list, tuple)) else [value]
+    return value if isinstance(value, (list, tuple, set, frozenset)) else [value]
 
 
 def _is_integer(value: object) -> bool:

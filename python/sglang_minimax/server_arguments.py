@@ -28,6 +28,8 @@ ARCHITECTURE = "MiniMaxM2ForCausalLM"
 EP_SIZE_REASON = "sglang_minimax_ep_size_reason"
 """The attribute of ``ServerArgs`` that says why EP 1 does not work, where another EP size was chosen here."""
 
+FLASHINFER_RANKS = (2, 4, 8)  # for which its all-reduce knows how to go about it
+
 TRITON_KV_SPLITS = 32
 """Parts of a request at most, in Triton's decode attention on Hopper. The engine's 8 leave most of the GPU idle where
 there are few requests: docs/performance.md#attention-backends."""
@@ -257,6 +259,10 @@ def reason_of_server_against_fused_all_reduce(
         attn_cp_size=args.attn_cp_size,
         moe_a2a_backend=args.moe_a2a_backend,
         moe_dp_size=args.moe_dp_size,
+        pp_size=args.pp_size,
+        peers_allowed=not args.disable_custom_all_reduce,
+        deterministic=bool(args.enable_deterministic_inference or args.rl_on_policy_target),
+        memory_saver=args.enable_memory_saver,
     )
 
 
@@ -270,8 +276,16 @@ def reason_against_fused_all_reduce(
     attn_cp_size: int = 1,
     moe_a2a_backend: str = "none",
     moe_dp_size: int = 1,
+    pp_size: int = 1,
+    peers_allowed: bool = True,
+    deterministic: bool = False,
+    memory_saver: bool = False,
 ) -> str | None:
-    """The first condition of FlashInfer's fused all-reduce + norm that does not hold, as a clause, or None."""
+    """The first condition of FlashInfer's fused all-reduce + norm that does not hold, as a clause, or None.
+
+    Beyond the engine's for its other models, those under which it would not start, or give wrong answers, where nobody
+    asked for it.
+    """
     if not hopper_or_blackwell:
         return "it is for Hopper and Blackwell"
     if tp_size <= 1:
@@ -284,6 +298,16 @@ def reason_against_fused_all_reduce(
         return "it sums over all ranks, and the experts' data-parallel groups must not be summed together"
     if nnodes > 1:
         return "it reaches the GPUs of one node only"
+    if pp_size > 1:
+        return "it shares memory between all ranks, and each pipeline stage would wait for the others'"
+    if tp_size not in FLASHINFER_RANKS:
+        return f"it is for {', '.join(map(str, FLASHINFER_RANKS))} ranks, and these are {tp_size}"
+    if not peers_allowed:
+        return "--disable-custom-all-reduce says that GPUs do not reach each other's memory"
+    if deterministic:
+        return "it adds in another order for many tokens than for few, which is not deterministic"
+    if memory_saver:
+        return "--enable-memory-saver would take its pointers away with the weights"
     if "H20" in device_name and "H200" not in device_name:
         return "it is off on H20"
     if moe_a2a_backend != "none":

@@ -358,19 +358,28 @@ def speak_for_scheduler(module: EngineModule) -> None:
 
     @functools.wraps(get_init_info)
     def init_info(self: EngineObject) -> Any:
-        if is_minimax(self.model_config) and not (self.tp_rank or self.pp_rank or self.dp_rank):
+        if _is_ours(self) and not (self.tp_rank or self.pp_rank or self.dp_rank):
             logger.info("%s", log_block(self.tp_worker.model_runner))
         return get_init_info(self)
 
     @functools.wraps(get_internal_state)
     def internal_state(self: EngineObject, request: EngineObject) -> Any:
         answer = get_internal_state(self, request)
-        if is_minimax(self.model_config):
+        if _is_ours(self):
             # A new dict: the engine answers with the attributes of its server arguments themselves.
             answer.internal_state = {**answer.internal_state, KEY: server_info(self.tp_worker.model_runner)}
         return answer
 
     scheduler.get_init_info, scheduler.get_internal_state = init_info, internal_state
+
+
+def _is_ours(scheduler: EngineObject) -> bool:
+    """Whether it serves the overlay's model, and none that SGLANG_EXTERNAL_MODEL_PACKAGE has under its name."""
+    if not is_minimax(scheduler.model_config):
+        return False
+    from sglang.srt.models.minimax_m2 import MiniMaxM2ForCausalLM
+
+    return isinstance(scheduler.tp_worker.model_runner.model, MiniMaxM2ForCausalLM)
 
 
 def speak_over_http(module: EngineModule) -> None:

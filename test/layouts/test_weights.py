@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -86,12 +87,16 @@ def test_a_missing_layer_is_named_whole(checkpoint):
 
 
 def answers_as_the_reference(checkpoint: Path, tp: int, **options) -> None:
-    expected = Reference(checkpoint).greedy(PROMPTS, 4)
+    answers_as(Reference(checkpoint), checkpoint, tp, **options)
+
+
+def answers_as(reference: Reference, checkpoint: Path, tp: int, **options) -> None:
+    expected = reference.greedy(PROMPTS, 4)
     result = run_layout(checkpoint, tp=tp, prompts_by_dp_rank=[PROMPTS], steps=4, **options)
-    for tokens, logprobs, reference in zip(result.tokens[0], result.logprobs[0], expected, strict=True):
-        assert tokens == reference.tokens
+    for tokens, logprobs, right in zip(result.tokens[0], result.logprobs[0], expected, strict=True):
+        assert tokens == right.tokens
         chosen = [float(row[token]) for row, token in zip(logprobs, tokens, strict=True)]
-        assert chosen == pytest.approx(reference.logprobs, abs=1e-4)
+        assert chosen == pytest.approx(right.logprobs, abs=1e-4)
 
 
 def test_what_is_known_to_be_skipped_is_skipped(tmp_path):
@@ -106,6 +111,16 @@ def test_what_is_known_to_be_skipped_is_skipped(tmp_path):
     assert any(name.startswith("model.layers.3.") for name in load_file(checkpoint / "model.safetensors"))
     change(checkpoint, edit)
     answers_as_the_reference(checkpoint, tp=2)
+
+
+def test_fewer_layers_may_be_asked_for(checkpoint):
+    """As people do to look at a large model; the reference reads the same from its config."""
+    override = '{"num_hidden_layers": 1}'
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, **json.loads(override)}))
+    expected = Reference(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    answers_as(expected, checkpoint, tp=2, server_arguments={"json_model_override_args": override})
 
 
 @pytest.mark.parametrize("num_experts", [7, 11])

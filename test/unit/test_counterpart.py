@@ -159,13 +159,13 @@ def two_nodes(monkeypatch):
     minimax_counterpart._choices_of_any_rank.cache_clear()
 
 
-def told_to_others(monkeypatch, *, lora=0, pdmux=0, switched_off=0) -> None:
+def told_to_others(monkeypatch, *, lora=0, pdmux=0, memory_saver=0, switched_off=0) -> None:
     """Has the ranks of the other node say so when all ranks are asked."""
 
     def all_reduce(choices, op, group):
         assert (group, op) == ("all ranks", torch.distributed.ReduceOp.MAX)
         assert choices.device.type == "cpu", "the group is for CPU tensors, also while a model is built on a GPU"
-        choices.copy_(choices.maximum(torch.tensor([lora, pdmux, switched_off], device="cpu")))
+        choices.copy_(choices.maximum(torch.tensor([lora, pdmux, memory_saver, switched_off], device="cpu")))
 
     minimax_counterpart._choices_of_any_rank.cache_clear()
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
@@ -183,14 +183,21 @@ def test_the_counterpart_is_at_the_same_place_of_the_other_node(two_nodes):
     assert choose(3) is None
 
 
-@pytest.mark.parametrize("what", ["lora", "pdmux", "switched_off"])
+@pytest.mark.parametrize("what", ["lora", "pdmux", "memory_saver", "switched_off"])
 def test_what_the_other_node_was_told_holds_here_too(two_nodes, monkeypatch, what):
     told_to_others(monkeypatch, **{what: 1})
     assert choose() is None
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("enable_lora", True), ("lora_paths", ["one"]), ("enable_pdmux", True), (None, None)]
+    ("option", "value"),
+    [
+        ("enable_lora", True),
+        ("lora_paths", ["one"]),
+        ("enable_pdmux", True),
+        ("enable_memory_saver", True),
+        (None, None),
+    ],
 )
 def test_what_this_node_was_told_holds(two_nodes, monkeypatch, option, value):
     if option is None:

@@ -44,6 +44,7 @@ def check(has_tokenizer: bool = True, **fields) -> None:
         {"input_ids": [[1], [2]], "top_logprobs_num": [0, VOCAB], "logprob_start_len": [0, 7]},
         {"sampling_params": {"temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "max_new_tokens": None}},
         {"sampling_params": {"stop": "a", "stop_regex": ["b", "c"], "stop_token_ids": [3], "regex": "a*"}},
+        {"sampling_params": {"stop": {"a", "b"}, "stop_token_ids": {3}}},
         {"sampling_params": {"logit_bias": {"3": -math.inf, "4": 1}, "sampling_seed": 2**40, "min_new_tokens": 2}},
         {"input_ids": [[np.int64(5)]], "sampling_params": {"temperature": np.float32(0.5), "top_k": np.int32(3)}},
         {"text": "a", "input_ids": [1], "sampling_params": {"stop_regex": "a|b", "temperature": 1e300}},
@@ -235,15 +236,20 @@ class Manager:
         self.rid_to_state = dict(in_flight)
 
     async def generate_request(self, obj, request):
+        if isinstance(obj.rid, str):
+            obj.rid = [f"{obj.rid}_{i}" for i in range(len(obj.text))]
         if set(obj.rid) & self.rid_to_state.keys():
             raise ValueError("duplicate")
-        for rid in obj.rid:
-            self.rid_to_state[rid] = state(sent=False)
+        self._req_stats_init(obj, request)
         for rid, text in zip(obj.rid, obj.text, strict=True):
             if text == "bad":
                 raise TypeError(text)
             self.rid_to_state[rid] = state(sent=True)
             yield text
+
+    def _req_stats_init(self, obj, request):
+        for rid in obj.rid:
+            self.rid_to_state[rid] = state(sent=False)
 
     def _validate_one_request(self, obj, input_ids): ...
 
@@ -257,17 +263,20 @@ def state(sent: bool):
     [
         (["a", "b", "c"], ["good", "bad", "good"], {}, TypeError, {"other", "a"}),
         (["a", "other"], ["good", "good"], {}, ValueError, {"other"}),
+        ("other", ["good", "good"], {}, ValueError, {"other", "other_0"}),
         (["a"], ["good"], {"sampling_params": {"n": 0}}, ValueError, {"other"}),
         (["a", "b"], ["good", "good"], {}, None, {"other", "a", "b"}),
     ],
-    ids=["the second of three", "an id in flight", "refused here", "all sent"],
+    ids=["the second of three", "an id in flight", "an id that the engine numbers", "refused here", "all sent"],
 )
 def test_only_requests_that_were_sent_are_kept(rids, texts, fields, error, left):
+    """And those of others: a request that is refused for an id in flight leaves what has it."""
+
     class Mended(Manager): ...
 
     check_requests_first(SimpleNamespace(TokenizerManager=Mended, GenerateReqInput=SimpleNamespace))
     other = state(sent=False)  # as one that is being tokenised
-    manager = Mended({"other": other})
+    manager = Mended({"other": other} | ({"other_0": state(sent=False)} if rids == "other" else {}))
 
     async def ask():
         return [answer async for answer in manager.generate_request(request(rid=rids, text=texts, **fields), None)]

@@ -13,6 +13,7 @@ from sglang.srt import server_args as engine
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
+from sglang_minimax import cpu_host
 from sglang_minimax.checkpoints import SmallModel, published_config
 from sglang_minimax.server_arguments import EP_SIZE_REASON, TRITON_KV_SPLITS, _check_stages_for_triton
 
@@ -228,6 +229,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(engine, "is_sm90_supported", lambda: True)
     monkeypatch.setattr(engine, "is_sm100_supported", lambda: False)
     monkeypatch.setattr(engine, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(cpu_host, "fill_in_server_defaults", lambda args: None)
 
 
 def test_tritons_attention_divides_long_requests_further_on_hopper(folder, hopper):
@@ -279,6 +281,25 @@ def test_fused_all_reduce_knows_the_device_with_the_bug(folder, hopper, monkeypa
 
 def test_fused_all_reduce_is_off_where_the_experts_are_in_data_parallel_groups(folder, hopper):
     assert not read(folder(), *ON, "--moe-data-parallel-size", "2").enable_flashinfer_allreduce_fusion
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tp", "4", "--enable-deterministic-inference"],
+        ["--tp", "4", "--rl-on-policy-target", "fsdp"],
+        ["--tp", "4", "--enable-memory-saver"],
+        ["--tp", "4", "--disable-custom-all-reduce"],
+        ["--tp", "2", "--pp-size", "2"],
+        ["--tp", "16"],
+    ],
+    ids=lambda arguments: arguments[-1],
+)
+def test_nobody_gets_what_would_not_start_or_be_right_without_asking(folder, hopper, arguments):
+    """Where the engine leaves it on for its other models; whoever asks for it has it."""
+    arguments = [*arguments, "--attention-backend", "triton"]
+    assert not read(folder(), *arguments).enable_flashinfer_allreduce_fusion
+    assert read(folder(), *arguments, "--enable-flashinfer-allreduce-fusion").enable_flashinfer_allreduce_fusion
 
 
 @pytest.mark.parametrize("why", [None, *OFF])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.models.minimax_m2 import MiniMaxM2ForCausalLM
 
 from sglang_minimax import serving
 from sglang_minimax.checkpoints import SmallModel
@@ -22,11 +23,13 @@ class EngineScheduler:
 
     state: dict = {"attention_backend": "fa3"}  # noqa: RUF012 (the engine too answers with an object of its own)
 
+    model = object.__new__(MiniMaxM2ForCausalLM)
+
     def __init__(self, architecture: str | None, tp_rank: int = 0, pp_rank: int = 0, dp_rank: int | None = None):
         architectures = None if architecture is None else [architecture]
         self.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=architectures))
         self.tp_rank, self.pp_rank, self.dp_rank = tp_rank, pp_rank, dp_rank
-        self.tp_worker = SimpleNamespace(model_runner="the runner")
+        self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(model=self.model, name="the runner"))
 
     def get_init_info(self):
         return {"status": "ready"}
@@ -38,7 +41,7 @@ class EngineScheduler:
 @pytest.fixture
 def scheduler(monkeypatch):
     """The class as the adjustment leaves it; what it would read from a real model is put in its place."""
-    monkeypatch.setattr(serving, "log_block", lambda runner: f"block of {runner}")
+    monkeypatch.setattr(serving, "log_block", lambda runner: f"block of {runner.name}")
     monkeypatch.setattr(serving, "server_info", lambda runner: OURS)
     module = SimpleNamespace(Scheduler=type("Scheduler", (EngineScheduler,), dict(vars(EngineScheduler))))
     serving.speak_for_scheduler(module)
@@ -68,8 +71,17 @@ def test_every_scheduler_answers_with_our_entry_and_the_engines_own_object_stays
     assert EngineScheduler.state == {"attention_backend": "fa3"}
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MiniMaxText01ForCausalLM", None])
-def test_for_other_models_nothing_is_said(scheduler, caplog, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "model"),
+    [
+        ("LlamaForCausalLM", None),
+        ("MiniMaxText01ForCausalLM", None),
+        (None, None),
+        ("MiniMaxM2ForCausalLM", "a user's"),
+    ],
+)
+def test_for_other_models_nothing_is_said(scheduler, caplog, architecture, model):
+    scheduler.model = model
     with caplog.at_level(logging.INFO):
         other = scheduler(architecture)
         assert other.get_init_info() == {"status": "ready"}

@@ -106,6 +106,7 @@ def fused_all_reduce_reason(layout: Layout, gpu: Gpu) -> str | None:
         tp_size=layout.tp,
         enable_dp_attention=layout.dp_groups > 1,
         nnodes=layout.flags.nnodes,
+        pp_size=layout.pp,
     )
 
 

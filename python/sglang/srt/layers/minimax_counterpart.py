@@ -93,6 +93,7 @@ def _choices_of_any_rank() -> dict[str, bool]:
     choices = {
         "lora": bool(arguments.enable_lora or arguments.lora_paths),
         "pdmux": bool(arguments.enable_pdmux),
+        "memory_saver": bool(arguments.enable_memory_saver),
         "switched_off": os.environ.get(SWITCH, "1") == "0",
     }
     of_any_rank = torch.tensor([*choices.values()], dtype=torch.int32, device="cpu")

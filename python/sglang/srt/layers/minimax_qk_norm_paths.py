@@ -96,6 +96,7 @@ def reason_against_counterpart(
     loads_alike: bool = True,
     lora: bool = False,
     pdmux: bool = False,
+    memory_saver: bool = False,
     switched_off: bool = False,
 ) -> str | None:
     """Why the sums of an attention-TP group that spans nodes go over the network between them.
@@ -107,6 +108,7 @@ def reason_against_counterpart(
         loads_alike: the projection is unquantised, or in FP8 blocks: each row of its weight stands for itself.
         lora: ``--enable-lora`` or ``--lora-paths``, on any rank.
         pdmux: ``--enable-pdmux``, on any rank.
+        memory_saver: ``--enable-memory-saver``, on any rank.
         switched_off: by ``SGLANG_MINIMAX_COUNTERPART=0``, on any rank.
     """
     if num_ranks != 2 * ranks_per_node:
@@ -119,6 +121,8 @@ def reason_against_counterpart(
         return "--enable-lora adds to the q and k of a rank's own heads only"
     if pdmux:
         return "--enable-pdmux runs prefill and decode at once, and their sums would meet in one group"
+    if memory_saver:
+        return "--enable-memory-saver would take away, with the weights, the pointers of the node's own all-reduce"
     if switched_off:
         return "SGLANG_MINIMAX_COUNTERPART=0"
     return None

@@ -608,9 +608,12 @@ def _prepare_fused_all_reduce(hidden_size: int) -> None:
     Where the layers have one launch of ours for this, it is off already.
 
     The engine makes its workspace in the middle of the first forward pass; where that fails it goes on with a norm
-    of one rank's part, without the all-reduce.
+    of one rank's part, without the all-reduce. It is left to that under ``--enable-memory-saver``, which would take the
+    workspace's pointers away with the weights, beside which they would be allocated here.
     """
     if get_attention_tp_size() == 1 or not apply_flashinfer_allreduce_fusion(batch_size=1):
+        return
+    if get_global_server_args().enable_memory_saver:
         return
     works = flashinfer_comm_fusion.ensure_workspace_initialized(
         max_token_num=FUSE_ALLREDUCE_MAX_BATCH_SIZE, hidden_dim=hidden_size, dtype=torch.get_default_dtype()

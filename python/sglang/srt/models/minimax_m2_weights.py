@@ -7,6 +7,7 @@ checkpoint's faults are collected first, so that one message names them.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -75,7 +76,8 @@ def resolve_weight_name(
     layer = get_layer_id(name)
     if layer is not None and not model.model.start_layer <= layer < model.model.end_layer:
         num_layers = model.config.num_hidden_layers
-        return SKIPPED if layer < num_layers + _num_mtp_layers(model.config) else None
+        known = layer < num_layers + _num_mtp_layers(model.config) or _fewer_layers_were_asked_for()
+        return SKIPPED if known else None
 
     expert = _EXPERT.match(name)
     if expert:
@@ -110,6 +112,11 @@ def _dense_target(name: str, params: dict[str, nn.Parameter]) -> Target | None:
 def _num_mtp_layers(config: PretrainedConfig) -> int:
     """Layers for multi-token prediction, numbered after the model's own; this model does not use them."""
     return (getattr(config, "num_mtp_modules", 0) or 0) * (getattr(config, "mtp_transformer_layers", 1) or 1)
+
+
+def _fewer_layers_were_asked_for() -> bool:
+    """By ``--json-model-override-args``: then a checkpoint has layers that the model has not."""
+    return "num_hidden_layers" in json.loads(get_global_server_args().json_model_override_args or "{}")
 
 
 class CheckedWeights:
