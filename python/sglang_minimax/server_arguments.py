@@ -263,7 +263,14 @@ def reason_of_server_against_fused_all_reduce(
         peers_allowed=not args.disable_custom_all_reduce,
         deterministic=bool(args.enable_deterministic_inference or args.rl_on_policy_target),
         memory_saver=args.enable_memory_saver,
-    )
+    ) or _reason_of_watchers(args)
+
+
+def _reason_of_watchers(args: EngineObject) -> str | None:
+    from sglang.srt.layers.minimax_watchers import reason_of_watchers
+
+    reason: str | None = reason_of_watchers(args)
+    return reason
 
 
 def reason_against_fused_all_reduce(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,12 +102,15 @@ FORMATS = {
 }  # fmt: skip
 
 
-def write_quantised(plain: Path, folder: Path, form: Format) -> dict[str, np.ndarray]:
-    """``plain`` with each projection's weight replaced by random tensors of ``form``. Returns these, by name."""
+def write_quantised(plain: Path, folder: Path, form: Format, kept: str | None = None) -> dict[str, np.ndarray]:
+    """``plain`` with each projection's weight replaced by random tensors of ``form``. Returns these, by name.
+
+    kept: the beginning of names that are left as they are.
+    """
     shutil.copytree(plain, folder)
     generator, tensors = torch.Generator().manual_seed(0), {}
     for name, tensor in load_file(plain / "model.safetensors").items():
-        if not (name.endswith("_proj.weight") or ".experts." in name):
+        if not (name.endswith("_proj.weight") or ".experts." in name) or (kept and name.startswith(kept)):
             tensors[name] = tensor
             continue
         for suffix, (dtype, shape) in form.tensors(*tensor.shape).items():
@@ -231,6 +234,24 @@ def load(folder: Path, name: str, tp: int, ep: int, **server_arguments) -> list[
         folder, tp=tp, ep=ep, prompts_by_dp_rank=[[[1]]], steps=0, dtype=dtype, probe=keep_parameters, timeout_s=60,
         server_arguments=server_arguments,
     ).probed  # fmt: skip
+
+
+def test_a_layer_that_an_awq_checkpoint_left_as_it_was_is_loaded_as_it_is(tmp_path, as_if_on_a_gpu):
+    """As published ones leave the first; the engine would give its experts AWQ's parameters."""
+    kept = "model.layers.0."
+    form = FORMATS["awq"]
+    form = replace(form, config=form.config | {"modules_to_not_convert": ["gate", "lm_head", kept]})
+    plain = write_checkpoint(tmp_path / "plain", SHAPE)
+    tensors = write_quantised(plain, tmp_path / "awq", form, kept)
+    for rank, params in enumerate(load(tmp_path / "awq", "awq", 2, 1)):
+        experts = f"{kept}block_sparse_moe.experts."
+        for expert in range(SHAPE.num_local_experts):
+            own = {w: tensors[f"{experts}{expert}.{w}.weight"] for w in ("w1", "w2", "w3")}
+            gate_up = np.concatenate([part(own[w], 0, rank, 2) for w in ("w1", "w3")])
+            assert np.allclose(params[f"{experts}w13_weight"][expert], gate_up, rtol=1e-3, atol=1e-6)
+            assert np.allclose(params[f"{experts}w2_weight"][expert], part(own["w2"], 1, rank, 2), rtol=1e-3, atol=1e-6)
+        assert f"{kept}self_attn.qkv_proj.weight" in params and f"{experts}w13_qweight" not in params
+        assert "model.layers.1.block_sparse_moe.experts.w13_qweight" in params
 
 
 @pytest.mark.parametrize("tp", [2, 4])

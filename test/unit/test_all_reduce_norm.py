@@ -258,6 +258,7 @@ def test_rules(change, said):
         (True, False, True, False, True),  # a person asked
         (False, True, False, False, True),  # no NVLink: FlashInfer stays on
         (False, False, False, False, False),
+        (False, False, "watched", False, False),
     ],
 )
 def test_the_one_launch_goes_before_flashinfers_unless_a_person_asked(
@@ -269,6 +270,7 @@ def test_the_one_launch_goes_before_flashinfers_unless_a_person_asked(
     args = SimpleNamespace(
         attn_cp_size=1, moe_a2a_backend="none", enable_two_batch_overlap=False, enable_deterministic_inference=False,
         enable_pdmux=False, enable_memory_saver=False, enable_flashinfer_allreduce_fusion=asked or by_default,
+        forward_hooks=[{}] if reachable == "watched" else None,
     )  # fmt: skip
     if by_default:
         setattr(args, FLASHINFER_BY_DEFAULT, True)

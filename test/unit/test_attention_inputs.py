@@ -129,6 +129,16 @@ def test_a_plain_rope_rotates_as_the_engines_does_also_once_its_cache_has_grown(
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_whoever_looks_at_modules_sees_those_of_the_separate_launches(arguments, monkeypatch):
+    rope = get_rope(32, rotary_dim=16, max_position=64, base=1e4)
+    norm = SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(inputs, "is_cuda", lambda: True)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    assert inputs.reason_against_fusing(norm, rope, 32) is None
+    arguments.forward_hooks = [{}]
+    assert "--forward-hooks" in inputs.reason_against_fusing(norm, rope, 32)
+
+
 def test_the_reason_for_separate_launches_is_logged_once(arguments, caplog):
     minimax_log.log_once.cache_clear()
     rope = get_rope(32, rotary_dim=16, max_position=64, base=1e4)

@@ -75,6 +75,7 @@ def test_the_published_heads_on_hopper_take_the_kernel(chosen, backend, dtype):
         ({"enable_pdmux": True}, "--enable-pdmux"),
         ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap"),
         ({"enable_memory_saver": True}, "--enable-memory-saver"),
+        ({"forward_hooks": [{}]}, "--forward-hooks"),
     ],
 )
 def test_each_reason_leaves_attention_to_the_backend(chosen, option, reason):

@@ -131,6 +131,8 @@ def test_other_experts_are_the_engines(server, monkeypatch, changes, reason):
         ("enable_deterministic_inference", True, "batch size"),
         ("cpu_offload_gb", 4, "offloaded"),
         ("offload_group_size", 2, "offloaded"),
+        ("forward_hooks", [{}], "--forward-hooks"),
+        ("debug_tensor_dump_output_folder", "dumped", "--debug-tensor-dump-output-folder"),
     ],
 )
 def test_an_option_that_the_kernels_do_not_know_leaves_them_out(server, option, value, reason):

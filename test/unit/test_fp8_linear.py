@@ -106,6 +106,7 @@ def test_the_published_layer_on_hopper_takes_the_kernel(chosen):
         ({"enable_lora": True}, "LoRA"),
         ({"lora_paths": ["one"]}, "LoRA"),
         ({"enable_symm_mem": True}, "--enable-symm-mem"),
+        ({"forward_hooks": [{}]}, "--forward-hooks"),
     ],
 )
 def test_each_of_a_servers_options_leaves_the_layer_to_the_engine(chosen, option, reason):

@@ -43,6 +43,7 @@ def test_every_count_up_to_the_limit_has_the_first_plan_that_is_large_enough():
         ({"activations": torch.float16}, "float16"),
         ({"weights": torch.bfloat16}, "weights are torch.bfloat16"),
         ({"deterministic": True}, "batch size"),
+        ({"hooks": [{}]}, "--forward-hooks"),
     ],
 )
 def test_a_layer_takes_the_kernels_where_they_were_measured(monkeypatch, changed, reason):
@@ -63,7 +64,7 @@ def server(monkeypatch, case: dict, **arguments) -> list[str]:
     monkeypatch.setattr(router, "is_cuda", lambda: case["on_cuda"])
     monkeypatch.setattr(router, "get_device_capability", lambda: (9, 0) if case["hopper"] else (10, 0))
     monkeypatch.setattr(torch, "get_default_dtype", lambda: case["activations"])
-    plain = {"ep_dispatch_algorithm": None, "enable_symm_mem": False}
+    plain = {"ep_dispatch_algorithm": None, "enable_symm_mem": False, "forward_hooks": case.get("hooks")}
     arguments = SimpleNamespace(enable_deterministic_inference=case["deterministic"], **(plain | arguments))
     monkeypatch.setattr(router, "get_global_server_args", lambda: arguments)
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))

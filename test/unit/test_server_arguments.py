@@ -292,6 +292,7 @@ def test_fused_all_reduce_is_off_where_the_experts_are_in_data_parallel_groups(f
         ["--tp", "4", "--disable-custom-all-reduce"],
         ["--tp", "2", "--pp-size", "2"],
         ["--tp", "16"],
+        ["--tp", "4", "--debug-tensor-dump-output-folder", "dumped"],
     ],
     ids=lambda arguments: arguments[-1],
 )

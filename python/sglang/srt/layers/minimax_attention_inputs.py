@@ -12,6 +12,7 @@ from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_qk_norm_paths import reason_against_one_kernel, reason_against_store
 from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
+from sglang.srt.layers.minimax_watchers import reason_of_watchers
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -73,7 +74,7 @@ def reason_against_fusing(q_norm: nn.Module | None, rotary_emb, head_dim: int) -
     """Why a layer takes the separate launches, or None where it takes the one kernel."""
     server_args = get_global_server_args()
     weight = getattr(q_norm, "weight", None)
-    return reason_against_one_kernel(
+    return reason_of_watchers(server_args) or reason_against_one_kernel(
         has_norms=weight is not None,
         cuda=weight is not None and weight.is_cuda and is_cuda(),
         head_dim=head_dim,

@@ -28,6 +28,7 @@ import triton.language as tl
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch, num_multiprocessors
+from sglang.srt.layers.minimax_watchers import reason_of_watchers
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import get_device_capability, is_cuda
@@ -146,7 +147,7 @@ def reason_against_server() -> str | None:
     for flag in ("enable_pdmux", "enable_two_batch_overlap", "enable_memory_saver"):
         if getattr(arguments, flag):
             return f"--{flag.replace('_', '-')} may run, or move, its counters while they count"
-    return None
+    return reason_of_watchers(arguments)
 
 
 class DecodeAttention:

@@ -38,6 +38,7 @@ from sglang.srt.layers.minimax_fp8_linear import _prefetch, _quantise
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch, num_multiprocessors
 from sglang.srt.layers.minimax_parts import Parts
+from sglang.srt.layers.minimax_watchers import reason_of_watchers
 from sglang.srt.layers.moe import get_moe_a2a_backend, should_use_flashinfer_cutlass_moe_fp4_allgather
 from sglang.srt.layers.moe.topk import TopKOutput, TopKOutputChecker
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
@@ -192,7 +193,7 @@ def reason_against_plans(experts: torch.nn.Module) -> str | None:
         return "--enable-symm-mem wants the output in memory of its own"
     if server_args.enable_deterministic_inference:
         return "deterministic inference wants sums in an order that no batch size changes"
-    return None
+    return reason_of_watchers(server_args)
 
 
 @register_custom_op(out_shape="hidden_states")

@@ -29,6 +29,7 @@ from sglang.srt.layers.minimax_fp8_quantise import GROUP, _scale_of
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
 from sglang.srt.layers.minimax_parts import Parts
+from sglang.srt.layers.minimax_watchers import reason_of_watchers
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
@@ -153,7 +154,7 @@ def reason_against_server() -> str | None:
         return "LoRA wraps the layer"
     if arguments.enable_symm_mem:
         return "--enable-symm-mem wants outputs in its own memory"
-    return None
+    return reason_of_watchers(arguments)
 
 
 def reason_against_layer(linear: torch.nn.Module) -> str | None:

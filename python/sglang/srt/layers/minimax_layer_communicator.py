@@ -18,6 +18,7 @@ from sglang.srt.layers.minimax_all_reduce_norm_paths import (
 )
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import peers_are_reachable
+from sglang.srt.layers.minimax_watchers import reason_of_watchers
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import is_cuda
@@ -40,7 +41,8 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
     def __init__(self, layer_id: int, all_reduce_norm: AllReduceNorm | None, **arguments) -> None:
         super().__init__(**arguments)
         self.layer_id, self.all_reduce_norm = layer_id, all_reduce_norm
-        self.takes_parts = not modules_are_watched()
+        # To whoever looks, a module returns tensors.
+        self.takes_parts = reason_of_watchers(get_global_server_args()) is None
 
     def prepare_attn(
         self, hidden_states, residual, forward_batch, quant_format="", post_residual_addition=None
@@ -76,12 +78,6 @@ class MiniMaxM2LayerCommunicator(LayerCommunicator):
     def _all_reduce_and_norm(self, hidden_states, residual, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.all_reduce_norm is not None
         return self.all_reduce_norm(hidden_states, residual, norm.weight, norm.variance_epsilon, layer_id=self.layer_id)
-
-
-def modules_are_watched() -> bool:
-    """Whether the server was asked to hand out what modules return, which is tensors to whoever reads it."""
-    args = get_global_server_args()
-    return args.debug_tensor_dump_output_folder is not None or bool(args.forward_hooks)
 
 
 _operators: dict[tuple, AllReduceNorm] = {}
@@ -158,4 +154,5 @@ def reason_against(norm: nn.Module) -> str | None:
         memory_saver=args.enable_memory_saver,
         flashinfer=args.enable_flashinfer_allreduce_fusion and not by_default,
     )
+    reason = reason or reason_of_watchers(args)
     return reason or reason_against_peers(peers_are_reachable(group, norm.weight.device))

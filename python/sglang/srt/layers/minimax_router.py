@@ -31,6 +31,7 @@ import triton.language as tl
 from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_recorder
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_nvlink import has_programmatic_launch
+from sglang.srt.layers.minimax_watchers import reason_of_watchers
 from sglang.srt.layers.moe import get_moe_a2a_backend
 from sglang.srt.layers.moe.routed_experts_capturer import get_global_experts_capturer
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK, TopKConfig, TopKOutputFormat, fused_topk
@@ -143,7 +144,7 @@ def choose_route(gate: torch.nn.Module, topk: TopK) -> Route | None:
 
 def reason_against_logits(gate: torch.nn.Module) -> str | None:
     """Why this layer's logits do not come from the kernels here, as a clause, or None."""
-    return reason_against_plans(
+    return reason_of_watchers(get_global_server_args()) or reason_against_plans(
         on_cuda=is_cuda(),
         hopper=is_cuda() and get_device_capability()[0] == 9,
         activations=torch.get_default_dtype(),

@@ -31,6 +31,7 @@ from sglang.srt.layers.moe import (
 from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
+from sglang.srt.layers.quantization.awq import AWQMarlinConfig, is_layer_skipped_awq
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.lora.layers import FusedMoEWithLoRA
@@ -65,6 +66,16 @@ def has_dispatcher() -> bool:
     return not get_moe_a2a_backend().is_none() or should_use_flashinfer_cutlass_moe_fp4_allgather()
 
 
+def quantisation_of_experts(quant_config: QuantizationConfig | None, prefix: str) -> QuantizationConfig | None:
+    """``quant_config``, or None for experts that an AWQ checkpoint left as they were.
+
+    The engine asks its AWQ config that for linear layers only; its other configs know it of experts too.
+    """
+    if isinstance(quant_config, AWQMarlinConfig) and is_layer_skipped_awq(prefix, quant_config.modules_to_not_convert):
+        return None
+    return quant_config
+
+
 class MiniMaxM2MoE(nn.Module):
     """Mixture of experts: sigmoid scores, the top k of score + bias, weights renormalised over the chosen."""
 
@@ -93,6 +104,8 @@ class MiniMaxM2MoE(nn.Module):
             routed_scaling_factor=1.0,
         )
         self.route_at_once = choose_route(self.gate, self.topk)
+        experts_prefix = add_prefix("experts", prefix)
+        quant_config = quantisation_of_experts(quant_config, experts_prefix)
         self.experts = get_moe_impl_class(quant_config)(
             num_experts=config.num_local_experts + get_global_server_args().ep_num_redundant_experts,
             top_k=config.num_experts_per_tok,
@@ -100,7 +113,7 @@ class MiniMaxM2MoE(nn.Module):
             intermediate_size=config.intermediate_size,
             layer_id=layer_id,
             quant_config=quant_config,
-            prefix=add_prefix("experts", prefix),
+            prefix=experts_prefix,
         )
         self.run_experts = choose_experts(self.experts)
 
