@@ -104,6 +104,13 @@ def test_the_ranks_of_an_attention_group_exchange_the_same_rows_in_the_same_orde
     assert ranks[0] != ranks[2] and min(map(len, ranks)) > NUM_LAYERS
 
 
+def test_copies_of_the_experts_that_are_divided_by_ep_are_summed_within_each_copy(oracles):
+    """The row of this name divides them by width, and the sums over EP and over width are two groups'."""
+    outcome = run_row(dataclasses.replace(ROWS["tp4_moe_dp2"], ep=2), oracles)
+    assert not outcome.faults, "\n".join(outcome.faults)
+    assert outcome.compared > 0
+
+
 @pytest.mark.parametrize("one_kernel", [False, True])
 @pytest.mark.parametrize(
     ("shape", "tp", "switch", "crosses"),

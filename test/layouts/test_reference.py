@@ -5,12 +5,18 @@ The rows of the matrix are given the tokens and go six steps; these few of them 
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+
 import numpy as np
 import pytest
+import torch
 from layouts.harness import run_layout
 from layouts.matrix import FIFTH, PROMPT_LENGTHS, ROWS, SHAPES, TOLERANCE, distributions
+from safetensors.torch import load_file, save_file
 
-from sglang_minimax.checkpoints import write_checkpoint
+from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.reference import Reference
 
 STEPS = 16
@@ -54,3 +60,46 @@ def test_sixteen_greedy_tokens(oracle, name):
             reference = distributions(expected[index])
             assert rows.shape == reference.shape == (STEPS, reference.shape[1])
             assert np.abs(rows - reference).max() < TOLERANCE
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": SmallModel.rope_theta}
+QK_NORMS = r"\.(q|k)_norm\."
+KINDS = {  # what of the config is otherwise, and which tensors are left out, than in the published models
+    "eps": ({}, None),
+    "YaRN": ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, None),
+    "a fraction that is rotated": ({"rotary_dim": None}, None),
+    "tied embeddings": ({"tie_word_embeddings": True}, r"^lm_head\."),
+    "no bias of the router": ({"use_routing_bias": False}, r"\.e_score_correction_bias$"),
+    "no QK norm": ({"use_qk_norm": False}, QK_NORMS),
+}
+
+
+@pytest.mark.parametrize(("kind", "pp"), [*((kind, 1) for kind in KINDS), ("tied embeddings", 2)])
+def test_a_config_unlike_the_published_ones_is_served_as_transformers_reads_it(tmp_path, kind, pp):
+    """In all of them eps is so large that a norm with another one shows, and q and k are drawn to be of its size."""
+    changes, left_out = KINDS[kind]
+    shape = dataclasses.replace(SHAPES["2 KV heads"], rms_norm_eps=0.05)
+    for folder in ("served", "meant"):
+        write_checkpoint(tmp_path / folder, shape)
+        path = tmp_path / folder / "config.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    tensors = load_file(tmp_path / "served" / "model.safetensors")
+    served = {name: tensor for name, tensor in tensors.items() if left_out is None or not re.search(left_out, name)}
+    save_file(served, tmp_path / "served" / "model.safetensors", metadata={"format": "pt"})
+    # transformers always has a head of its own in a file, a bias, which then adds nothing, and QK norms.
+    instead = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    meant = {name: tensor if name in served else instead.get(name, tensor * 0) for name, tensor in tensors.items()}
+    save_file(meant, tmp_path / "meant" / "model.safetensors", metadata={"format": "pt"})
+    reference = Reference(tmp_path / "meant")
+    if left_out == QK_NORMS:
+        for layer in reference.model.model.layers:
+            layer.self_attn.q_norm = layer.self_attn.k_norm = torch.nn.Identity()
+    prompts = [list(range(300, 340)), [7, 8, 9]]
+    expected = reference.greedy(prompts, 3, top_k=shape.vocab_size)
+    result = run_layout(
+        tmp_path / "served", tp=2, pp=pp, steps=3, prompts_by_dp_rank=[prompts],
+        forced_tokens=[[completion.tokens for completion in expected]],
+    )  # fmt: skip
+    for completion, rows in zip(expected, result.logprobs[0], strict=True):
+        assert np.abs(rows - distributions(completion)).max() < TOLERANCE

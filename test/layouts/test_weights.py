@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import simulations
 from layouts.harness import LayoutFailed, run_layout
+from layouts.matrix import IN_FP8, SHAPES
 from safetensors.torch import load_file, save_file
 
-from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
 from sglang_minimax.reference import Reference
 
 SMALL = SmallModel(num_hidden_layers=2, num_local_experts=8, vocab_size=512)
@@ -72,6 +74,29 @@ def test_of_many_faults_the_first_are_named_and_the_rest_counted(checkpoint):
     change(checkpoint, lambda tensors: tensors.update({f"extra.{i}": torch.ones(1) for i in range(11)}))
     message = failure(checkpoint)
     assert "11 tensors belong to no parameter" in message and "and 3 more" in message
+
+
+def test_as_many_faults_as_are_named_leave_none_to_count(checkpoint):
+    change(checkpoint, lambda tensors: tensors.update({f"extra.{i}": torch.ones(1) for i in range(8)}))
+    message = failure(checkpoint)
+    assert "extra.7" in message and " more" not in message
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_one_missing_part_of_a_fused_projection_is_named(checkpoint, part):
+    change(checkpoint, lambda tensors: tensors.pop(f"{LAYER}self_attn.{part}_proj.weight"))
+    message = failure(checkpoint, pp=2)  # whose second stage has that layer
+    assert "PP rank 1" in message and re.search(rf"qkv_proj\.weight \([\d, ]+\): without {part}\b", message)
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "block_sparse_moe.experts.2.w1"])
+def test_fp8_weights_without_their_scales_are_refused(tmp_path, monkeypatch, name):
+    """Scales are made by the engine only where it quantises by itself: these would stay as they were allocated."""
+    simulations.fp8_in_plain_torch(monkeypatch)
+    quantised, _ = write_fp8_blocks(write_checkpoint(tmp_path / "plain", SHAPES[IN_FP8]), tmp_path / "fp8", tmp_path)
+    change(quantised, lambda tensors: tensors.pop(f"{LAYER}{name}.weight_scale_inv"))
+    message = failure(quantised, tp=2)
+    assert "1 parameters of the model stay unfilled" in message and "_scale_inv" in message
 
 
 def test_a_tensor_that_comes_twice(checkpoint):

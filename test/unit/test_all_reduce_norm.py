@@ -250,6 +250,28 @@ def test_rules(change, said):
     assert reason is None if said is None else said in reason
 
 
+def a_server_that_takes_one_launch(monkeypatch, **arguments) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """Its arguments, which the communicator's module reads, and the norm of a layer on one of two GPUs in reach."""
+    from sglang.srt.layers import minimax_layer_communicator as module
+
+    args = SimpleNamespace(
+        attn_cp_size=1, moe_a2a_backend="none", enable_two_batch_overlap=False, enable_deterministic_inference=False,
+        enable_pdmux=False, enable_memory_saver=False, enable_flashinfer_allreduce_fusion=False,
+    )  # fmt: skip
+    vars(args).update(arguments)
+    monkeypatch.setattr(module, "_operators", {})
+    monkeypatch.setattr(module, "get_global_server_args", lambda: args)
+    monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(unique_name="tp:0", world_size=2))
+    monkeypatch.setattr(module, "get_moe_data_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(module, "is_dp_attention_enabled", lambda: False)
+    monkeypatch.setattr(module, "is_cuda", lambda: True)
+    monkeypatch.setattr(module, "peers_are_reachable", lambda group, device: True)
+    monkeypatch.setattr(module, "build", lambda group, norm: SimpleNamespace(max_tokens=256))
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    weight = SimpleNamespace(dtype=torch.bfloat16, device="cuda:0", is_cuda=True)
+    return args, SimpleNamespace(hidden_size=3072, weight=weight)
+
+
 @pytest.mark.parametrize(
     ("asked", "by_default", "reachable", "taken", "flashinfer"),
     [
@@ -258,7 +280,6 @@ def test_rules(change, said):
         (True, False, True, False, True),  # a person asked
         (False, True, False, False, True),  # no NVLink: FlashInfer stays on
         (False, False, False, False, False),
-        (False, False, "watched", False, False),
     ],
 )
 def test_the_one_launch_goes_before_flashinfers_unless_a_person_asked(
@@ -267,27 +288,52 @@ def test_the_one_launch_goes_before_flashinfers_unless_a_person_asked(
     from sglang.srt.layers import minimax_layer_communicator as module
     from sglang.srt.layers.minimax_all_reduce_norm_paths import FLASHINFER_BY_DEFAULT
 
-    args = SimpleNamespace(
-        attn_cp_size=1, moe_a2a_backend="none", enable_two_batch_overlap=False, enable_deterministic_inference=False,
-        enable_pdmux=False, enable_memory_saver=False, enable_flashinfer_allreduce_fusion=asked or by_default,
-        forward_hooks=[{}] if reachable == "watched" else None,
-    )  # fmt: skip
+    args, norm = a_server_that_takes_one_launch(monkeypatch, enable_flashinfer_allreduce_fusion=asked or by_default)
     if by_default:
         setattr(args, FLASHINFER_BY_DEFAULT, True)
-    monkeypatch.setattr(module, "_operators", {})
-    monkeypatch.setattr(module, "get_global_server_args", lambda: args)
-    monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(unique_name="tp:0", world_size=2))
-    monkeypatch.setattr(module, "get_moe_data_parallel_world_size", lambda: 1)
-    monkeypatch.setattr(module, "is_dp_attention_enabled", lambda: False)
-    monkeypatch.setattr(module, "is_cuda", lambda: True)
     monkeypatch.setattr(module, "peers_are_reachable", lambda group, device: reachable)
-    monkeypatch.setattr(module, "build", lambda group, norm: SimpleNamespace(max_tokens=256))
-    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
-    weight = SimpleNamespace(dtype=torch.bfloat16, device="cuda:0", is_cuda=True)
-    norm = SimpleNamespace(hidden_size=3072, weight=weight)
     first = module.one_launch_for(norm)
     assert (first is not None) == taken and module.one_launch_for(norm) is first
     assert args.enable_flashinfer_allreduce_fusion == flashinfer
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("attn_cp_size", 2, "context parallelism"),
+        ("moe_a2a_backend", "deepep", "--moe-a2a-backend deepep"),
+        ("enable_two_batch_overlap", True, "two-batch overlap"),
+        ("enable_deterministic_inference", True, "not deterministic"),
+        ("enable_pdmux", True, "--enable-pdmux"),
+        ("enable_memory_saver", True, "--enable-memory-saver"),
+        ("enable_flashinfer_allreduce_fusion", True, "--enable-flashinfer-allreduce-fusion was given"),
+        ("forward_hooks", [{}], "--forward-hooks"),
+    ],
+)
+def test_each_rule_reads_the_servers_own_argument(monkeypatch, argument, value, said):
+    from sglang.srt.layers import minimax_layer_communicator as module
+
+    _, norm = a_server_that_takes_one_launch(monkeypatch)
+    assert module.reason_against(norm) is None
+    _, norm = a_server_that_takes_one_launch(monkeypatch, **{argument: value})
+    assert said in module.reason_against(norm) and module.one_launch_for(norm) is None
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "said"),
+    [
+        ("module", "is_dp_attention_enabled", True, "under DP attention"),
+        ("module", "get_moe_data_parallel_world_size", 2, "data-parallel groups"),
+        ("module", "is_cuda", False, "NVIDIA"),  # on ROCm a tensor's is_cuda is true as well
+        ("torch", "get_default_dtype", torch.float32, "bfloat16"),  # of activations, beside weights in bfloat16
+    ],
+)
+def test_each_rule_asks_the_engine_what_it_runs(monkeypatch, where, name, value, said):
+    from sglang.srt.layers import minimax_layer_communicator as module
+
+    _, norm = a_server_that_takes_one_launch(monkeypatch)
+    monkeypatch.setattr({"module": module, "torch": torch}[where], name, lambda: value)
+    assert said in module.reason_against(norm)
 
 
 @pytest.mark.parametrize(
@@ -429,3 +475,18 @@ def test_only_a_deferred_sum_is_taken_over(monkeypatch):
     assert made.prepare_attn(x, residual, None)[1] is residual
     _, kept = made.prepare_attn(x, residual, None, post_residual_addition=addition)
     assert (kept == 2).all() and [call[2:] for call in operator.calls] == [("input", 1e-5, 5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("folder", "hooks", "watched"), [(None, None, False), (None, [], False), ("dumps", None, True), (None, [{}], True)]
+)
+def test_parts_are_left_where_nobody_reads_what_modules_return(monkeypatch, folder, hooks, watched):
+    """--debug-tensor-dump-output-folder and --forward-hooks do, and take it for tensors."""
+    from sglang.srt.layers import minimax_layer_communicator as module
+    from sglang.srt.layers.communicator import LayerCommunicator
+
+    args = SimpleNamespace(debug_tensor_dump_output_folder=folder, forward_hooks=hooks)
+    monkeypatch.setattr(module, "get_global_server_args", lambda: args)
+    monkeypatch.setattr(LayerCommunicator, "__init__", lambda self: None)
+    made = module.MiniMaxM2LayerCommunicator(5, Recorded())
+    assert [made.adds_parts(tokens) for tokens in (0, 1, 4, 5)] == [False, not watched, not watched, False]

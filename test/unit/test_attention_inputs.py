@@ -84,6 +84,7 @@ def arguments(monkeypatch):
         ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, True),
         ({"rope_type": "dynamic", "factor": 2.0}, True),
         ({"rope_type": "default", "mrope_section": [2, 3, 3]}, False),
+        ({"rope_type": "deepseek_yarn", "factor": 2.0, "original_max_position_embeddings": 64}, False),  # its own way
     ],
 )
 def test_a_scaling_that_only_fills_the_cosines_is_still_plain_rope(arguments, scaling, plain):
@@ -231,6 +232,14 @@ def test_a_compiled_graph_leaves_the_store_to_attention_which_runs_outside_of_it
     assert stored and all(torch.equal(*pair) for pair in zip(got, want, strict=True))
 
 
+def test_a_projection_leaves_parts_but_in_a_compiled_graph_whose_operator_takes_none(monkeypatch):
+    operator = QKNormRope(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, 1e-6, None, START_LAYER, "cpu")
+    fused = inputs.FusedAttentionInputs(operator, None, None, None, stores=True)
+    assert fused.adds_parts()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fused.adds_parts()
+
+
 # --- Which way the operator takes ------------------------------------------------------------------------
 
 
@@ -266,10 +275,36 @@ def test_a_layer_on_a_gpu_is_built_with_the_way_that_the_rules_say(
         weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
         return SimpleNamespace(weight=weight, shards=SimpleNamespace(num_heads=heads), variance_epsilon=1e-5)
 
-    fused = inputs.fuse(norm(48), norm(8), rope, 32, layer_id=7)
+    fused = inputs.fuse(norm(48), norm(16), rope, 32, layer_id=7)
     operator = fused.operator
     assert operator._run.__name__ == way and len(asked) == (way == "_run_exchange")
     assert (operator.layer_id, operator.eps, operator.num_heads, operator.rotary_dim) == (7, 1e-5, 48 // ranks, 16)
+    assert operator.num_kv_heads == 16 // ranks
     assert fused.stores
-    arguments.attention_backend = "dual_chunk_flash_attn"
-    assert not inputs.fuse(norm(48), norm(8), rope, 32, layer_id=7).stores
+    arguments.attn_cp_size = 2
+    assert not inputs.fuse(norm(48), norm(16), rope, 32, layer_id=7).stores
+    arguments.attn_cp_size, arguments.attention_backend = 1, "dual_chunk_flash_attn"
+    assert not inputs.fuse(norm(48), norm(16), rope, 32, layer_id=7).stores
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("enable_deterministic_inference", True, "not deterministic"),
+        ("enable_pdmux", True, "--enable-pdmux"),
+        ("enable_memory_saver", True, "--enable-memory-saver"),
+        ("is_cuda", False, "NVIDIA GPUs"),  # on ROCm a tensor's is_cuda is true as well
+        ("get_default_dtype", torch.float32, "bfloat16 and float16 activations"),
+    ],
+)
+def test_each_rule_of_the_one_kernel_reads_what_the_server_runs_with(arguments, monkeypatch, argument, value, said):
+    monkeypatch.setattr(inputs, "is_cuda", lambda: True)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    rope = get_rope(32, rotary_dim=16, max_position=64, base=1e4)
+    norm = SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    assert inputs.reason_against_fusing(norm, rope, 32) is None
+    if hasattr(arguments, argument):
+        setattr(arguments, argument, value)
+    else:
+        monkeypatch.setattr(inputs if argument == "is_cuda" else torch, argument, lambda: value)
+    assert said in inputs.reason_against_fusing(norm, rope, 32)

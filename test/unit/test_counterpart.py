@@ -179,7 +179,11 @@ def test_the_counterpart_is_at_the_same_place_of_the_other_node(two_nodes):
     chosen = choose(3)
     assert (chosen.rank, chosen.node) == (11, "group of 8") and choose(11).rank == 3
     assert choose(3, ranks=8) is None  # DP attention: its group lies on one node
-    two_nodes.nnodes = 1
+    two_nodes.pp_size = 2
+    assert choose(3) is None  # a stage a node: all ranks of one are together
+    two_nodes.nnodes = 4
+    assert choose(3).node == "group of 8"
+    two_nodes.nnodes = two_nodes.pp_size = 1
     assert choose(3) is None
 
 
@@ -230,6 +234,7 @@ def test_the_group_of_a_node_is_made_as_the_engines_groups_are(monkeypatch):
         (Fp8Config(True, "dynamic", ["model.layers.0.self_attn.qkv_proj"], None), True),
         (Fp8Config(True, "dynamic", None, None), False),  # one scale of the whole
         (Fp8Config(False, "dynamic", None, None), False),  # quantised while it loads, by one scale
+        (Fp8Config(True, "dynamic", None, [1, 32], use_mxfp8=True), False),  # whose scales are laid out anew
     ],
 )
 def test_weights_with_a_scale_of_the_whole_are_left_to_the_engine(two_nodes, quant_config, taken):
@@ -254,6 +259,20 @@ def test_the_choice_is_logged_once(two_nodes, caplog, monkeypatch, change, said)
         assert len({choose(0) is None for _ in range(3)}) == 1
     [line] = [line for line in caplog.messages if "sums of QK norm" in line]
     assert said in line
+
+
+@pytest.mark.parametrize(("ranks", "nnodes"), [(8, 2), (16, 1)])  # DP attention over two nodes; a single node
+def test_ranks_of_one_node_ask_no_others_and_nothing_is_said_of_a_network(
+    two_nodes, caplog, monkeypatch, ranks, nnodes
+):
+    minimax_log.log_once.cache_clear()
+    two_nodes.nnodes = nnodes
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("sglang.srt.distributed.get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: pytest.fail("asked"))
+    with caplog.at_level(logging.INFO):
+        assert choose(0, ranks=ranks) is None
+    assert not [line for line in caplog.messages if "QK norm" in line]
 
 
 def test_two_nodes_come_to_the_same_bits(monkeypatch):

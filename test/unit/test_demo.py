@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +19,19 @@ import psutil
 import pytest
 from rich.console import Console
 
-from sglang_minimax import comparison, demo
+from sglang_minimax import comparison, demo, server_process
 from sglang_minimax.comparison import Answer
 from sglang_minimax.demo_layouts import Host, Layout, ModelShape, choose_layouts, memory_needed_gb
 from sglang_minimax.reference import Completion
-from sglang_minimax.server_process import Interrupted, Interrupts, Server, ServerError, StartProgress, free_port
+from sglang_minimax.server_process import (
+    Interrupted,
+    Interrupts,
+    Server,
+    ServerError,
+    SessionProcess,
+    StartProgress,
+    free_port,
+)
 
 SMALL = ModelShape(num_heads=16, num_kv_heads=8, num_experts=16, expert_width=256)
 PUBLISHED = ModelShape(num_heads=48, num_kv_heads=8, num_experts=256, expert_width=1536)
@@ -121,6 +132,7 @@ def test_the_same_answer_agrees():
     one = compared()
     assert one.largest == 0.0 and one.parted_at is None
     assert comparison.exact().accepts([one])
+    assert comparison.exact().accepts([compared(text="abc\ufffd")])  # the first bytes of a character to come
     assert comparison.exact().accepts([compared(tokens=TEXTS)])  # an API that gives texts in place of ids
 
 
@@ -141,10 +153,22 @@ def test_after_the_ways_part_nothing_is_compared():
     one = compared(tokens=(7, 4, 1), logprobs=(-1.0, -0.5, -77.0))
     assert one.parted_at == 1 and one.differences == (0.0, pytest.approx(1e-5))
     assert compared(tokens=(3, 8, 9)).differences == (pytest.approx(0.5),)
+    # Nearly tied in the reference, and so the server must find its own choice as likely.
+    assert compared(tokens=(7, 4, 1), logprobs=(-1.0, -3.0, -77.0)).largest == 2.5
 
 
 def test_nothing_compared_does_not_agree():
     assert not comparison.exact().accepts([])
+
+
+def test_a_share_of_the_differences_is_at_most_the_limit():
+    for count in range(1, 31):
+        values = [((7 * i) % count) / 4 for i in range(count)]
+        for share in (0.5, 0.9, 1.0):
+            expected = min(value for value in values if sum(one <= value for one in values) >= share * count)
+            assert comparison.quantile(values, share) == expected, (count, share)
+    off_by_a_half = compared(logprobs=(-1.5, -0.5, -2.0))
+    assert comparison.Tolerance(0.5, 1.0, "it is the limit").accepts([off_by_a_half])
 
 
 @pytest.mark.parametrize(
@@ -288,6 +312,36 @@ def test_servers_that_start_at_once_are_given_ports_of_their_own():
     assert len(set(derived)) == len(derived)
 
 
+def test_a_port_is_given_if_all_that_the_engine_derives_from_it_are_free(monkeypatch):
+    """Under DP attention it listens up to 13 behind the port as well."""
+    monkeypatch.setattr(server_process, "_LAST_GIVEN", collections.deque())
+    free, other = free_port(), free_port()
+    server_process._LAST_GIVEN.clear()
+    monkeypatch.setattr(random, "sample", lambda *_: [free, other])
+    with socket.socket() as taken:
+        taken.bind(("", free + 13))
+        assert free_port() == other
+    assert free_port() == free
+
+
+def test_a_command_has_the_environment_that_it_was_given_and_its_own_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIVEN", "to this process")
+    code = "import os, sys; print(os.environ['GIVEN']); sys.exit(7)"
+    with SessionProcess([sys.executable, "-c", code], tmp_path / "log", environment={"GIVEN": "to it"}) as command:
+        assert command.wait(60) == 7
+    assert (tmp_path / "log").read_text() == "to it\n"
+
+
+def test_a_line_of_the_log_is_read_once_it_is_whole(tmp_path):
+    """A rank's line may be written in two goes, and half of it says nothing of its progress."""
+    with SessionProcess([sys.executable, "-c", ""], tmp_path / "log") as command:
+        command.wait(60)
+        for written, read in ((b"one\ntw", ["one"]), (b"", []), (b"o\n", ["two"])):
+            with open(tmp_path / "log", "ab") as log:
+                log.write(written)
+            assert list(command.new_lines()) == read
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 INTERRUPTED_RUN = """
@@ -324,8 +378,9 @@ def test_every_process_is_gone_after_a_signal(tmp_path, signum):
 def test_a_signal_during_a_deferred_block_comes_at_its_end():
     finished = False
     with Interrupts() as interrupts, pytest.raises(Interrupted) as raised, interrupts.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
+        with interrupts.deferred():  # as a clean-up within a clean-up, which is not at its end with this one
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
         finished = True
     assert finished and raised.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -64,6 +64,15 @@ def test_without_tokens_and_residual_x_comes_back(norm):
     assert norm.forward_cuda(x) is x
 
 
+def test_with_tokens_the_engines_kernel_gets_all_that_was_given(norm, monkeypatch):
+    """It runs on GPUs only; an addition that did not reach it would be missing from every sum behind it."""
+    given = tuple(torch.randn(5, WIDTH) for _ in range(3))
+    reached = []
+    monkeypatch.setattr(layernorm._engine.RMSNorm, "forward_cuda", lambda self, *inputs: reached.append(inputs))
+    norm.forward_cuda(*given)
+    assert len(reached) == 1 and all(got is one for got, one in zip(reached[0], given, strict=True))
+
+
 def test_with_tokens_the_sum_includes_the_addition(norm):
     """Float64 by hand, on the path that this host has."""
     generator = torch.Generator().manual_seed(0)

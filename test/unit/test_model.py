@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.communicator import FUSE_ALLREDUCE_MAX_BATCH_SIZE
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.lora.layers import FusedMoEWithLoRA
-from sglang.srt.models import minimax_m2, minimax_m2_moe
+from sglang.srt.models import minimax_m2, minimax_m2_moe, minimax_m2_overlap, minimax_m2_weights
 from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
 from sglang.srt.models.minimax_m2_moe import ExpertReduction
+from sglang.srt.models.minimax_m2_weights import Target, _describe, resolve_weight_name
 from sglang.srt.utils.hf_transformers_utils import get_config
 from torch import nn
 
@@ -112,6 +115,30 @@ def test_attention_that_would_leave_others_waiting_is_an_error_that_says_why():
         MiniMaxM2Attention.forward_prepare(Attention(True), None, SimpleNamespace(shape=(0, 8)), batch(True))
 
 
+@pytest.mark.parametrize(
+    ("stored", "takes", "attended"),
+    [
+        (True, True, "in one launch"),
+        (True, False, "by the backend, which does not store"),  # more requests than the launch is for
+        (False, True, "by the backend, which stores"),  # a KV cache of another dtype: the launch reads what is stored
+        (False, False, "by the backend, which stores"),
+    ],
+)
+def test_the_one_launch_of_decode_attends_to_what_is_stored_already(stored, takes, attended):
+    class Backend:
+        layer_id = 7
+
+        def __call__(self, q, k, v, batch, save_kv_cache):
+            return f"by the backend, which {'stores' if save_kv_cache else 'does not store'}"
+
+    attention = SimpleNamespace(
+        attn=Backend(),
+        decode_attention=lambda q, batch, layer_id: "in one launch" if takes and layer_id == 7 else None,
+        project_output=lambda row: row,
+    )
+    assert MiniMaxM2Attention.forward_core(attention, (None, "batch", ("q", "k", "v", stored))) == attended
+
+
 def captured_layers(num_layers: int, already=(), pp_ranks: int = 1):
     """A stand-in for the model with what ``set_eagle3_layers_to_capture`` reads and writes."""
     return SimpleNamespace(
@@ -135,6 +162,8 @@ def test_eagle3_layers(asked, already, entering):
 def test_eagle3_refuses_unknown_layers_and_pipelines():
     with pytest.raises(ValueError, match=r"outputs of layers \[62\] of 62"):
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62), [62])
+    with pytest.raises(ValueError, match=r"outputs of layers \[-1\] of 62"):
+        MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62), [-1])
     with pytest.raises(ValueError, match="--pp-size is 2"):
         MiniMaxM2ForCausalLM.set_eagle3_layers_to_capture(captured_layers(62, pp_ranks=2), [3])
 
@@ -201,3 +230,269 @@ def test_an_override_of_the_base_that_would_change_nothing_is_an_error(checkpoin
     assert minimax_m2._rope(checkpoint_config())[0] == 5000
     with pytest.raises(ValueError, match="rope_theta 700 and, among rope_parameters, 5000"):
         minimax_m2._rope(checkpoint_config(rope_theta=700))
+
+
+# --- What depends on hardware that tests do not have --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "on", "works", "others", "asked", "stays", "saved"),
+    [
+        (2, True, True, 1, 1, True, False),
+        (2, True, False, 1, 1, False, False),
+        (2, True, True, 0, 1, False, False),  # another rank could not: this one would wait for it in a kernel
+        (2, False, True, 1, 0, True, False),
+        (1, True, True, 1, 0, True, False),  # DP attention: a rank has nothing to reduce
+        (2, True, True, 1, 0, True, True),  # the memory saver would take its pointers: made in the first forward
+    ],
+)
+def test_fused_all_reduce_is_off_on_all_ranks_if_it_does_not_work_on_one(
+    monkeypatch, ranks, on, works, others, asked, stays, saved
+):
+    arguments = SimpleNamespace(enable_flashinfer_allreduce_fusion=True, enable_memory_saver=saved)
+    workspaces: list[dict] = []
+
+    def all_reduce(agreed, op, group):
+        assert group == "all of TP" and agreed.device.type == "cpu"
+        of = {torch.distributed.ReduceOp.MIN: torch.minimum, torch.distributed.ReduceOp.MAX: torch.maximum}[op]
+        agreed.copy_(of(agreed, torch.tensor([others], device="cpu")))
+
+    make = lambda **workspace: workspaces.append(workspace) or works  # noqa: E731
+    monkeypatch.setattr(minimax_m2.flashinfer_comm_fusion, "ensure_workspace_initialized", make)
+    monkeypatch.setattr(minimax_m2, "get_attention_tp_size", lambda: ranks)
+    monkeypatch.setattr(minimax_m2, "apply_flashinfer_allreduce_fusion", lambda batch_size: on)
+    monkeypatch.setattr(minimax_m2, "get_tp_group", lambda: SimpleNamespace(cpu_group="all of TP"))
+    monkeypatch.setattr(minimax_m2, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(minimax_m2, "log_info_on_rank0", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with torch.device("meta"):  # as while a model is built
+        minimax_m2._prepare_fused_all_reduce(3072)
+    wanted = {"max_token_num": FUSE_ALLREDUCE_MAX_BATCH_SIZE, "hidden_dim": 3072, "dtype": torch.get_default_dtype()}
+    assert workspaces == [wanted] * asked and arguments.enable_flashinfer_allreduce_fusion == stays
+
+
+@pytest.mark.parametrize("reduction", ExpertReduction)
+@pytest.mark.parametrize("a2a", ["none", "deepep"])
+def test_padding_is_told_to_an_a2a_backend_and_to_nothing_else(monkeypatch, a2a, reduction):
+    """FP4 all-gather, a dispatcher without such a backend, and the reductions without one route all ranks' tokens."""
+    monkeypatch.setattr(minimax_m2_moe, "get_moe_a2a_backend", lambda: MoeA2ABackend(a2a))
+    monkeypatch.setattr(minimax_m2_moe, "get_global_server_args", lambda: SimpleNamespace(ep_dispatch_algorithm=None))
+    moe, batch = SimpleNamespace(layer_id=0), SimpleNamespace(num_token_non_padded="so many")
+    told = minimax_m2_moe.MiniMaxM2MoE._routing_info(moe, batch, reduction)
+    is_told = a2a != "none" and reduction is ExpertReduction.DISPATCHER
+    assert told == ({"num_token_non_padded": "so many"} if is_told else {})
+
+
+@pytest.mark.parametrize(
+    ("cuda", "a2a", "left"), [(True, "deepep", 112), (True, "mooncake", None), (False, "deepep", None)]
+)
+def test_products_leave_deepep_its_multiprocessors(monkeypatch, cuda, a2a, left):
+    monkeypatch.setattr(minimax_m2_overlap, "is_cuda", lambda: cuda)
+    monkeypatch.setattr(minimax_m2_overlap, "get_moe_a2a_backend", lambda: MoeA2ABackend(a2a))
+    deepep = SimpleNamespace(get_instance=lambda: SimpleNamespace(num_sms=20))
+    monkeypatch.setattr(minimax_m2_overlap, "DeepEPConfig", deepep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    assert minimax_m2_overlap._sms_beside_deepep() == left
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_without_tokens_nothing_is_routed_by_a_kernel(at_once):
+    def fails(*_):
+        raise AssertionError("launched for no tokens")
+
+    topk = type("TopK", (), {"__call__": fails, "empty_topk_output": lambda self, device: f"none on {device}"})()
+    moe = SimpleNamespace(topk=topk, route_at_once=fails if at_once else None, gate=None, _router_logits=fails)
+    route = minimax_m2_moe.MiniMaxM2MoE._route
+    assert route(moe, torch.empty(0, 8), None, ExpertReduction.MODEL) == "none on cpu"
+    # And in the stages of two-batch overlap.
+    state = type("State", (SimpleNamespace,), {"pop": lambda self, name: vars(self).pop(name)})()
+    state.hidden_states_mlp_input = torch.empty(0, 8)
+    minimax_m2_moe.MiniMaxM2MoE.op_gate(moe, state)
+    minimax_m2_moe.MiniMaxM2MoE.op_select_experts(moe, state)
+    assert state.topk_output == "none on cpu"
+
+
+@pytest.mark.parametrize("without_graphs", [True, False])
+def test_the_recorder_of_expert_loads_is_told_the_layer_but_in_piecewise_graphs(monkeypatch, without_graphs):
+    told = []
+    recorder = SimpleNamespace(with_current_layer=lambda layer_id: told.append(layer_id) or contextlib.nullcontext())
+    arguments = SimpleNamespace(disable_piecewise_cuda_graph=without_graphs)
+    monkeypatch.setattr(minimax_m2_moe, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(minimax_m2_moe, "get_global_expert_distribution_recorder", lambda: recorder)
+    with minimax_m2_moe.recorded_as(5):
+        assert told == ([5] if without_graphs else [])
+
+
+# --- What the engine asks of a model ------------------------------------------------------------------------
+
+
+def test_eplb_moves_what_belongs_to_single_experts_of_this_stage():
+    experts = nn.Module()
+    experts.num_local_experts = 4
+    for name, shape in (("w13_weight", (4, 6, 2)), ("w2_weight", (4, 2, 3)), ("a_scale", ()), ("of_all", (8,))):
+        experts.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    moe = SimpleNamespace(experts=experts)
+    moe.expert_weights = lambda: minimax_m2_moe.MiniMaxM2MoE.expert_weights(moe)
+    found = moe.expert_weights()
+    assert [weight.data_ptr() for weight in found] == [experts.w13_weight.data_ptr(), experts.w2_weight.data_ptr()]
+    layers = {layer_id: SimpleNamespace(block_sparse_moe=moe) for layer_id in (3, 4)}
+    model = SimpleNamespace(model=SimpleNamespace(start_layer=3, end_layer=5, layers=layers))
+    by_layer = MiniMaxM2ForCausalLM.routed_experts_weights_of_layer.fget(model)
+    assert by_layer.keys() == {3, 4} and all(len(weights) == 2 for weights in by_layer.values())
+
+
+def test_a_stage_says_its_own_layers_for_which_alone_the_engine_makes_a_kv_cache():
+    model = SimpleNamespace(model=SimpleNamespace(start_layer=3, end_layer=5))
+    ends = (MiniMaxM2ForCausalLM.start_layer.fget(model), MiniMaxM2ForCausalLM.end_layer.fget(model))
+    assert ends == (3, 5)
+
+
+def test_a_draft_model_gets_the_embedding_and_then_the_head():
+    model = SimpleNamespace(model=SimpleNamespace(embed_tokens=SimpleNamespace(weight="embedding")))
+    model.lm_head = SimpleNamespace(weight="head")
+    assert MiniMaxM2ForCausalLM.get_embed_and_head(model) == ("embedding", "head")
+
+
+# --- Configs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tp", "ep", "redundant", "moe_dp", "said"),
+    [
+        (8, 2, 1, 1, None),
+        (8, 2, 0, 1, "179 experts are not a multiple of --ep 2"),
+        (16, 1, 0, 4, None),
+        (16, 1, 0, 1, "1536 / 16 = 96, is not a multiple of the quantisation block 128"),
+    ],
+)
+def test_the_model_takes_the_division_that_the_servers_arguments_came_to(monkeypatch, tp, ep, redundant, moe_dp, said):
+    arguments = SimpleNamespace(
+        ep_size=ep, ep_num_redundant_experts=redundant, moe_dp_size=moe_dp, ep_dispatch_algorithm=None
+    )
+    monkeypatch.setattr(minimax_m2_moe, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(minimax_m2_moe, "get_tensor_model_parallel_world_size", lambda: tp)
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = SimpleNamespace(num_local_experts=179, intermediate_size=1536, quantization_config=blocks)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        minimax_m2_moe.check_experts(config, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("method", "stored", "tp", "ep", "moe_dp", "said"),
+    [
+        ("moe_wna16", "awq", 2, 2, 1, "puts zero points where .* Leave --ep out"),
+        ("moe_wna16", "awq", 2, 1, 1, None),
+        ("moe_wna16", "gptq", 2, 2, 1, None),
+        *((method, method, 2, 2, 1, f"^{method} experts and --ep 2: ") for method in ("awq", "awq_marlin")),
+        ("gptq", "gptq", 2, 2, 1, "Leave --ep out, and give --quantization moe_wna16"),
+        ("gptq_marlin", "gptq", 2, 1, 1, "GPTQ experts cannot be divided over --tp 2"),
+        ("gptq_marlin", "gptq", 2, 1, 2, None),  # each copy of the experts is whole on its rank
+        ("gptq_marlin", "gptq", 4, 2, 4, r"Leave --ep out\."),
+    ],
+)
+def test_experts_of_4_bits_are_refused_where_the_engine_would_load_or_multiply_others(
+    method, stored, tp, ep, moe_dp, said
+):
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        minimax_m2_moe._check_4_bit_experts(method, stored, tp, ep, moe_dp)
+
+
+def test_norms_over_single_heads_are_refused():
+    config = SimpleNamespace(qk_norm_type="per_head", num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6)
+    with pytest.raises(ValueError, match=r"qk_norm_type 'per_head' is not supported: .*'per_layer'"):
+        minimax_m2._qk_norms(config, 8)
+
+
+@pytest.mark.parametrize(("given", "head_dim"), [({"head_dim": 128}, 128), ({"head_dim": None}, 64), ({}, 64)])
+def test_without_a_head_dim_the_hidden_size_is_divided(given, head_dim):
+    assert minimax_m2._head_dim(SimpleNamespace(hidden_size=3072, num_attention_heads=48, **given)) == head_dim
+
+
+def test_a_config_with_the_older_name_of_ropes_parameters_is_scaled_by_them():
+    """As one that transformers does not know, and so does not rename."""
+    config = SimpleNamespace(rope_theta=5000, rope_scaling=YARN)
+    assert minimax_m2._rope(config) == (5000, YARN)
+
+
+@pytest.mark.parametrize(
+    ("config", "rotated"),
+    [({"rotary_dim": 48}, 48), ({"rope_parameters": {"partial_rotary_factor": 0.25}}, 32), ({}, 128)],
+)
+def test_without_a_rotary_dim_a_fraction_of_the_head_is_rotated_or_all_of_it(config, rotated):
+    assert minimax_m2._rotary_dim(SimpleNamespace(**config), 128) == rotated
+
+
+@pytest.mark.parametrize(
+    ("can", "captures", "stages", "overlapped"),
+    [(True, [], 1, True), (False, [], 1, False), (True, [1], 1, False), (True, [], 2, False)],
+)
+def test_halves_of_a_batch_overlap_unless_a_layer_is_captured_or_a_pipeline_goes_on(
+    monkeypatch, can, captures, stages, overlapped
+):
+    """Overlapped, no layer's input is handed out, and what comes from a stage before is not taken."""
+    ran = []
+
+    def go(how):
+        return lambda *_: (ran.append(how) or torch.ones(1, 2), None)
+
+    monkeypatch.setattr(minimax_m2, "forward_overlapped", go("overlapped"))
+    model = SimpleNamespace(
+        pp_group=SimpleNamespace(is_first_rank=True, is_last_rank=True, world_size=stages),
+        embed_tokens=torch.ones_like,
+        layers=[],
+        start_layer=0,
+        end_layer=2,
+        layers_to_capture=captures,
+        _forward_layers=go("in turn"),
+        norm=torch.clone,
+    )
+    minimax_m2.MiniMaxM2Model.forward(model, torch.ones(1, 2), None, SimpleNamespace(can_run_tbo=can))
+    assert ran == ["overlapped" if overlapped else "in turn"]
+
+
+# --- Names of a checkpoint ------------------------------------------------------------------------------------
+
+EXPERT = "model.layers.1.block_sparse_moe.experts"
+
+
+def test_of_many_missing_parts_the_first_four_are_named_and_the_rest_counted():
+    parts = [("w1", expert) for expert in range(6)]
+    named = "w1 of expert 0, w1 of expert 1, w1 of expert 2, w1 of expert 3"
+    assert (_describe(parts[:4]), _describe(parts)) == (named, f"{named} and 2 more")
+
+
+@pytest.mark.parametrize("kind", ["k", "v"])
+def test_scales_of_the_kv_cache_move_from_the_projection_to_attention(kind):
+    layer = "model.layers.1.self_attn"
+    model = SimpleNamespace(
+        model=SimpleNamespace(start_layer=0, end_layer=2), config=SimpleNamespace(tie_word_embeddings=False)
+    )
+    params = {f"{layer}.qkv_proj.weight": None, f"{layer}.attn.{kind}_scale": None}
+    found = resolve_weight_name(model, f"{layer}.{kind}_proj.{kind}_scale", params)
+    assert found == [Target(f"{layer}.attn.{kind}_scale")]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "belongs"),
+    [
+        ("model.layers.2.self_attn.q_proj.weight", 1, "skipped"),
+        ("model.layers.7.self_attn.q_proj.weight", 1, "skipped"),  # three modules of two layers each
+        ("model.layers.8.self_attn.q_proj.weight", 1, None),
+        ("lm_head.weight_scale", 1, None),  # a quantised head, which would be multiplied as if it were none
+        ("lm_head.weight_scale", 2, "skipped"),  # here it is another stage's
+        ("model.layers.1.block_sparse_moe.e_score_correction_bias", 1, None),  # beside use_routing_bias: false
+        ("model.layers.1.self_attn.o_proj.bias", 1, "skipped"),
+        (f"{EXPERT}.7.w1.input_scale", 1, "skipped"),
+        (f"{EXPERT}.8.w1.input_scale", 1, None),  # of 8 experts
+        (f"{EXPERT}.8.w1.weight", 1, None),
+    ],
+)
+def test_a_name_that_has_no_parameter_is_skipped_if_it_is_known_and_else_a_fault(monkeypatch, name, stages, belongs):
+    arguments = SimpleNamespace(json_model_override_args='{"rope_theta": 1}')
+    monkeypatch.setattr(minimax_m2_weights, "get_global_server_args", lambda: arguments)
+    config = SimpleNamespace(num_hidden_layers=2, num_mtp_modules=3, mtp_transformer_layers=2, num_local_experts=8)
+    model = SimpleNamespace(
+        model=SimpleNamespace(start_layer=0, end_layer=2), config=config, pp_group=SimpleNamespace(world_size=stages)
+    )
+    config.tie_word_embeddings = False
+    assert resolve_weight_name(model, name, {f"{EXPERT}.w13_weight": None}) == belongs

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_minimax.overlay import ENGINE_VERSION
+from sglang_minimax.overlay import ENGINE_VERSION, engine_version
 
 REPOSITORY = Path(__file__).parents[2]
 START_UP_LINE = (REPOSITORY / "python" / "sglang_minimax_startup.pth").read_text()
@@ -115,13 +115,20 @@ def test_switched_off(tmp_path):
     assert (seen["minimax_m2"], seen["other"], seen["path"]) == ("engine", "engine", [str(engine / "sglang")])
 
 
-@pytest.mark.parametrize("version", ["0.5.10", "0.5.11", "0.5.10.post2.dev0+gabc"])
+@pytest.mark.parametrize("version", ["0.5.10", "0.5.11", "0.5.10.post2.dev0+gabc", ENGINE_VERSION + "1"])
 def test_another_engine_runs_as_it_is_with_one_warning(tmp_path, version):
     engine, overlay = write_engine(tmp_path / "engine", version), write_overlay(tmp_path / "ours", packed=True)
     seen = look(engine, overlay)
     assert (seen["minimax_m2"], seen["path"]) == ("engine", [str(engine / "sglang")])
     (warning,) = seen["warnings"]
     assert version in warning and ENGINE_VERSION in warning
+
+
+def test_an_engine_whose_version_nothing_tells_runs_as_it_is(tmp_path):
+    engine, overlay = write_engine(tmp_path / "engine"), write_overlay(tmp_path / "ours", packed=True)
+    (engine / "sglang" / "_version.py").unlink()
+    seen = look(engine, overlay)
+    assert seen["minimax_m2"] == "engine" and "lays nothing over sglang of unknown version" in seen["warnings"][0]
 
 
 def test_child_processes_do_not_warn_again(tmp_path):
@@ -150,13 +157,45 @@ def test_a_process_that_never_imports_sglang_imports_two_small_modules_more(tmp_
     assert set(with_line) - set(without) == {"sglang_minimax", "sglang_minimax.overlay", "__future__"}
 
 
-def test_an_adjustment_runs_once_after_the_engines_module(tmp_path):
+def test_each_adjustment_of_a_module_runs_once_after_the_engines_module(tmp_path):
+    engine, overlay = write_engine(tmp_path / "engine"), write_overlay(tmp_path / "ours", packed=True)
+    (overlay / "sglang_minimax" / "adjustments.py").write_text(
+        "def adjust(module):\n    module.WHOSE += ' adjusted'\n"
+        "def again(module):\n    module.WHOSE += ' twice'\n"
+        "def for_this_host():\n    for one in (adjust, again):\n        yield 'sglang.srt.models.other', one\n"
+    )
+    assert look(engine, overlay)["other"] == "engine adjusted twice"
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["import sglang_minimax.overlay as ours; ours.install()", "import importlib, sglang; importlib.reload(sglang)"],
+    ids=["installed twice", "engine reloaded"],
+)
+def test_an_adjustment_still_runs_once(tmp_path, more):
+    """As where a program calls install() behind the start-up line."""
     engine, overlay = write_engine(tmp_path / "engine"), write_overlay(tmp_path / "ours", packed=True)
     (overlay / "sglang_minimax" / "adjustments.py").write_text(
         "def adjust(module):\n    module.WHOSE += ' adjusted'\n"
         "def for_this_host():\n    yield 'sglang.srt.models.other', adjust\n"
     )
-    assert look(engine, overlay)["other"] == "engine adjusted"
+    process = run(f"{more}\n{LOOK}", engine, overlay)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["other"] == "engine adjusted"
+
+
+@pytest.mark.parametrize("line", ["__version__ = version = '1.2'", '__version__ = "1.2"', "version = '1.2'"])
+def test_the_version_beside_the_engines_code_comes_before_the_environments(tmp_path, line):
+    (tmp_path / "_version.py").write_text(f"# made by a tool\n__version_tuple__ = (0, 1)\n{line}\n")
+    assert engine_version([str(tmp_path / "nowhere"), str(tmp_path)]) == "1.2"
+
+
+def test_without_a_version_file_the_metadata_beside_the_engine_counts(tmp_path):
+    """Which may be another than that of the environment's own engine."""
+    metadata = tmp_path / "sglang-1.2.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 1.2\n")
+    assert engine_version([str(tmp_path / "sglang")]) == "1.2"
 
 
 def test_asking_where_the_engine_is_changes_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -31,7 +32,7 @@ from sglang_minimax.plan import collectives, launches, memory, paths, report, sc
 from sglang_minimax.plan import layout as layouts
 from sglang_minimax.plan.hardware import GPUS, Gpu
 from sglang_minimax.plan.layout import Flags, settle
-from sglang_minimax.plan.shape import PUBLISHED_CONFIG, CannotPlan, read_model, shape_of_config
+from sglang_minimax.plan.shape import PUBLISHED_CONFIG, CannotPlan, Quantisation, read_model, shape_of_config
 
 H200, B200 = GPUS["h200"], GPUS["b200"]
 M25 = read_model("m2.5")
@@ -210,6 +211,22 @@ def test_the_published_model_has_the_bytes_that_its_shapes_say():
 def test_a_token_takes_k_and_v_of_the_heads_that_a_rank_holds(tp, heads):
     layout = settle(Flags(tp=tp, nnodes=max(tp // 8, 1), ep=None if tp < 48 else 16), M25, H200)
     assert memory.kv_bytes_per_token(M25, layout) == heads * 2 * 128 * 62 * 2
+    in_fp8 = layouts.replace(M25, kv_cache_bytes=1)  # as the checkpoint says, where no flag does
+    assert memory.kv_bytes_per_token(in_fp8, layout) == heads * 2 * 128 * 62
+
+
+def test_the_stage_that_leaves_least_for_the_kv_cache_counts_and_requests_are_as_long_as_was_asked_for():
+    """62 layers on four stages are 15, 15, 16 and 16, and the last has the head beside them."""
+    flags = Flags(tp=2, pp=4, context_length=4096)
+    planned = memory.plan_memory(M25, settle(flags, M25, H200), H200)
+    assert planned.stage == 3 and planned.requests == planned.tokens // 4096
+    assert planned.kv_bytes_per_token == 4 * 2 * 128 * 16 * 2
+
+
+def test_amds_attention_takes_less_of_the_memory_for_long_contexts_only():
+    (amd, *_) = (gpu for gpu in GPUS.values() if gpu.architecture == "cdna3")
+    short, long = (settle(Flags(tp=8, context_length=length), M25, amd) for length in (8192, 8193))
+    assert memory.static_fraction(amd, long)[0] == pytest.approx(0.85 * memory.static_fraction(amd, short)[0])
 
 
 GIB = 2**30
@@ -321,6 +338,57 @@ def test_what_cannot_work_names_the_rule_and_the_nearest_that_does(flags, rule, 
     assert " ".join(made.nearest[0].words()).startswith(first)
     for flags in made.nearest:
         assert report.make_report(M25, flags, H200).broken_rule is None
+
+
+WIDE = {"head_dim": 64, "rotary_dim": 32, "quantisation": Quantisation("fp8", (64, 128))}  # blocks that are not square
+NARROW = WIDE | {"head_dim": 32, "num_attention_heads": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "rule"),
+    [
+        (WIDE, Flags(tp=8), None),  # 64 rows of k, which is cut by rows alone
+        (WIDE | {"num_attention_heads": 24}, Flags(tp=8), "q projection, 3 heads of 64, .* block 64 x 128"),
+        (WIDE | {"num_attention_heads": 9, "num_key_value_heads": 3}, Flags(tp=1), None),  # nothing is cut
+        (NARROW, Flags(tp=8), "k and v projection, 1 heads of 32, .* block 64 x 128"),
+        (NARROW | {"quantisation": Quantisation("fp8", (64, 128), attention=False)}, Flags(tp=8), None),
+        ({"num_hidden_layers": 8}, Flags(pp=8), None),
+        ({"num_hidden_layers": 7}, Flags(pp=8), "--pp-size 8 is more than the 7 layers"),
+        ({}, Flags(tp=4, nnodes=3), "4 GPUs .* are not a multiple of --nnodes 3"),
+        ({}, Flags(tp=4, pp=3, nnodes=2), "--pp-size 3 and --nnodes 2: one must be a multiple of the other"),
+        ({}, Flags(tp=16, nnodes=2), None),  # 8 a node, which is all of it
+        ({}, Flags(tp=16), "16 a node, and a node has 8: --nnodes 2"),
+        ({}, Flags(tp=4, pp=3), "12 a node, and a node has 8: --nnodes 2"),  # rounded up
+        ({}, Flags(tp=8, context_length=M25.max_position_embeddings), None),
+        ({}, Flags(tp=8, context_length=0), "--context-length 0 must be between 1 and"),
+        ({}, Flags(tp=8, mem_fraction_static=1.0), "--mem-fraction-static 1.0 must be between 0 and 1"),
+        ({}, Flags(tp=8, kv_cache_dtype="int4"), "--kv-cache-dtype int4 is not planned"),
+        ({}, Flags(tp=8, moe_runner_backend="flashinfer_cutlass"), "not FP8 blocks"),
+        (
+            {"quantisation": Quantisation()},
+            Flags(tp=8, ep=2, moe_runner_backend="flashinfer_cutlass"),
+            "needs --ep 1 or --ep 8, and not 2",
+        ),
+    ],
+    ids=name_of,
+)
+def test_each_rule_ends_where_it_says(change, flags, rule):
+    with pytest.raises(ValueError, match=rule) if rule else contextlib.nullcontext():
+        settle(flags, layouts.replace(M25, **change), H200)
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ({}, True),
+        ({"use_qk_norm": False}, False),  # there is no sum
+        ({"quantisation": Quantisation("nvfp4", attention=True)}, False),  # its rows share a scale
+        ({"quantisation": Quantisation("nvfp4", attention=False)}, True),
+    ],
+)
+def test_a_rank_of_two_nodes_holds_rows_of_the_other_if_they_are_normed_and_stand_for_themselves(change, holds):
+    model = layouts.replace(M25, **change)
+    assert layouts.has_counterpart(settle(Flags(tp=16, nnodes=2), model, B200), model) is holds
 
 
 def test_nvfp4_needs_blackwell():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sglang.srt.layers.minimax_qk_norm import ALIGNED_ROWS, norm_qk, scale_rows, sums_of_squares
-from sglang.srt.layers.minimax_sharding import shard_attention
+from sglang.srt.layers.minimax_sharding import shard_attention, shard_heads
 from sglang.srt.models import minimax_m2
 from sglang.srt.models.minimax_m2 import MiniMaxM2RMSNormTP
 
@@ -69,6 +69,14 @@ def test_sums_are_padded_for_the_collective_with_zeros():
     assert ALIGNED_ROWS * 2 * 4 == 16
 
 
+def test_squares_that_float16_cannot_hold_are_summed():
+    """300 squared is beyond 65504, float16's largest number."""
+    q, k = (torch.randn(3, width).mul(300).half() for width in (8, 4))
+    normed = norm_qk(q, k, torch.ones(8), torch.ones(4), 8, 4, EPS, None)
+    for got, x in zip(normed, (q, k), strict=True):
+        torch.testing.assert_close(got.double(), reference(x, torch.ones(x.shape[1])), rtol=2**-10, atol=0)
+
+
 def test_strided_rows_are_read_where_they_lie():
     qkv = torch.randn(3, 4 + 2 + 2)
     q, k, _ = qkv.split([4, 2, 2], dim=-1)
@@ -111,6 +119,21 @@ def test_the_loader_takes_the_shard_of_the_ranks_heads(rank_of, ranks, num_heads
     replicas = max(1, ranks // num_heads)
     assert [value for own in seen[::replicas] for value in own] == weight.tolist()
     assert all(seen[rank] == seen[rank // replicas * replicas] for rank in range(ranks))
+
+
+@pytest.mark.parametrize(("ranks", "num_heads"), [(1, 8), (4, 8), (16, 8)])
+def test_a_norm_called_alone_is_over_all_heads_too(rank_of, monkeypatch, ranks, num_heads):
+    tokens, head_dim, shards = 4, 4, shard_heads(num_heads, ranks)
+    x, weight = torch.randn(tokens, num_heads * head_dim) * 2e-3, torch.rand(num_heads * head_dim) + 0.5
+    total = x.double().square().sum(-1, keepdim=True).float() * shards.replicas  # of all ranks
+    monkeypatch.setattr(minimax_m2, "attention_tensor_model_parallel_all_reduce", total.expand_as)
+    for rank in range(ranks):
+        rank_of(rank, ranks)
+        norm = MiniMaxM2RMSNormTP(num_heads * head_dim, num_heads, EPS)
+        norm.weight_loader(norm.weight, weight)
+        own = shards.heads_of(rank)
+        expected = heads(reference(x, weight), own, head_dim)
+        torch.testing.assert_close(norm(heads(x, own, head_dim)).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [31, 33, 16, 0])

@@ -364,7 +364,7 @@ if __name__ == "__main__":
     for rows in (1, 2):  # a rank a node: its row holds all heads of both
         run_layout(12, 2, 2, 3, torch.bfloat16, torch.float32, interpreted=True, rows=rows, nodes=2)
     run_layout(12, 2, 4, 3, torch.bfloat16, torch.float32, interpreted=True, nodes=2)
-    from sglang.srt.layers.minimax_qk_norm import sums_of_squares_triton
+    from sglang.srt.layers.minimax_qk_norm import scale_rows_triton, sums_of_squares_triton
 
     for own, others in (([96, 32], []), ([96, 32, 32], [96, 32])):
         parts = torch.randn(3, sum(own + others)).split(own + others, dim=-1)
@@ -374,3 +374,8 @@ if __name__ == "__main__":
         want = torch.stack([sum(squares[::2]), sum(squares[1::2])], -1)
         torch.testing.assert_close(sums[:3].double(), want, rtol=1e-6, atol=0)
         assert not sums[3:].any()
+        weights, counts = [torch.rand(width) + 0.5 for width in own[:2]], (2 * own[0], 4 * own[1])
+        normed = scale_rows_triton(parts[0], parts[1], *weights, sums, *counts, 0.25)  # an eps that shows
+        for i, got in enumerate(normed):
+            scaled = parts[i].double() * (want[:, i] / counts[i] + 0.25).rsqrt()[:, None] * weights[i].double()
+            torch.testing.assert_close(got.double(), scaled, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sglang_minimax.request_checks import (
+    answer_bad_grammars,
     check_request,
     check_requests_first,
     check_sampling_params,
@@ -53,10 +54,11 @@ def check(has_tokenizer: bool = True, **fields) -> None:
         {"input_embeds": [[0.5, 1.0, -1e29]]},
         {"input_embeds": [[[0.5, 1, 2]], [[1, 2, 3], [4, 5, 6]]], "top_logprobs_num": [1, 2]},
         {"input_ids": [1], "input_embeds": [["not looked at"]]},
+        {"text": "a", "input_embeds": [["not looked at"]]},
         {"input_ids": [[1], [2]], "token_ids_logprob": [[1], [2, 3]]},
         {"input_ids": [[1], [2]], "token_ids_logprob": [2, 3]},
         {"text": "a", "session_params": {"id": "x", "rid": None, "offset": -1, "replace": True, "unknown": [1]}},
-        {"sampling_params": {"spaces_between_special_tokens": False, "n": 4096}},
+        {"sampling_params": {"spaces_between_special_tokens": False, "n": 4096, "repetition_penalty": 1e-6}},
         {"sampling_params": {"ignore_eos": True, "custom_params": {"a": object()}, "skip_special_tokens": False}},
     ],
 )
@@ -83,6 +85,7 @@ def test_what_can_be_answered_passes(fields):
         ({"session_params": {"id": "x", "rid": {}}}, r"session_params\[rid\] is a string"),
         ({"session_params": {"id": "x", "offset": "1"}}, r"session_params\[offset\] is an integer"),
         ({"session_params": {"id": "x", "replace": 1}}, r"session_params\[replace\] is true or false"),
+        ({"session_params": {"id": "x", "drop_previous_output": "no"}}, r"\[drop_previous_output\] is true or false"),
         ({"sampling_params": {"n": 4097}}, "n is an integer from 1 to 4096"),
         ({"top_logprobs_num": VOCAB + 1}, r"top_logprobs_num is from 0 to 1000"),
         ({"input_ids": [[1], [2]], "top_logprobs_num": [1, -1]}, r"top_logprobs_num=-1"),
@@ -106,6 +109,8 @@ def test_what_can_be_answered_passes(fields):
         ({"input_embeds": [[1.0, 2.0, math.nan]]}, r"input_embeds is a list of vectors"),
         ({"input_embeds": [[1.0, 2.0, -math.inf]]}, r"input_embeds is a list of vectors"),
         ({"input_embeds": [[1.0, 2.0, 1e39]]}, r"input_embeds is a list of vectors"),
+        ({"input_embeds": [[1e30, 0.0, 1e29]]}, r"input_embeds is a list of vectors .* and no sum over 1e30"),
+        ({"input_embeds": [[1, 2, 3]], "sampling_params": [{}]}, "sampling_params is no list for a single prompt"),
         ({"input_embeds": [[1.0, 2.0, 10**400]]}, r"input_embeds is a list of vectors"),
         ({"input_embeds": [["a", "b", "c"]]}, r"input_embeds is a list of vectors"),
         ({"input_ids": [[1], [2]], "sampling_params": [{}, {"n": 0}]}, r"n=0 cannot be: n is an integer from 1"),
@@ -121,6 +126,37 @@ def test_what_ranks_would_fail_on_is_refused(fields, message):
 def test_integers_are_integers(name, value):
     with pytest.raises(ValueError, match=f"^{name}=.*is an integer from"):
         check_sampling_params({name: value}, VOCAB, has_tokenizer=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        *((name, -(2**31), 2**31 - 1) for name in ("max_new_tokens", "min_new_tokens", "top_k")),
+        ("sampling_seed", -(2**63), 2**63 - 1),
+        ("stream_interval", 1, 2**31 - 1),
+        ("n", 1, 4096),
+    ],
+)
+def test_integers_fit_the_tensors_that_the_scheduler_puts_them_into(name, first, last):
+    for value in (first, last):
+        check_sampling_params({name: value}, VOCAB, has_tokenizer=True)
+    for value in (first - 1, last + 1):
+        with pytest.raises(ValueError, match=f"^{name}={value} .*is an integer from {first} to {last}"):
+            check_sampling_params({name: value}, VOCAB, has_tokenizer=True)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "min_new_tokens", "top_k", "n", "stream_interval", "sampling_seed"])
+def test_null_is_what_the_engine_has_a_default_for(name):
+    """Its own ``SamplingParams``: a field that it leaves None, or compares with a number."""
+    from sglang.srt.sampling.sampling_params import SamplingParams
+
+    try:
+        SamplingParams(**{name: None}).verify(VOCAB)
+        may_be_null = name != "n"  # which the engine only counts with, later
+    except TypeError:
+        may_be_null = False
+    with contextlib.nullcontext() if may_be_null else pytest.raises(ValueError, match=f"^{name}=None"):
+        check_sampling_params({name: None}, VOCAB, has_tokenizer=True)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +196,8 @@ def test_numbers_are_finite_numbers(name, value):
         {"structural_tag": ""},
         {"stop_regex": "(["},
         {"stop_regex": ["a", "a{2,1}"]},
+        {"stop_regex": "a{99999999999999999999}"},  # an OverflowError of Python's compiler
+        {"stop_regex": "(" * 5000 + ")" * 5000},  # a RecursionError
     ],
 )
 def test_other_sampling_parameters(parameters):
@@ -175,8 +213,8 @@ def test_min_new_tokens_needs_the_tokenizer():
 
 def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(ValueError) as error:
-        check(sampling_params={"temperature": "hot" * 1000})
-    assert len(str(error.value)) < 200
+        check(sampling_params={"temperature": "hot" * 50})
+    assert len(str(error.value)) < 150
 
 
 def test_one_bad_id_among_many_is_found_wherever_it_stands():
@@ -222,6 +260,30 @@ def test_a_grammar_whose_compiler_raises_anything_is_refused(tag):
     future, _ = backend.get_cached_or_future_value(key, False)
     refusal = future.result()
     assert isinstance(refusal, InvalidGrammarObject) and "Error" in refusal.error_message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "has_backend", "mended"),
+    [("MiniMaxM2ForCausalLM", True, True), ("MiniMaxM2ForCausalLM", False, False), ("LlamaForCausalLM", True, False)],
+)
+def test_the_grammar_backend_of_a_scheduler_is_mended_if_it_has_one(architecture, has_backend, mended):
+    """With --grammar-backend none it has none."""
+
+    class Engines:
+        def __init__(self, scheduler):
+            self.grammar_backend = SimpleNamespace(_init_value_dispatch=lambda key, reasoning: 1 / 0)
+            self.grammar_backend = self.grammar_backend if has_backend else None
+
+    module = SimpleNamespace(GrammarManager=Engines, InvalidGrammarObject=str)
+    answer_bad_grammars(module)
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+    backend = module.GrammarManager(SimpleNamespace(model_config=config)).grammar_backend
+    assert (backend is not None) == has_backend
+    if mended:
+        assert backend._init_value_dispatch(("regex", "a"), False) == "ZeroDivisionError: division by zero"
+    elif has_backend:
+        with pytest.raises(ZeroDivisionError):
+            backend._init_value_dispatch(("regex", "a"), False)
 
 
 class Manager:
@@ -286,6 +348,30 @@ def test_only_requests_that_were_sent_are_kept(rids, texts, fields, error, left)
     assert manager.rid_to_state.keys() == left and manager.rid_to_state["other"] is other
 
 
+@pytest.mark.parametrize(
+    ("architecture", "ids", "refused"),
+    [
+        ("MiniMaxM2ForCausalLM", [], True),
+        ("MiniMaxM2ForCausalLM", [1], False),
+        ("MiniMaxM2ForCausalLM", None, False),  # embeddings instead
+        ("LlamaForCausalLM", [], False),
+    ],
+)
+def test_a_text_that_gives_no_token_is_refused_and_all_others_are_the_engines_to_validate(architecture, ids, refused):
+    validated = []
+
+    class Mended(Manager):
+        model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+
+        def _validate_one_request(self, obj, input_ids):
+            validated.append((obj, input_ids))
+
+    check_requests_first(SimpleNamespace(TokenizerManager=Mended, GenerateReqInput=SimpleNamespace))
+    with pytest.raises(ValueError, match="the prompt has no token") if refused else contextlib.nullcontext():
+        Mended({})._validate_one_request("request", ids)
+    assert validated == ([] if refused else [("request", ids)])
+
+
 def test_leaving_a_stream_closes_the_engines():
     """Which holds a lock for as long as it lives, that an update of weights waits for."""
     closed = []
@@ -304,6 +390,6 @@ def test_leaving_a_stream_closes_the_engines():
         stream = Mended({}).generate_request(request(rid="a", text="good"))
         assert await stream.__anext__() == 1
         await stream.aclose()
+        assert closed == [True]  # by now, and not when the loop ends, or finds it left behind
 
     asyncio.run(leave())
-    assert closed == [True]

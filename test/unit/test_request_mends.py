@@ -62,6 +62,16 @@ def test_a_session_is_replaced_as_a_whole(session):
     assert session.req_nodes == {} and all(req.to_finish is not None for req in nodes)
 
 
+@pytest.mark.parametrize(("streaming", "replace"), [(True, True), (False, False)])
+def test_a_session_that_is_not_replaced_keeps_its_requests(session, streaming, replace):
+    """The engine refuses to replace a streaming one, and what does not replace begins anew beside the others."""
+    session.streaming, asked, before = streaming, asked_to_replace(None), dict(session.req_nodes)
+    asked.session_params.replace = replace
+    with pytest.raises(Cleared):
+        session.create_req(asked, None, 100)
+    assert session.req_nodes == before and all(node.req.to_finish is None for node in before.values())
+
+
 def test_replacing_one_request_is_left_to_the_engine(session):
     with pytest.raises((Cleared, AttributeError)):  # it goes on with the tokens of the first, which has none here
         session.create_req(asked_to_replace("first"), None, 100)

@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,15 @@ from sglang.srt import server_args as engine
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
-from sglang_minimax import cpu_host
+from sglang_minimax import cpu_host, sharding
 from sglang_minimax.checkpoints import SmallModel, published_config
-from sglang_minimax.server_arguments import EP_SIZE_REASON, TRITON_KV_SPLITS, _check_stages_for_triton
+from sglang_minimax.overlay import ENGINE_VERSION
+from sglang_minimax.server_arguments import (
+    EP_SIZE_REASON,
+    TRITON_KV_SPLITS,
+    _check_stages_for_triton,
+    announce_overlay,
+)
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "float8_e4m3fn", "weight_block_size": [128, 128]}
 
@@ -30,8 +37,10 @@ def folder(tmp_path):
         if quantization:
             config["quantization_config"] = quantization
         config["architectures"] = [architecture]
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return str(tmp_path)
+        own = tmp_path / str(len([*tmp_path.iterdir()]))  # the engine reads the config of a folder once
+        own.mkdir()
+        (own / "config.json").write_text(json.dumps(config))
+        return str(own)
 
     return write
 
@@ -110,6 +119,19 @@ def test_with_experts_in_data_parallel_groups_ep_divides_a_group_wholly_or_not_a
     assert read(folder(FP8), "--tp", str(tp), "--moe-dp-size", str(moe_dp)).ep_size == ep
 
 
+def test_an_a2a_backend_takes_all_ranks_for_ep_and_no_other_size_is_chosen_or_said(folder, caplog):
+    """What would be chosen for FP8 blocks without it is 2, which the engine then sets to 8."""
+    with caplog.at_level(logging.WARNING):
+        args = read(folder(FP8), "--tp", "8", "--moe-a2a-backend", "deepep")
+    assert args.ep_size == 8 and not hasattr(args, EP_SIZE_REASON)
+    assert not [line for line in caplog.messages if "Expert parallel size set to" in line]
+
+
+def test_an_a2a_backend_needs_experts_for_all_ranks(folder):
+    with pytest.raises(ValueError, match="--tp 8 --ep 8: 60 experts are not a multiple of --ep 8"):
+        read(folder(num_local_experts=60), "--tp", "8", "--moe-a2a-backend", "deepep")
+
+
 def test_unquantised_experts_need_no_ep(folder):
     assert read(folder(), "--tp", "16").ep_size == 1
     assert read(folder(num_local_experts=179), "--tp", "8").ep_size == 1
@@ -168,6 +190,12 @@ def test_under_dp_attention_the_heads_are_divided_over_its_groups(folder):
     assert args.tp_size == 32
 
 
+def test_copies_of_the_server_divide_nothing(folder):
+    """--dp without DP attention: each copy has all of TP for itself, of which 2 need be no divisor."""
+    for_three_ranks = folder(vocab_size=768, num_key_value_heads=3)
+    assert read(for_three_ranks, "--tp", "3", "--dp", "2").tp_size == 3
+
+
 @pytest.mark.parametrize("lora", [["--enable-lora"], ["--lora-paths", "somewhere"]])
 def test_adapters_that_the_engine_would_cut_for_other_ranks_are_refused(folder, lora):
     lora = [*lora, "--max-lora-rank", "8", "--lora-target-modules", "q_proj"]
@@ -187,6 +215,8 @@ def test_stages_that_tritons_attention_would_fail_in_are_refused(folder, backend
         ValueError, match=r"stage 2 has layers 41 to 61 of 62, .* --attention-backend flashinfer, or fa3"
     ):
         read(whole, "--pp-size", "3", backend, "triton")
+    with pytest.raises(ValueError, match="stage 2 has layers 30 to 45 of 62"):  # the first that fails is not the last
+        read(whole, "--pp-size", "4", backend, "triton")
 
 
 def test_stages_of_other_attention_backends_are_served(folder):
@@ -235,6 +265,20 @@ def hopper(monkeypatch):
 def test_tritons_attention_divides_long_requests_further_on_hopper(folder, hopper):
     assert read(folder(), "--attention-backend", "triton").triton_attention_num_kv_splits == TRITON_KV_SPLITS
     assert ServerArgs(model_path=folder(), device="cpu").triton_attention_num_kv_splits == TRITON_KV_SPLITS
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--attention-backend", "triton"], True),
+        (["--decode-attention-backend", "triton"], True),
+        (["--attention-backend", "torch_native"], False),
+    ],
+)
+def test_the_parts_of_a_request_are_said_where_tritons_attention_decodes(folder, hopper, caplog, flags, said):
+    with caplog.at_level(logging.WARNING):
+        read(folder(), *flags)
+    assert any(f"up to {TRITON_KV_SPLITS} parts" in line for line in caplog.messages) == said
 
 
 @pytest.mark.parametrize("splits", [8, 16])
@@ -303,6 +347,13 @@ def test_nobody_gets_what_would_not_start_or_be_right_without_asking(folder, hop
     assert read(folder(), *arguments, "--enable-flashinfer-allreduce-fusion").enable_flashinfer_allreduce_fusion
 
 
+def test_fused_all_reduce_that_a_person_asked_for_is_not_taken_for_a_default(folder, hopper):
+    """Which the model would turn off for a launch of its own."""
+    assert getattr(read(folder(), *ON), sharding.FLASHINFER_BY_DEFAULT)
+    args = read(folder(), *ON, "--enable-flashinfer-allreduce-fusion")
+    assert args.enable_flashinfer_allreduce_fusion and not hasattr(args, sharding.FLASHINFER_BY_DEFAULT)
+
+
 @pytest.mark.parametrize("why", [None, *OFF])
 def test_the_decision_is_the_engines_for_its_other_mixtures_of_experts(folder, hopper, why):
     """The same arguments, another architecture that the engine names itself: the same answer."""
@@ -310,3 +361,32 @@ def test_the_decision_is_the_engines_for_its_other_mixtures_of_experts(folder, h
     ours = read(folder(), *arguments).enable_flashinfer_allreduce_fusion
     theirs = read(folder(architecture="Qwen3MoeForCausalLM"), *arguments).enable_flashinfer_allreduce_fusion
     assert ours is theirs
+
+
+# --- What the log says -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "given_by_environment", "said"),
+    [
+        ((0, 0, 0, 0, 0, None), None, 1),
+        ((0, 1, 1, 1, 0, 0), None, 1),
+        ((1, 0, 0, 0, 0, None), None, 0),
+        ((0, 0, 0, 0, 1, None), None, 0),
+        ((0, 0, 0, 0, 0, 1), None, 0),
+        ((0, 0, 0, 0, 0, None), 2, 0),  # the engine finds a DP rank in the environment, and returns it
+    ],
+)
+def test_the_first_rank_alone_says_what_is_laid_over_what(caplog, ranks, given_by_environment, said):
+    set_up = []
+
+    def configure(*arguments):
+        set_up.append(arguments)
+        return arguments[-1] if given_by_environment is None else given_by_environment
+
+    module = SimpleNamespace(configure_scheduler=configure)
+    announce_overlay(module)
+    with caplog.at_level(logging.INFO):
+        assert module.configure_scheduler("arguments", *ranks) == configure(*ranks)
+    assert set_up[0] == ("arguments", *ranks)
+    assert len([line for line in caplog.messages if f"is laid over sglang {ENGINE_VERSION}, from " in line]) == said

@@ -176,6 +176,26 @@ def test_the_words_of_dp_attention_over_two_stages():
     assert words[3] == "layers: stage 0 has 0-30, stage 1 has 31-61"
 
 
+def test_the_words_of_copies_of_the_server_and_of_context_parallelism():
+    """--dp without DP attention divides nothing, and context parallelism divides attention alone."""
+    assert "attention over 8 ranks for all requests" in serving.in_words(layout(tp_size=8, dp_size=2))[0]
+    own = layout(tp_size=8, ep_size=2, attn_cp_size=2, moe_dp_size=2, ep_num_redundant_experts=4)
+    words = serving.in_words(own)
+    assert "attention over 4 ranks" in words[0] and "12 of 48 q heads" in words[1]
+    assert words[2] == "experts a rank: 130 of 260, 768 of the 1536 columns of each"
+    assert [rank.q_heads for rank in own.ranks] == [(0, 11), (12, 23), (24, 35), (36, 47)] * 2
+    assert [rank.experts for rank in own.ranks] == [(0, 129), (0, 129), (130, 259), (130, 259)] * 2
+    both = layout(tp_size=8, dp_size=2, enable_dp_attention=True, attn_cp_size=2)
+    assert [rank.dp_rank for rank in both.ranks] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_the_block_counts_the_ranks_of_all_stages(monkeypatch):
+    for name in ("division", "in_words", "chosen_paths"):
+        monkeypatch.setattr(serving, name, lambda *_: [])
+    runner = SimpleNamespace(model=None, server_args=SimpleNamespace(tp_size=4, pp_size=2))
+    assert serving.log_block(runner).startswith("MiniMaxM2ForCausalLM on 8 ranks, by sglang-minimax ")
+
+
 def test_copies_of_the_experts_and_context_parallelism_divide_tp_as_the_engine_does():
     """TP 8 as two copies of the experts, EP 2 in each; and as DP 2, context parallelism 2, attention TP 2."""
     ranks = divided(shard_attention(48, 8, 2), ExpertShape(256, 1536), 8, 2, attn_cp_size=2, moe_dp_size=2)

@@ -105,6 +105,7 @@ def test_the_vocabulary_divides_as_the_engines_embedding_does_or_is_refused():
 
 def test_attention_tp_size_divides_or_refuses():
     assert attention_tp_size(16, dp_size=2) == 8
+    assert attention_tp_size(16, attn_cp_size=2) == 8 and attention_tp_size(16, dp_size=2, attn_cp_size=4) == 2
     with pytest.raises(ValueError, match="--tp 8 must be a multiple of --dp 3"):
         attention_tp_size(8, dp_size=3)
 
@@ -129,9 +130,16 @@ def test_ep_sizes_against_brute_force():
                     assert working_ep_sizes(shape, tp) == expected, (shape, tp)
 
 
+@pytest.mark.parametrize("ep", [0, -1, -8])
+def test_an_ep_size_below_one_is_a_broken_rule_and_not_a_division_by_zero(ep):
+    """-1 divides everything without a remainder."""
+    assert PUBLISHED.reason_against(8, ep) == f"--tp 8 is not a multiple of --ep {ep}"
+
+
 def test_an_odd_number_of_experts_has_tp_sizes_that_work():
     assert working_ep_sizes(ExpertShape(179, 1536, 128), 8) == []
     assert working_tp_sizes(ExpertShape(179, 1536, 128), 16) == [1, 2, 3, 4, 6, 12]
+    assert working_tp_sizes(ExpertShape(179, 1536, 128), 12)[-1] == 12  # up to the given one, which is in
 
 
 @pytest.mark.parametrize(
