@@ -162,8 +162,7 @@ def _settle_layout(args: EngineObject) -> None:
         _check_stages_for_triton(config.num_hidden_layers, args.pp_size)
     shape = expert_shape_of(config, args.ep_num_redundant_experts)
     if args.moe_a2a_backend != "none":
-        # Such a backend always takes all ranks for EP; the engine sets that next.
-        settle_ep_size(shape, args.tp_size, args.tp_size, left_alone=False, moe_dp_size=args.moe_dp_size)
+        _check_experts_of_all_ranks(shape, args)
         return
     ep_size = settle_ep_size(shape, args.tp_size, args.ep_size, left_alone, args.moe_dp_size)
     if left_alone and ep_size != args.ep_size:
@@ -173,6 +172,17 @@ def _settle_layout(args: EngineObject) -> None:
         logger.warning("Expert parallel size set to %d: %s. Give --ep to choose another.", ep_size, why)
         args.ep_size = ep_size
         setattr(args, EP_SIZE_REASON, why)  # no field of the engine's, but it travels to every rank with them
+
+
+def _check_experts_of_all_ranks(shape: ExpertShape, args: EngineObject) -> None:
+    """Raises ValueError if an a2a backend cannot have the experts: it takes all ranks for EP, which the engine sets."""
+    reason = shape.reason_against(args.tp_size, args.tp_size, args.moe_dp_size)
+    if reason is not None:
+        works = [tp for tp in range(1, 2 * args.tp_size + 1) if shape.reason_against(tp, tp, args.moe_dp_size) is None]
+        raise ValueError(
+            f"--moe-a2a-backend {args.moe_a2a_backend} divides the experts over all --tp {args.tp_size} ranks, "
+            f"whatever --ep says: {reason}. TP sizes that work: {', '.join(map(str, works))}, or leave --moe-a2a-backend out."
+        )
 
 
 def _check_stages_for_triton(num_layers: int, pp_size: int) -> None:
