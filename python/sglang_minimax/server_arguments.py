@@ -181,7 +181,8 @@ def _check_experts_of_all_ranks(shape: ExpertShape, args: EngineObject) -> None:
         works = [tp for tp in range(1, 2 * args.tp_size + 1) if shape.reason_against(tp, tp, args.moe_dp_size) is None]
         raise ValueError(
             f"--moe-a2a-backend {args.moe_a2a_backend} divides the experts over all --tp {args.tp_size} ranks, "
-            f"whatever --ep says: {reason}. TP sizes that work: {', '.join(map(str, works))}, or leave --moe-a2a-backend out."
+            f"whatever --ep says: {reason}. TP sizes that work: {', '.join(map(str, works))}, or leave "
+            f"--moe-a2a-backend out."
         )
 
 
