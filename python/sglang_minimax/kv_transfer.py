@@ -14,6 +14,7 @@ from sglang_minimax.adjustments import EngineModule, EngineObject
 from sglang_minimax.server_arguments import is_minimax
 
 MENDED = ("mooncake", "ascend", "fake")  # the second is the first's on other hardware, the last sends nothing
+STAGING = "SGLANG_DISAGG_STAGING_BUFFER"  # Mooncake's other way, which cuts heads by the ranks' numbers too
 
 
 def send_heads_to_every_replica(mooncake: EngineModule) -> None:
@@ -51,12 +52,14 @@ def refuse_replicas_elsewhere(common: EngineModule) -> None:
     @functools.wraps(engine)
     def resolve_rank_mapping(self: EngineObject, info: EngineObject) -> None:
         config, backend = self.server_args.get_model_config(), self.server_args.disaggregation_transfer_backend
-        if backend not in MENDED and is_minimax(config):
+        staged = backend != "fake" and getattr(self, "enable_staging", False)
+        if (backend not in MENDED or staged) and is_minimax(config):
             reason = reason_against_ranks(config.get_total_num_kv_heads(), info.attn_tp_size, self.attn_tp_size)
             if reason is not None:
                 raise RuntimeError(
-                    f"{reason}, and --disaggregation-transfer-backend {backend} would send heads to ranks that hold "
-                    f"others. Take mooncake, or as many attention ranks on both servers."
+                    f"{reason}, and --disaggregation-transfer-backend {backend}{f' with {STAGING}=1' * staged} would "
+                    f"send heads to ranks that hold others. Take mooncake without {STAGING}, or as many attention "
+                    f"ranks on both servers."
                 )
         engine(self, info)
 

@@ -271,7 +271,8 @@ def check_sampling_params(parameters: Mapping[str, Any], vocab_size: int, *, has
     for pattern in _listed(parameters.get("stop_regex")):
         _check_pattern("stop_regex", pattern)
     if parameters.get("stop_token_ids") is not None:
-        _check_token_ids("stop_token_ids", parameters["stop_token_ids"], vocab_size)
+        stops = parameters["stop_token_ids"]
+        _check_token_ids("stop_token_ids", list(stops) if isinstance(stops, (set, frozenset)) else stops, vocab_size)
     if parameters.get("logit_bias") is not None:
         _check_logit_bias(parameters["logit_bias"], vocab_size)
     wanted = parameters.get("min_new_tokens", 0)
@@ -280,7 +281,7 @@ def check_sampling_params(parameters: Mapping[str, Any], vocab_size: int, *, has
 
 
 def _check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
-    _check(isinstance(ids, (list, tuple, set, frozenset)), name, ids, "is a list of token ids")
+    _check(isinstance(ids, (list, tuple)), name, ids, "is a list of token ids")
     # A long prompt holds up other requests meanwhile, so first what takes no loop in Python.
     if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
         return

@@ -83,6 +83,8 @@ def announce_overlay(module: EngineModule) -> None:
 def assume_bfloat16(module: EngineModule) -> None:
     """Serves a checkpoint whose ``config.json`` names no dtype in bfloat16, that of the published weights.
 
+    Not so what AWQ and GPTQ made, some of whose kernels know float16 alone.
+
     The engine takes what names none for float32, and that for float16, in which it has no DeepGEMM and this model no
     kernels of its own for FP8; FlashAttention-3 answers in bfloat16 to an FP8 cache whatever it was asked in.
     """
@@ -91,7 +93,9 @@ def assume_bfloat16(module: EngineModule) -> None:
     @functools.wraps(engine)
     def get_and_verify_dtype(config: EngineObject, dtype: Any) -> Any:
         named = _of(config, "dtype") or _of(config, "torch_dtype")
-        if dtype == "auto" and named is None and ARCHITECTURE in (_of(config, "architectures") or ()):
+        quantised_by = (_of(config, "quantization_config") or {}).get("quant_method")
+        of_ours = ARCHITECTURE in (_of(config, "architectures") or ()) and quantised_by not in ("awq", "gptq")
+        if dtype == "auto" and named is None and of_ours:
             _say_bfloat16()
             dtype = "bfloat16"
         return engine(config, dtype)

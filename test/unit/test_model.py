@@ -243,7 +243,7 @@ def test_an_override_of_the_base_that_would_change_nothing_is_an_error(checkpoin
         (2, True, True, 0, 1, False, False),  # another rank could not: this one would wait for it in a kernel
         (2, False, True, 1, 0, True, False),
         (1, True, True, 1, 0, True, False),  # DP attention: a rank has nothing to reduce
-        (2, True, True, 1, 0, True, True),  # the memory saver would take its pointers: made in the first forward
+        (2, True, True, 1, 0, False, True),  # the memory saver would take its pointers away
     ],
 )
 def test_fused_all_reduce_is_off_on_all_ranks_if_it_does_not_work_on_one(

@@ -49,7 +49,7 @@ def read(folder: str, *arguments: str) -> ServerArgs:
     return prepare_server_args(["--model-path", folder, "--device", "cpu", "--skip-tokenizer-init", *arguments])
 
 
-def dtype_of(folder: str, asked: str = "auto", **named: str) -> torch.dtype:
+def dtype_of(folder: str, asked: str = "auto", **named: object) -> torch.dtype:
     """Of the model's activations, as every process of a server finds it, where the config names only ``named``."""
     path = Path(folder, "config.json")
     config = {key: value for key, value in json.loads(path.read_text()).items() if key != "dtype"} | named
@@ -66,6 +66,7 @@ def test_a_checkpoint_that_names_no_dtype_is_served_in_bfloat16(folder):
     assert dtype_of(path, "float16") == torch.float16
     assert dtype_of(path, dtype="float16") == torch.float16
     assert dtype_of(path, torch_dtype="float16") == torch.float16
+    assert dtype_of(path, quantization_config={"quant_method": "awq"}) == torch.float16
 
 
 def test_other_models_keep_the_engines_dtype(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -27,8 +28,12 @@ PROPERTIES = {
     "colour": {"enum": ["red", "1"]},
     "circle": {"$ref": "#/properties/circle"},
     "says_nothing": {},
+    "far": {"$ref": "#/$defs/a~1b%20c/anyOf/1"},
+    "user's > own": {"type": "integer"},
+    "odd": {"type": [{}, "Integer"], "enum": [float("inf")]},
 }
-SCHEMA = {"type": "object", "properties": PROPERTIES, "$defs": {"Names": {"type": "array"}}}
+DEFINITIONS = {"Names": {"type": "array"}, "a/b c": {"anyOf": [{"type": "string"}, {"type": "object"}]}}
+SCHEMA = {"type": "object", "properties": PROPERTIES, "$defs": DEFINITIONS}
 
 
 def tools(*names: str) -> list[Tool]:
@@ -80,7 +85,8 @@ def read(answer: str, *names: str):
         ("record", '{"half": "\\ud800"}', '{"half": "\\ud800"}'), ("number_or_text", "12", 12),
         ("number_or_text", "012", "012"), ("number_or_text", "true", "true"), ("level", "2", 2),
         ("level", "null", None), ("colour", "1", "1"),
-        ("circle", "x", "x"), ("says_nothing", "[1]", "[1]"), ("not_in_the_schema", "1", "1"),
+        ("far", '{"a": 1}', {"a": 1}), ("user's > own", "1", 1), ("odd", "1", 1), ("circle", "x", "x"),
+         ("says_nothing", "[1]", "[1]"), ("not_in_the_schema", "1", "1"),
     ],
 )  # fmt: skip
 def test_a_value_is_of_a_type_that_its_schema_names(parameter, text, value):
@@ -133,6 +139,39 @@ def test_the_engine_adds_nothing_to_a_call_that_ended():
     for call in (written("do"), written("do", text="}", record='{"a": 1}')):
         parser = streamed([block(call)], "do")[2]
         assert chat._check_for_unstreamed_tool_args(parser, content, SimpleNamespace(model="m"), 0) is None
+
+
+@pytest.mark.parametrize(
+    "written_so",
+    [
+        "<invoke name='do'><parameter name='text'>a</parameter></invoke>",
+        "<invoke  name=do >\r\n<parameter\nname=text>a</parameter>\r\n</invoke>",
+        '<invoke> <invoke name="do">?<b><parameter>b</parameter> <parameter name="text">a</parameter></invoke>',
+        '<invoke name="do"><parameter name="text">a</parameter>',
+    ],
+    ids=["single quotes", "none, and other blanks", "tags that are none", "its end is the block's"],
+)
+def test_a_call_that_is_written_otherwise(written_so):
+    answer = f"<minimax:tool_call>{written_so}</minimax:tool_call>"
+    assert read(f"{answer}\n{answer}\nDone.\n", "do") == ("\nDone.\n", [("do", {"text": "a"})] * 2)
+
+
+def test_blanks_behind_a_block_are_no_text():
+    assert read(f"Now.\n{block(written('do'))}\n\n{block(written('do'))}\n ", "do") == ("Now.\n", [("do", {})] * 2)
+
+
+@pytest.mark.parametrize(
+    "endless",
+    ["<invoke name=\"a" + " " * 50_000, "<invoke" + " " * 50_000, "<invoke name=\"" * 4_000, "<" * 50_000,
+     written("do", text="x" * 50_000)[:-30]],
+    ids=["a name", "blanks", "openings", "brackets", "a value"],
+)  # fmt: skip
+def test_no_answer_takes_long_however_it_is_cut(endless):
+    """Stock's reader takes 3 s of this last one, and a search that starts anew for each piece minutes of the first."""
+    answer = "<minimax:tool_call>" + endless
+    begin = time.process_time()
+    streamed([answer[i : i + 4] for i in range(0, len(answer), 4)], "do")
+    assert time.process_time() - begin < 2
 
 
 def test_half_a_tag_is_text_when_nothing_follows():

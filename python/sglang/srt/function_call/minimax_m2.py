@@ -7,9 +7,9 @@
     </minimax:tool_call>
 
 The format, and that ``null`` is null for any type, is the publisher's (docs/tool_calling_guide.md of
-github.com/MiniMax-AI/MiniMax-M2.5). A string is written as it is, so none of its characters is taken away; a value of
-another type is JSON. One reader takes text in pieces of any size, and a whole answer is one piece: what a client gets
-depends neither on the pieces nor on whether it asked for a stream.
+github.com/MiniMax-AI/MiniMax-M2.5). The chat template writes a string as it is, so here none of its characters is taken
+away, and a value ends at its own closing tag and nowhere else; a value of another type is JSON. One reader takes text
+in pieces of any size, and a whole answer is one piece: the calls that a client gets do not depend on the pieces.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import re
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,10 +32,8 @@ logger = logging.getLogger(__name__)
 
 BLOCK, END_OF_BLOCK = "<minimax:tool_call>", "</minimax:tool_call>"
 END_OF_CALL, END_OF_PARAMETER = "</invoke>", "</parameter>"
-_NAME = r"""\s+name=["']?(?P<name>[^"'>]*)["']?\s*>"""
-# What may come next between calls, and between the parameters of one; what else stands there is passed over.
-_CALL = re.compile(f"<invoke{_NAME}|{END_OF_BLOCK}")
-_PARAMETER = re.compile(f"<parameter{_NAME}|{END_OF_CALL}|{END_OF_BLOCK}")
+_NAME = re.compile(r"""\s+name=(?:(?P<quote>["'])(?P<quoted>[^<]*?)(?P=quote)|(?P<bare>[^"'<>\s]*))\s*>""")
+LONGEST_TAG = 1024  # characters; what is longer is none
 
 
 @dataclass
@@ -54,8 +53,10 @@ class MinimaxM2Detector(BaseFormatDetector):
         super().__init__()
         self.bot_token, self.eot_token = BLOCK, END_OF_BLOCK
         self._buffer = ""  # what was not read yet
-        self._in_block = False
+        self._searched = 0  # its first characters, in which nothing is that is looked for
+        self._in_block = self._behind_block = False
         self._call: _Call | None = None
+        self._parameter: str | None = None  # whose value is being read
 
     def has_tool_call(self, text: str) -> bool:
         return BLOCK in text
@@ -71,7 +72,8 @@ class MinimaxM2Detector(BaseFormatDetector):
         reader = type(self)()
         found = reader.parse_streaming_increment(text, tools)
         unfinished = reader._call
-        rest = unfinished.text + reader._buffer if unfinished else "" if reader._in_block else reader._buffer
+        text_is_left = not reader._in_block and reader._buffer.strip()
+        rest = unfinished.text + reader._buffer if unfinished else reader._buffer if text_is_left else ""
         calls: dict[int, ToolCallItem] = {}
         for item in found.calls:
             call = calls.setdefault(item.tool_index, ToolCallItem(tool_index=item.tool_index, name="", parameters=""))
@@ -92,40 +94,81 @@ class MinimaxM2Detector(BaseFormatDetector):
         return result
 
     def _step(self, result: StreamingParseResult, schemas: dict[str | None, Any]) -> bool:
-        """Reads one tag, with what comes before it; False: the buffer has none that is complete."""
+        """Reads up to the end of one tag; False: what is looked for is not there yet, or not all of it."""
         if not self._in_block:
-            text, found, rest = self._buffer.partition(BLOCK)
-            self._in_block = bool(found)
-            kept = 0 if found else self._ends_with_partial_token(text, BLOCK)
-            result.normal_text += text[: len(text) - kept]
-            self._buffer = rest if found else text[len(text) - kept :]
-            return bool(found)
-        pattern = _CALL if self._call is None else _PARAMETER
-        if (tag := pattern.search(self._buffer)) is None:
+            return self._read_text(result)
+        if self._parameter is not None:
+            return self._read_value(result, schemas)
+        endings = (END_OF_BLOCK,) if self._call is None else (END_OF_CALL, END_OF_BLOCK)
+        if (found := self._next_tag("<invoke" if self._call is None else "<parameter", endings)) is None:
             return False
-        name, end, value = tag["name"], tag.end(), ""
-        if self._call is not None and name is not None:
-            value, found, _ = self._buffer[end:].partition(END_OF_PARAMETER)
-            if not found:
-                return False
-            end += len(value) + len(END_OF_PARAMETER)
-        written, self._buffer = self._buffer[:end], self._buffer[end:]
-        if self._call is None:
-            self._in_block = name is not None
-            if name is not None:
-                self._begin(name.strip(), written[tag.start() :], result, schemas)
-        elif name is not None:
-            self._call.text += written
-            self._add(name.strip(), value, result, schemas)
+        start, end, name = found
+        tag, before = self._buffer[start:end], self._take(end)[:start]
+        if name is None:
+            if self._call is not None:
+                self._end(result)
+            self._in_block = tag != END_OF_BLOCK
+        elif self._call is None:
+            self._begin(name, tag, result, schemas)
         else:
-            self._end(result)
-            self._in_block = tag[0] == END_OF_CALL
+            self._call.text += before + tag
+            self._parameter = name
         return True
+
+    def _read_text(self, result: StreamingParseResult) -> bool:
+        text, found, _ = self._buffer.partition(BLOCK)
+        kept = 0 if found else self._ends_with_partial_token(text, BLOCK)
+        said = text[: len(text) - kept]
+        if self._behind_block and not said.strip():  # blanks that say nothing unless text follows
+            said, kept = "", len(text)
+        result.normal_text += said
+        self._take(len(text) + len(BLOCK) if found else len(text) - kept)
+        self._in_block = bool(found)
+        self._behind_block = self._in_block or (self._behind_block and not said)
+        return self._in_block
+
+    def _read_value(self, result: StreamingParseResult, schemas: dict[str | None, Any]) -> bool:
+        assert self._call is not None and self._parameter is not None, "a value is a call's parameter's"
+        end = self._buffer.find(END_OF_PARAMETER, self._searched)
+        if end < 0:
+            self._searched = max(0, len(self._buffer) - len(END_OF_PARAMETER) + 1)
+            return False
+        written = self._take(end + len(END_OF_PARAMETER))
+        self._call.text += written
+        self._add(self._parameter, written[:end], result, schemas)
+        self._parameter = None
+        return True
+
+    def _next_tag(self, opening: str, endings: tuple[str, ...]) -> tuple[int, int, str | None] | None:
+        """(start, end, name) of the next tag in the buffer, which has no name if it is one of ``endings``; None: there
+        is none yet. What else stands there is passed over, and looked at once."""
+        start = self._buffer.find("<", self._searched)
+        while start >= 0:
+            for ending in endings:
+                if self._buffer.startswith(ending, start):
+                    return start, start + len(ending), None
+            rest = self._buffer[start : start + LONGEST_TAG]
+            named = _NAME.match(rest, len(opening)) if rest.startswith(opening) else None
+            if named is not None:
+                return start, start + named.end(), (named["quoted"] or named["bare"] or "").strip()
+            following = self._buffer.find("<", start + 1)
+            begun = rest.startswith(opening) or any(tag.startswith(rest) for tag in (opening, *endings))
+            if following < 0 and len(rest) < LONGEST_TAG and begun:  # no name has a "<", so that more may complete it
+                self._searched = start
+                return None
+            start = following
+        self._searched = len(self._buffer)
+        return None
+
+    def _take(self, length: int) -> str:
+        """The first characters of the buffer, which then begins behind them."""
+        taken, self._buffer, self._searched = self._buffer[:length], self._buffer[length:], 0
+        return taken
 
     def _begin(self, name: str, text: str, result: StreamingParseResult, schemas: dict[str | None, Any]) -> None:
         self._call = _Call(name, None, text)
         if name not in schemas:
-            logger.warning("The model called %r, which is no tool of its request", name)
+            logger.warning("The model called %r, which is no tool of its request", name[:100])
             if not envs.SGLANG_FORWARD_UNKNOWN_TOOLS.get():
                 return
         self.current_tool_id = self._call.index = len(self.prev_tool_call_arr)
@@ -138,7 +181,7 @@ class MinimaxM2Detector(BaseFormatDetector):
         call = self._call
         assert call is not None, "a parameter is one of a call"
         if name in call.arguments:  # the first was said already
-            logger.warning("The model gave %r of %r twice; the first counts", name, call.name)
+            logger.warning("The model gave %r of %r twice; the first counts", name[:100], call.name[:100])
             return
         call.arguments[name] = value_of(value, schemas.get(call.name), name)
         pair = json.dumps({name: call.arguments[name]}, ensure_ascii=False)[1:-1]
@@ -197,7 +240,8 @@ def types_of(schema: Any, root: Any, depth: int = 8) -> set[str]:
     if not isinstance(schema, dict) or depth == 0:
         return set()
     named = schema.get("type")
-    types = {_SYNONYMS.get(one, one) for one in ([named] if isinstance(named, str) else named or []) if one}
+    names = [one.lower() for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)]
+    types = {_SYNONYMS.get(one, one) for one in names}
     values = list(schema["enum"]) if isinstance(schema.get("enum"), list) else []
     for value in values + ([schema["const"]] if "const" in schema else []):
         types |= {"null"} if value is None else {"string"} if isinstance(value, str) else _types_of_value(value)
@@ -205,11 +249,19 @@ def types_of(schema: Any, root: Any, depth: int = 8) -> set[str]:
         for one in schema[way] if isinstance(schema.get(way), list) else []:
             types |= types_of(one, root, depth - 1)
     if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
-        target = root
-        for key in reference[2:].split("/"):
-            target = target.get(key) if isinstance(target, dict) else None
-        types |= types_of(target, root, depth - 1)
+        types |= types_of(_target(root, reference[2:]), root, depth - 1)
     return types
+
+
+def _target(root: Any, pointer: str) -> Any:
+    """What a JSON pointer (RFC 6901) in a URI leads to, or None."""
+    for key in urllib.parse.unquote(pointer).split("/"):
+        key = key.replace("~1", "/").replace("~0", "~")
+        if isinstance(root, list):
+            root = root[int(key)] if key.isdecimal() and int(key) < len(root) else None
+        else:
+            root = root.get(key) if isinstance(root, dict) else None
+    return root
 
 
 _SYNONYMS = {"str": "string", "text": "string", "int": "integer", "float": "number", "bool": "boolean"}
@@ -231,7 +283,7 @@ def _types_of_value(value: Any) -> set[str]:
     if isinstance(value, bool):
         return {"boolean"}
     if isinstance(value, (int, float)):
-        return {"integer", "number"} if value == int(value) else {"number"}
+        return {"integer", "number"} if math.isfinite(value) and value == int(value) else {"number"}
     return {"object"} if isinstance(value, dict) else {"array"} if isinstance(value, list) else set()
 
 

@@ -7,11 +7,14 @@ business of the kernel: :mod:`minimax_sum_exchange` (two sums a token), :mod:`mi
 from __future__ import annotations
 
 import functools
+import logging
 import os
 
 import torch
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
+
+logger = logging.getLogger(__name__)
 
 # How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
 # compiled. Elsewhere the first rank may be compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the
@@ -102,7 +105,7 @@ def peers_are_reachable(group, device: torch.device) -> bool:
         os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), group.world_size
     )
     if not _all_agree(reason is None, group):  # before the check, in which a rank that fails leaves the others waiting
-        _say_unchecked(reason or "another rank's cannot")
+        _say_unchecked(reason or "another rank cannot check it")
         return False
     from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
         can_use_custom_all_reduce_with_nvlink,
@@ -112,7 +115,7 @@ def peers_are_reachable(group, device: torch.device) -> bool:
     try:
         found = can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "An exchange over NVLink")
     except Exception as error:  # as the engine, which then goes on without its own all-reduce
-        _say_unchecked(f"{type(error).__name__}: {error}")
+        logger.warning(_UNCHECKED, f"{type(error).__name__}: {error}")  # on whichever rank it is
     return _all_agree(found is True, group)
 
 
@@ -132,8 +135,11 @@ def _all_agree(mine: bool, group) -> bool:
     return all(answers)
 
 
+_UNCHECKED = "Whether GPUs reach each other cannot be checked, so nothing is exchanged over NVLink: %s."
+
+
 def _say_unchecked(reason: str) -> None:
-    log_once(f"Whether GPUs reach each other cannot be checked, so nothing is exchanged over NVLink: {reason}.")
+    log_once(_UNCHECKED % reason)
 
 
 def peer_timeout_ms(seconds: float | None) -> int:

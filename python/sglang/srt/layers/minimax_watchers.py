@@ -8,6 +8,6 @@ WATCHERS = ("forward_hooks", "debug_tensor_dump_output_folder")  # fields of Ser
 
 
 def reason_of_watchers(args: Any) -> str | None:
-    """Why every module is to run, as a clause, or None: no flag of these ``ServerArgs`` asks for what they return."""
+    """Why no module is to be passed by, as a clause, or None: no flag of these ``ServerArgs`` looks at them."""
     flag = next((name for name in WATCHERS if getattr(args, name, None)), None)
     return flag and f"--{flag.replace('_', '-')} looks at modules that a kernel of ours would pass by"

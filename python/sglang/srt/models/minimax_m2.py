@@ -608,12 +608,16 @@ def _prepare_fused_all_reduce(hidden_size: int) -> None:
     Where the layers have one launch of ours for this, it is off already.
 
     The engine makes its workspace in the middle of the first forward pass; where that fails it goes on with a norm
-    of one rank's part, without the all-reduce. It is left to that under ``--enable-memory-saver``, which would take the
-    workspace's pointers away with the weights, beside which they would be allocated here.
+    of one rank's part, without the all-reduce. Here ``--enable-memory-saver`` would take the workspace's pointers away
+    with the weights, beside which they are allocated.
     """
     if get_attention_tp_size() == 1 or not apply_flashinfer_allreduce_fusion(batch_size=1):
         return
     if get_global_server_args().enable_memory_saver:
+        get_global_server_args().enable_flashinfer_allreduce_fusion = False
+        log_info_on_rank0(
+            logger, "FlashInfer's fused all-reduce + norm is off: --enable-memory-saver would take its pointers away."
+        )
         return
     works = flashinfer_comm_fusion.ensure_workspace_initialized(
         max_token_num=FUSE_ALLREDUCE_MAX_BATCH_SIZE, hidden_dim=hidden_size, dtype=torch.get_default_dtype()
