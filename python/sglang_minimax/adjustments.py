@@ -3,11 +3,12 @@
 Each entry is (engine module, function of that module), and the function runs once, right after the engine's module was
 imported. The functions live with their subject: :mod:`sglang_minimax.server_arguments` for what is decided when the
 server's arguments are read, :mod:`sglang_minimax.request_checks` for what a request may hold,
-:mod:`sglang_minimax.request_mends` for right requests that the engine would end with, :mod:`sglang_minimax.eagle3` for
-the layers that a draft model names, :mod:`sglang_minimax.kv_transfer` for KV heads that go to another server,
-:mod:`sglang_minimax.expert_tables` for the tuning of expert GEMMs, :mod:`sglang_minimax.expert_sum` for the sum after
-them, :mod:`sglang_minimax.quantised_inputs` for what goes into them, :mod:`sglang_minimax.serving` for what a running
-server says of itself, :mod:`sglang_minimax.cpu_host` for a host without a GPU.
+:mod:`sglang_minimax.request_mends` for right requests that the engine would end with or not answer,
+:mod:`sglang_minimax.eagle3` for the layers that a draft model names, :mod:`sglang_minimax.kv_transfer` for KV heads
+that go to another server, :mod:`sglang_minimax.expert_tables` for the tuning of expert GEMMs,
+:mod:`sglang_minimax.expert_sum` for the sum after them, :mod:`sglang_minimax.quantised_inputs` for what goes into them,
+:mod:`sglang_minimax.serving` for what a running server says of itself, :mod:`sglang_minimax.cpu_host` for a host
+without a GPU.
 """
 
 from __future__ import annotations

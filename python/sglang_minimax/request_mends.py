@@ -1,4 +1,4 @@
-"""Requests that are right, and for which the engine's own code would end the server, whatever the model."""
+"""Requests that are right, and for which the engine's own code would end the server or lose the answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,27 @@ def replace_all_of_a_session(module: EngineModule) -> None:
     module.Session.create_req = create_after_clearing
 
 
+def find_calls_behind_reasoning(module: EngineModule) -> None:
+    """Whole answers with ``--reasoning-parser minimax-append-think``, which begin with the reasoning.
+
+    Where calls are required, what is behind it is JSON: the engine reads all of it as JSON and finds none. Else it
+    finds those, too, that the model only quoted while it thought.
+    """
+    process = module.OpenAIServingChat._process_tool_calls
+
+    @functools.wraps(process)
+    def behind_reasoning(self: EngineObject, text: str, *args: Any, **kwargs: Any) -> Any:
+        reasoning, end, answer = text.partition("</think>")
+        if not end or self.reasoning_parser != "minimax-append-think":
+            return process(self, text, *args, **kwargs)
+        result = process(self, answer, *args, **kwargs)
+        return result._replace(remaining_text=reasoning + end + result.remaining_text)
+
+    module.OpenAIServingChat._process_tool_calls = behind_reasoning
+
+
 ADJUSTMENTS = [
+    ("sglang.srt.entrypoints.openai.serving_chat", find_calls_behind_reasoning),
     ("sglang.srt.layers.utils.logprob", pass_over_requests_without_token_ids),
     ("sglang.srt.managers.session_controller", replace_all_of_a_session),
 ]

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.entrypoints.openai.protocol import Tool, ToolChoice, ToolChoiceFuncName
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.layers.utils import logprob
 from sglang.srt.layers.utils.logprob import LogprobStage
 from sglang.srt.managers import session_controller
@@ -24,6 +26,40 @@ def test_a_request_without_token_ids_is_passed_over_in_a_prefill_beside_one_with
     assert values == [[], [6.0]] and ids == [[], [1]]
     values, _ = logprob.get_token_ids_logprobs_raw(logprobs, [None, [1]], LogprobStage.DECODE, no_copy_to_cpu=True)
     assert [value.tolist() for value in values] == [[], [6.0]]
+
+
+def required(text: str, parser: str = "minimax-append-think", choice="required", process=None):
+    """What the engine makes of a whole answer: (its text, [name, arguments] of its calls or None)."""
+    chat = OpenAIServingChat.__new__(OpenAIServingChat)
+    chat.tool_call_parser, chat.reasoning_parser = "minimax-m2", parser
+    process = process or OpenAIServingChat._process_tool_calls
+    tools = [Tool(type="function", function={"name": "ls", "parameters": {}})]
+    calls, rest, finish = process(chat, text, tools, {"type": "stop", "matched": 1}, choice, 0)
+    assert finish["type"] == "tool_calls" or choice == "auto"
+    return rest, calls and [(call.function.name, call.function.arguments) for call in calls]
+
+
+def test_calls_that_are_required_are_found_behind_the_reasoning():
+    thought, call = "<think>I list [1] them.</think>", '\n\n[{"name": "ls", "parameters": {"path": "</think>"}}]'
+    engines = OpenAIServingChat._process_tool_calls.__wrapped__
+    assert required(thought + call, process=engines) == (thought + call, None), "or there is nothing left to mend"
+    found = [("ls", '{"path": "</think>"}')]
+    assert required(thought + call) == (thought, found)
+    named = ToolChoice(type="function", function=ToolChoiceFuncName(name="ls"))
+    assert required(thought + call, choice=named) == (thought, found)
+    assert required(thought + " no JSON") == (thought + " no JSON", None)
+    assert required(call, parser="minimax") == ("", found), "whose reasoning is taken away before"
+
+
+def test_calls_that_are_not_required_are_read_as_before():
+    call = '<minimax:tool_call>\n<invoke name="ls">\n</invoke>\n</minimax:tool_call>'
+    assert required("<think>So.</think>" + call, choice="auto") == ("<think>So.</think>", [("ls", "{}")])
+    assert required("<think>So." + call, choice="auto") == ("<think>So.", [("ls", "{}")]), "it may think no further"
+
+
+def test_calls_that_are_quoted_in_the_reasoning_are_none():
+    quoted = '<think>I could write <minimax:tool_call><invoke name="ls"></invoke></minimax:tool_call>.</think>No.'
+    assert required(quoted, choice="auto") == (quoted, None)
 
 
 @pytest.fixture
