@@ -48,6 +48,7 @@ def adjust_server_args(module: EngineModule) -> None:
     _mark_default(server_args, "triton_attention_num_kv_splits", LeftAlone(server_args.triton_attention_num_kv_splits))
     _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _enable_fused_all_reduce(args, module))
     _run_after(server_args, "_handle_model_specific_adjustments", _sum_experts_in_kernel)
+    _run_after(server_args, "_handle_model_specific_adjustments", _settle_dtype)
     _run_after(server_args, "_handle_model_specific_adjustments", lambda args: _settle_kv_splits(args, module))
     # The engine asserts this one, without a word.
     _run_before(server_args, "_handle_data_parallelism", _check_attention_ranks)
@@ -92,15 +93,27 @@ def assume_bfloat16(module: EngineModule) -> None:
 
     @functools.wraps(engine)
     def get_and_verify_dtype(config: EngineObject, dtype: Any) -> Any:
-        named = _of(config, "dtype") or _of(config, "torch_dtype")
-        quantised_by = (_of(config, "quantization_config") or {}).get("quant_method")
-        of_ours = ARCHITECTURE in (_of(config, "architectures") or ()) and quantised_by not in ("awq", "gptq")
-        if dtype == "auto" and named is None and of_ours:
+        if dtype == "auto" and _is_bfloat16_for_want_of_a_name(config):
             _say_bfloat16()
             dtype = "bfloat16"
         return engine(config, dtype)
 
     module._get_and_verify_dtype = get_and_verify_dtype
+
+
+def _settle_dtype(args: EngineObject) -> None:
+    """As above, and for a draft model too, whose own config may name none, or another."""
+    config = args.get_model_config()
+    if args.dtype == "auto" and is_minimax(config) and _is_bfloat16_for_want_of_a_name(config.hf_config):
+        args.dtype = "bfloat16"
+
+
+def _is_bfloat16_for_want_of_a_name(config: EngineObject) -> bool:
+    named = _of(config, "dtype") or _of(config, "torch_dtype")
+    quantised_by = (_of(config, "quantization_config") or {}).get("quant_method")
+    return (
+        named is None and ARCHITECTURE in (_of(config, "architectures") or ()) and quantised_by not in ("awq", "gptq")
+    )
 
 
 def _of(config: EngineObject, name: str) -> Any:

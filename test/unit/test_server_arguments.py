@@ -50,13 +50,19 @@ def read(folder: str, *arguments: str) -> ServerArgs:
 
 
 def dtype_of(folder: str, asked: str = "auto", **named: object) -> torch.dtype:
-    """Of the model's activations, as every process of a server finds it, where the config names only ``named``."""
+    """Of the model's activations, as every process of a server finds it, where the config names only ``named``.
+
+    A draft model takes the one that the arguments have in the end, or where they have none its own.
+    """
     path = Path(folder, "config.json")
     config = {key: value for key, value in json.loads(path.read_text()).items() if key != "dtype"} | named
     path = path.with_name("-".join([config["model_type"], asked, *named]))  # the engine remembers what a folder has
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
-    return ModelConfig(str(path), dtype=asked).dtype
+    found = ModelConfig(str(path), dtype=asked).dtype
+    of_a_draft = read(str(path), "--dtype", asked).dtype
+    assert found == torch.bfloat16 if of_a_draft == "bfloat16" else of_a_draft == asked
+    return found
 
 
 def test_a_checkpoint_that_names_no_dtype_is_served_in_bfloat16(folder):
