@@ -79,8 +79,10 @@ class SessionProcess:
         """Whether the command itself has ended. Its id stays taken until :meth:`stop`, so none can be mixed up."""
         if self._process.returncode is not None:
             return True
-        state = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        return state is not None
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # stop() has just reaped it, in another thread
+            return True
 
     def wait(self, timeout_seconds: float) -> int:
         """The exit code of the command, once it has ended and the rest of its session was stopped.
@@ -117,6 +119,11 @@ class SessionProcess:
                     found.append(process)
         return found
 
+    def ask_to_end(self) -> None:
+        """Sends SIGTERM to the command, from whichever thread, and leaves the rest to :meth:`stop` in its own."""
+        if not self.has_ended():
+            os.kill(self._process.pid, signal.SIGTERM)
+
     def stop(self) -> None:
         """Ends every process of the session: SIGTERM to the command, SIGKILL to what is left after 10 s.
 
@@ -125,8 +132,7 @@ class SessionProcess:
         """
         if self._process.returncode is not None:
             return
-        if not self.has_ended():
-            self._process.send_signal(signal.SIGTERM)
+        self.ask_to_end()
         _wait_until(lambda: self.has_ended() and not self.members(), _GRACE_SECONDS)
         for process in self.members():
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -8,11 +8,13 @@ them for hosts, and connects them through sockets. That is right, and slow: it s
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -31,6 +33,46 @@ ON_GPUS = [
 
 # Free memory differs between GPUs where other ranks come and go, which the engine takes for a fault.
 BESIDE_OTHERS = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+
+
+class _Running:
+    """The launchers that this process started and has not ended yet, in whatever thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._launchers: set[SessionProcess] = set()
+        self._ending = False
+
+    @contextlib.contextmanager
+    def start(self, launcher: Callable[[], StartedT]) -> Iterator[StartedT]:
+        """What ``launcher`` makes, until its end.
+
+        Raises:
+            ServerError: all are being ended.
+        """
+        with self._lock:
+            if self._ending:
+                raise ServerError("no more servers are started: this process was told to end")
+            started = launcher()
+            self._launchers.add(started)
+        try:
+            with started:
+                yield started
+        finally:
+            with self._lock:
+                self._launchers.remove(started)
+
+    def end(self) -> None:
+        """Asks every launcher to end, and lets none start; the threads that wait for them clear up behind them."""
+        with self._lock:
+            self._ending = True
+            for launcher in self._launchers:
+                launcher.ask_to_end()
+
+
+StartedT = TypeVar("StartedT", bound=SessionProcess)
+_RUNNING = _Running()
+end_servers = _RUNNING.end
 
 
 class Nodes:
@@ -60,12 +102,15 @@ class Nodes:
         """
         with ThreadPoolExecutor(1) as pool:
             result = pool.submit(call)
-            while not result.done():
-                for rank, node in enumerate(self._others, start=1):
-                    if node.has_ended():
-                        self._first.stop()
-                        raise ServerError(f"node {rank} has ended; its log is {node.log}")
-                time.sleep(_POLL_SECONDS)
+            try:
+                while not result.done():
+                    for rank, node in enumerate(self._others, start=1):
+                        if node.has_ended():
+                            raise ServerError(f"node {rank} has ended; its log is {node.log}")
+                    time.sleep(_POLL_SECONDS)
+            except BaseException:  # a signal too; the pool waits for its thread, and that for node 0
+                self._first.stop()
+                raise
             return result.result()
 
 
@@ -98,14 +143,16 @@ def serve_on_nodes(command: list[str], number: int, logs: list[Path], environmen
     meeting_port = free_port()
     with contextlib.ExitStack() as running:
         others = [
-            running.enter_context(SessionProcess(words(rank, free_port()), logs[rank])) for rank in range(1, number)
+            running.enter_context(_RUNNING.start(partial(SessionProcess, words(rank, free_port()), logs[rank])))
+            for rank in range(1, number)
         ]
         # Under DP attention every node makes sure that the ports behind the meeting port are free on its host, and
         # node 0 takes them. Here that is one host, so node 0 starts last.
         for node in others if "--enable-dp-attention" in command else ():
             _wait_until_it_starts_ranks(node)
         port = free_port()
-        yield Nodes(running.enter_context(Server(words(0, port), logs[0], port=port)), others)
+        first = running.enter_context(_RUNNING.start(partial(Server, words(0, port), logs[0], port=port)))
+        yield Nodes(first, others)
 
 
 def _wait_until_it_starts_ranks(node: SessionProcess) -> None:

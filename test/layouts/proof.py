@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -19,7 +20,10 @@ from pathlib import Path
 
 from layouts.harness import LayoutFailed, count_gpus
 from layouts.matrix import CPU, GPUS, ROWS, SHARE, TOLERANCE, Device, Oracles, Outcome, Row, run_row
+from layouts.nodes import end_servers
 from layouts.servers import flags_of, names_of_servers, run_server
+
+from sglang_minimax.server_process import Interrupted, Interrupts
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "proof.md"
 COMMAND = "python test/layouts/matrix.py --write"
@@ -60,6 +64,17 @@ class Run:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 if any row is not as it should be."""
     options = parse(arguments)
+    if not options.servers:  # ranks below the server end with this process, whatever ends it
+        return run(options)
+    try:
+        with Interrupts():
+            return run(options)
+    except Interrupted as interruption:
+        return interruption.exit_code
+
+
+def run(options: argparse.Namespace) -> int:
+    """As :func:`main`, for arguments that are parsed."""
     device, names = options.device, options.names
     runs = [Run(name, stock) for stock in (False, True)[: 1 + options.stock] for name in names]
     started = time.monotonic()
@@ -172,7 +187,7 @@ def outcomes_of(
             return
         waiting = deque(sorted(runs, key=lambda run: run.row.ranks, reverse=True))
         running: dict[Future, int] = {}
-        with ThreadPoolExecutor(at_once) as pool:
+        with ThreadPoolExecutor(at_once) as pool, _servers_ended_when_interrupted():
             while waiting or running:
                 while waiting and len(running) < at_once:
                     needed = waiting[0].row.ranks
@@ -182,6 +197,16 @@ def outcomes_of(
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[future]
                     yield future.result()
+
+
+@contextlib.contextmanager
+def _servers_ended_when_interrupted() -> Iterator[None]:
+    """Inside a pool of threads, which would otherwise wait until their servers have started and answered."""
+    try:
+        yield
+    except Interrupted:
+        end_servers()
+        raise
 
 
 def line(run: Run, outcome: Outcome) -> str:

@@ -12,9 +12,9 @@ that is wrong from its first token on is a fifth of the numbers. On GPUs a serve
 scheduling, where the engine does, and several launchers where it has more ranks than there are GPUs.
 
 On GPUs five prompts are few: one at a near tie of the router is a fifth of all numbers, and rounding may tip it over in
-the server and not in the reference. A server whose answers are not within the tolerance is therefore asked for four
-more such sets, each in the same way, and judged by all of them, with a tolerance from all of them. What is wrong for
-prompts of one kind, a fifth of the numbers, is a fifth of the numbers then too.
+the server and not in the reference. A server whose answers are not within half of the tolerance is therefore asked for
+four more such sets, each in the same way, and judged by all of them, with a tolerance from all of them. What is wrong
+for prompts of one kind, a fifth of the numbers, is a fifth of the numbers then too.
 
 Stock's server of a row, on GPUs, since on a CPU stock has none, is started and asked in the same way.
 """
@@ -36,14 +36,19 @@ from layouts.matrix import CHUNK, CPU, ROWS, STEPS, Device, Oracles, Outcome, Ro
 from layouts.nodes import BESIDE_OTHERS, ON_GPUS, Nodes, answer_of, serve_on_nodes, shared_gpu_environment
 
 from sglang_minimax import comparison
-from sglang_minimax.comparison import Comparison
+from sglang_minimax.comparison import Comparison, Tolerance
 from sglang_minimax.reference import Completion
 from sglang_minimax.server_process import ServerError
 
 START_SECONDS = 420
 STOCK_START_SECONDS = 300  # it may hang; beside others 16 ranks take up to 250
 # As the engine's log has it, behind the name of what raised it.
-_ERROR = re.compile(r"^(?:\[.*?\] )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)", re.MULTILINE)
+_ERROR = re.compile(r"^(?:\[.*?\] )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
+_LOGGED_AT = re.compile(r"\[(\d{4}-\d\d-\d\d [\d:.]+)[ \]]")
+# What a rank or a launcher says when another one is gone.
+_CONSEQUENCE = re.compile(
+    r"Connection (?:closed|reset|refused)|Broken ?pipe|EOFError|DistBackendError|NCCL|'NoneType' object|CancelledError"
+)
 
 
 def names_of_servers(names: Iterable[str], device: Device) -> list[str]:
@@ -84,14 +89,14 @@ def run_server(row: Row, oracles: Oracles, stock: bool = False) -> Outcome:
         try:
             with _started(row, checkpoint, oracles.device, Path(folder), stock) as server:
                 found = _compared(server, oracles.prompts, completions)
-                if oracles.device is not CPU and not tolerance.accepts(_to_their_ends(found)):
+                if oracles.device is not CPU and not _well_within(tolerance).accepts(_to_their_ends(found)):
                     more, tolerance = oracles.more(row.shape)
                     for prompts in oracles.more_prompts:
                         found += _compared(server, prompts, more)
         except ServerError as error:
             logs = [log.read_text(errors="replace") for log in sorted(Path(folder).glob("*.log"))]
             ends = [line for log in logs[:2] for line in log.splitlines()[-15:]]
-            return Outcome.of_failure([_first_error(logs) or str(error).splitlines()[0], *ends])
+            return Outcome.of_failure([first_error(logs) or str(error).splitlines()[0], *ends])
         except ValueError as error:  # not a number
             return Outcome.of_failure([str(error)])
     seconds = time.monotonic() - started
@@ -104,6 +109,11 @@ def run_server(row: Row, oracles: Oracles, stock: bool = False) -> Outcome:
         faults += map(_in_words, found)
     compared = sum(len(one.differences) for one in found)
     return Outcome(max(differences), within, tolerance.limit, compared, seconds, faults)
+
+
+def _well_within(tolerance: Tolerance) -> Tolerance:
+    """Outside it five prompts leave a doubt, whichever side of the limit they are on."""
+    return replace(tolerance, limit=tolerance.limit / 2)
 
 
 def _in_words(one: Comparison) -> str:
@@ -149,10 +159,18 @@ class Launch:
     gpus_of_node: int
 
 
-def _first_error(logs: list[str]) -> str | None:
-    """Of the first log that has one: those after it are consequences."""
-    found = filter(None, map(_ERROR.search, logs))
-    return next((match[1] for match in found), None)
+def first_error(logs: list[str]) -> str | None:
+    """The earliest in ``logs``, one a node, of those that are no consequence of another; if all are, of these."""
+    found: list[tuple[bool, str, str]] = []
+    for log in logs:
+        time_of_line = ""
+        for text in log.splitlines():
+            if logged := _LOGGED_AT.search(text):
+                time_of_line = logged[1]
+            if error := _ERROR.match(text):
+                found.append((_CONSEQUENCE.search(error[1]) is not None, time_of_line, error[1]))
+    # Of one second the first as the logs have them: a cause stands before what was raised while it was handled.
+    return min(found, key=lambda one: one[:2])[2] if found else None
 
 
 def launch_of(row: Row, device: Device, gpus: int) -> Launch:

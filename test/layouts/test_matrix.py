@@ -7,6 +7,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
+import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from layouts import proof, servers, simulations, spies
+from layouts import nodes, proof, servers, simulations, spies
 from layouts.harness import LayoutFailed, run_layout
 from layouts.matrix import (
     CHUNK,
@@ -502,6 +505,22 @@ def test_a_server_on_gpus_that_leaves_a_doubt_is_asked_for_more(wrong_in, sets, 
     assert not outcome.faults if holds else "90% of log-probabilities differ by up to 3.00e+00" in outcome.faults[0]
 
 
+@pytest.mark.parametrize(("share", "sets"), [(0.25, 1), (0.75, 5)])
+def test_a_server_that_only_just_holds_is_asked_for_more(share, sets, tmp_path, monkeypatch):
+    oracles = Oracles(tmp_path, dataclasses.replace(GPUS, name="cpu", arguments={}))
+    fives, shape = [oracles.prompts, *oracles.more_prompts], ROWS["tp4_kv2"].shape
+    off = share * oracles.tolerance(shape, chosen_only=True).limit
+
+    def change(prompt, steps):
+        for step in steps if prompt == fives[0][1] else ():
+            step[0] += off
+
+    server = Answering([*oracles.of(shape)[2], *oracles.more(shape)[0]], change)
+    monkeypatch.setattr(servers, "_started", lambda *_: contextlib.nullcontext(server))
+    outcome = run_server(ROWS["tp4_kv2"], oracles)
+    assert len(server.asked) == 3 * sets and not outcome.faults
+
+
 def test_the_table_of_servers_says_how_stock_ends(monkeypatch):
     monkeypatch.setattr(proof, "hardware", lambda device: "two GPUs")
     monkeypatch.setattr(proof, "count_gpus", lambda: 2)
@@ -548,6 +567,47 @@ def test_a_run_of_stock_beside_ours_is_kept_and_goes_on(monkeypatch, tmp_path, c
         proof.command_of(proof.parse(options[:-2]))
         == "python test/layouts/matrix.py --write --servers --device cuda --stock --at-once 12 --ranks 32"
     )
+
+
+def test_stocks_end_is_told_by_its_cause():
+    """Not by what a node says that lost another, nor by what was raised while the cause was handled."""
+    lost = "RuntimeError: [transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:45954"
+    logs = [
+        f"[2026-01-31 12:00:07 TP0] Scheduler hit an exception: Traceback\n  File\n{lost}\n[2026-01-31 12:00:07] end",
+        "[2026-01-31 12:00:06 TP4] Scheduler hit an exception: Traceback\nRuntimeError: shape [4, 768]\n"
+        "During handling of the above exception, another exception occurred:\nTypeError: no way out",
+        "[2026-01-31 12:00:08] ERROR:    Traceback\nKeyError: 'late'\n"
+        "[2026-01-31 12:00:05] AttributeError: 'NoneType' object has no attribute 'server_args'",
+    ]
+    assert servers.first_error(logs) == "RuntimeError: shape [4, 768]"
+    assert servers.first_error([logs[0], "no line of this one"]) == lost
+    assert servers.first_error(["[2026-01-31 12:00:07 TP0] all is well"]) is None
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_signal_ends_the_servers_of_every_thread(at_once, monkeypatch, tmp_path):
+    """They are in sessions of their own, and would go on for ever, with the memory of the next run's."""
+    running = nodes._Running()
+    monkeypatch.setattr(nodes, "_RUNNING", running)
+    monkeypatch.setattr(proof, "end_servers", running.end)
+    launchers, waiting = [], []
+
+    def serve(row, oracles):
+        logs = [tmp_path / f"{row.ranks}_{node}" for node in range(2)]
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        with nodes.serve_on_nodes(command, 2, logs, lambda rank: {}) as server:
+            launchers.extend([server._first, *server._others])
+            waiting.append(row)
+            if len(waiting) == at_once:
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            server.wait_until_ready(300)
+
+    monkeypatch.setattr(proof, "run_server", serve)
+    started = time.monotonic()
+    options = ["--servers", "--only", "tp2_kv8", "tp4_kv8", "tp8_kv8", "--at-once", str(at_once)]
+    assert proof.main(options) == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 60 and len(launchers) == 2 * at_once
+    assert all(launcher.has_ended() and not launcher.members() for launcher in launchers)
 
 
 def test_what_fp8_does_to_the_reference_bounds_rows_in_fp8_on_gpus(tmp_path):
