@@ -12,7 +12,8 @@ import pytest
 import torch
 from layouts import simulations
 from layouts.harness import run_layout
-from layouts.matrix import CHUNK, SHAPES, STEPS, TOLERANCE, Oracles, distributions, small
+from layouts.matrix import Oracles, distributions
+from layouts.rows import CHUNK, SHAPES, STEPS, TOLERANCE, small
 from sglang.srt.layers.minimax_decode_attention import DecodeAttention
 from sglang.srt.models import minimax_m2
 from unit.interpreted import compute_as_a_gpu

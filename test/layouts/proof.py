@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from layouts.harness import LayoutFailed, count_gpus
-from layouts.matrix import CPU, GPUS, ROWS, SHARE, TOLERANCE, Device, Oracles, Outcome, Row, run_row
+from layouts.matrix import Oracles, Outcome, run_row
 from layouts.nodes import end_servers
+from layouts.rows import CPU, GPUS, ROWS, SHARE, TOLERANCE, Device, Row
 from layouts.servers import flags_of, names_of_servers, run_server
 
 from sglang_minimax.server_process import Interrupted, Interrupts

@@ -32,8 +32,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layouts.harness import count_gpus
-from layouts.matrix import CHUNK, CPU, ROWS, STEPS, Device, Oracles, Outcome, Row
+from layouts.matrix import Oracles, Outcome
 from layouts.nodes import BESIDE_OTHERS, ON_GPUS, Nodes, answer_of, serve_on_nodes, shared_gpu_environment
+from layouts.rows import CHUNK, CPU, ROWS, STEPS, Device, Row
 
 from sglang_minimax import comparison
 from sglang_minimax.comparison import Comparison, Tolerance

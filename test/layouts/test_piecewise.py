@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from layouts import simulations
 from layouts.harness import run_layout
-from layouts.matrix import NUM_LAYERS, STEPS, TOLERANCE, Oracles
+from layouts.matrix import Oracles
+from layouts.rows import NUM_LAYERS, STEPS, TOLERANCE
 from sglang.srt.layers import minimax_router
 
 from sglang_minimax import serving

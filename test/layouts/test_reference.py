@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from layouts.harness import run_layout
-from layouts.matrix import FIFTH, PROMPT_LENGTHS, ROWS, SHAPES, TOLERANCE, distributions
+from layouts.matrix import distributions
+from layouts.rows import FIFTH, PROMPT_LENGTHS, ROWS, SHAPES, TOLERANCE
 from safetensors.torch import load_file, save_file
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint

@@ -10,7 +10,7 @@ import pytest
 import torch
 from layouts import simulations
 from layouts.harness import LayoutFailed, run_layout
-from layouts.matrix import IN_FP8, SHAPES
+from layouts.rows import IN_FP8, SHAPES
 from safetensors.torch import load_file, save_file
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
