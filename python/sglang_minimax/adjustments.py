@@ -2,7 +2,8 @@
 
 Each entry is (engine module, function of that module), and the function runs once, right after the engine's module was
 imported. The functions live with their subject: :mod:`sglang_minimax.server_arguments` for what is decided when the
-server's arguments are read, :mod:`sglang_minimax.request_checks` for what a request may hold,
+server's arguments are read, :mod:`sglang_minimax.agreement` for nodes that were not started alike,
+:mod:`sglang_minimax.request_checks` for what a request may hold,
 :mod:`sglang_minimax.request_mends` for right requests that the engine would end with or not answer,
 :mod:`sglang_minimax.eagle3` for the layers that a draft model names, :mod:`sglang_minimax.kv_transfer` for KV heads
 that go to another server, :mod:`sglang_minimax.expert_tables` for the tuning of expert GEMMs,
@@ -26,6 +27,7 @@ Adjustment = tuple[str, Callable[[EngineModule], None]]
 def for_this_host() -> Iterator[Adjustment]:
     """The adjustments that apply to this process, decided before anything of the engine is imported."""
     from sglang_minimax import (
+        agreement,
         cpu_host,
         eagle3,
         expert_sum,
@@ -39,6 +41,7 @@ def for_this_host() -> Iterator[Adjustment]:
     )
 
     yield from server_arguments.ADJUSTMENTS
+    yield from agreement.ADJUSTMENTS
     yield from request_checks.ADJUSTMENTS
     yield from request_mends.ADJUSTMENTS
     yield from eagle3.ADJUSTMENTS

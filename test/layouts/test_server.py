@@ -6,6 +6,7 @@ So that no server starts twice, what it says of itself is looked at on the same 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from sglang_minimax import __version__
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.reference import Reference
-from sglang_minimax.server_process import Server, free_port
+from sglang_minimax.server_process import Server, SessionProcess, free_port
 from sglang_minimax.serving import BLOCK_BEGINS
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
@@ -150,3 +151,22 @@ def test_two_nodes_answer_as_transformers(checkpoint, expected, tmp_path):
     assert [text.count(BLOCK_BEGINS) for text in texts] == [1, 0]
     for text, ranks in zip(texts, ({"0", "1"}, {"2", "3"}), strict=True):
         assert set(re.findall(r" TP(\d)[^]]*\] Loaded weights: ", text)) == ranks
+
+
+@pytest.mark.usefixtures("bare_environment")
+def test_two_nodes_that_were_not_started_alike_end_and_say_why(checkpoint, tmp_path):
+    """Before they load anything: their ranks would not have the same batches."""
+    meeting = f"127.0.0.1:{free_port()}"
+    flags = ["--model-path", str(checkpoint), "--device", "cpu", "--tp", "2", "--nnodes", "2"]
+    with contextlib.ExitStack() as running:
+        nodes = []
+        for node, own in enumerate(([], ["--chunked-prefill-size", "96"])):
+            command = [sys.executable, "-m", "sglang.launch_server", *flags, "--dist-init-addr", meeting, *own]
+            command += ["--node-rank", str(node), "--port", str(free_port())]
+            log, environment = tmp_path / f"node{node}.log", {"GLOO_SOCKET_IFNAME": "lo"}
+            nodes.append(running.enter_context(SessionProcess(command, log, environment=environment)))
+        for node in nodes:
+            node.wait(120)
+            text = node.log.read_text(errors="replace")
+            assert re.search(r"--chunked-prefill-size: \S+ on rank 0, 96 on rank 1\n", text)
+            assert "by the same command but for --node-rank" in text and "Load weight begin" not in text
