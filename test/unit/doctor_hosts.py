@@ -29,7 +29,7 @@ ENGINE = Engine(
     finder_installed=True,
     python=[3, 12, 1],
     packages={
-        "torch": "2.9.1",
+        "torch": "2.9.1+cu128",
         "triton": "3.5.1",
         "sglang-kernel": "0.4.1",
         "flashinfer-python": "0.6.7.post3",
@@ -44,7 +44,7 @@ ENGINE = Engine(
         "flashinfer-cubin": "0.6.7.post3",
         "openai": "2.6.1",
     },
-    torch_pins={"nvidia-nccl-cu12": "2.27.5"},
+    torch_pins={"nvidia-cublas-cu12": "12.8.4.1", "nvidia-nccl-cu12": "2.27.5"},
     kernel_files=["sm90", "sm100", "fa3"],
 )
 H200 = Gpu("NVIDIA H200", (9, 0))

@@ -26,7 +26,8 @@ SHARED_MEMORY_ENOUGH = 1 * GIB
 SHARED_MEMORY_LEAST = 64 * MIB
 
 _BUSY_SHARE = 0.1  # of a GPU's memory that others hold: the engine's default leaves about as much beside its pools
-_DRIVER_PACKAGE = "nvidia-driver-580-server"  # the first branch for CUDA 13, and newer than any CUDA 12 asks for
+# The first branch for CUDA 13, and newer than any CUDA 12 asks for. Blackwell takes the open kernel modules alone.
+_DRIVER_PACKAGE = "nvidia-driver-580-server-open"
 
 
 def all_checks(facts: Facts) -> list[Finding]:
@@ -71,7 +72,7 @@ def check_engine(engine: Engine) -> Finding:
 
 def check_overlay(engine: Engine) -> Finding:
     name = "overlay"
-    if engine.failure or engine.version is None:
+    if engine.version is None:
         return Finding(name, "not applicable", "there is no engine to lay it over")
     if engine.laid_over:
         return Finding(name, "ok", "active: a fresh Python process takes the model from sglang-minimax")
@@ -132,21 +133,21 @@ def check_torch(torch: Torch, engine: Engine) -> Finding:
 def check_pins(engine: Engine) -> Finding:
     """The versions that the engine asks for exactly, for those packages whose version decides what a kernel does."""
     name = "versions"
-    if engine.failure or engine.version is None:
+    if engine.version is None:
         return Finding(name, "not applicable", "there is no engine to ask for any")
     if not engine.pins:
         what = "the engine was installed without package metadata, so what it asks for is not known"
         return Finding(name, "warning", what, INSTALL_ENGINE)
     pinned = {package: engine.pins[package] for package in engine.packages if package in engine.pins}
-    others = [
-        f"{package} {engine.packages[package] or 'missing'} instead of {version}"
+    others = {
+        package: f"{package} {engine.packages[package] or 'missing'} instead of {version}"
         for package, version in pinned.items()
-        if engine.packages[package] is None or not _same_release(engine.packages[package] or "", version)
-    ]
+        if not _same_release(engine.packages[package] or "", version)
+    }
     if others:
-        wrong = [package for package in pinned if any(one.startswith(package + " ") for one in others)]
-        mend = "python -m pip install " + " ".join(engine.pin(package) for package in wrong)
-        return Finding(name, "warning", f"not what the engine was released with: {', '.join(others)}", mend)
+        mend = "python -m pip install " + " ".join(map(engine.pin, others))
+        what = f"not what the engine was released with: {', '.join(others.values())}"
+        return Finding(name, "warning", what, mend)
     return Finding(name, "ok", ", ".join(f"{package} {version}" for package, version in pinned.items()))
 
 
@@ -205,19 +206,22 @@ def check_gpus(host: Host, torch: Torch, devices: Devices | None) -> Finding:
         return Finding(name, "error", f"{_names(torch.gpus)} cannot be used: {failure}", "nvidia-smi")
     if ids := re.findall(r"[^\d,\s][^,]*", host.visible_devices or ""):
         what = f"{_names(torch.gpus)}; CUDA_VISIBLE_DEVICES names {ids[0]}, and the engine reads numbers there"
-        numbers = ",".join(str(index) for index in range(len(torch.gpus)))
-        return Finding(name, "warning", what, f"export CUDA_VISIBLE_DEVICES={numbers}")
+        return Finding(name, "warning", what, "nvidia-smi -L")  # which has the number of each name
     least = min(one["free"] for one in devices.memory)
     sizes = f"{min(one['total'] for one in devices.memory) / GIB:.1f} GiB each, at least {least / GIB:.1f} free"
     what = f"{_names(torch.gpus)}: {sizes}"
-    busy = [str(gpu) for gpu, one in enumerate(devices.memory) if one["free"] < (1 - _BUSY_SHARE) * one["total"]]
+    visible = host.visible_devices or ",".join(map(str, range(len(torch.gpus))))
+    numbers = [number.strip() for number in visible.split(",")]  # of torch's GPUs, which it counts from 0
+    busy = [
+        gpu for gpu, one in zip(numbers, devices.memory, strict=False) if one["free"] < (1 - _BUSY_SHARE) * one["total"]
+    ]
     if busy:
         mend = "nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory,name --format=csv"
         return Finding(name, "warning", f"{what}; others hold memory of GPU {', '.join(busy)}", mend)
     if len({gpu.name for gpu in torch.gpus}) > 1:
-        first = ",".join(str(i) for i, gpu in enumerate(torch.gpus) if gpu.name == torch.gpus[0].name)
+        alike = [number for number, gpu in zip(numbers, torch.gpus, strict=False) if gpu.name == torch.gpus[0].name]
         what += "; not all the same, so the smallest sets the memory and the slowest the pace"
-        return Finding(name, "warning", what, f"export CUDA_VISIBLE_DEVICES={first}")
+        return Finding(name, "warning", what, f"export CUDA_VISIBLE_DEVICES={','.join(alike)}")
     return Finding(name, "ok", what)
 
 
@@ -294,7 +298,7 @@ def check_nccl(torch: Torch, engine: Engine) -> Finding:
         ((package, version) for package, version in engine.torch_pins.items() if package.startswith("nvidia-nccl-")),
         (None, None),
     )
-    if package and wanted and not _same_release(torch.nccl, wanted):
+    if wanted and not _same_release(torch.nccl, wanted):
         what = f"{torch.nccl} is loaded, and torch {torch.version} was released with {wanted}"
         if _release(torch.nccl) < _release(wanted):
             return Finding(name, "warning", what, f"python -m pip install {package}=={wanted}")
@@ -334,9 +338,7 @@ def check_flashinfer(torch: Torch, engine: Engine, failure: str | None) -> Findi
     if not torch.gpus or torch.hip:
         return Finding(name, "not applicable", _without_gpus(torch))
     status: Status = "error" if torch.gpus[0].capability[0] >= 10 else "warning"
-    means = (
-        "no attention by default" if status == "error" else "no fused all-reduce + norm where GPUs are no NVLink peers"
-    )
+    means = "no attention by default" if status == "error" else "no fused all-reduce + norm where ours cannot run"
     both = [engine.pin(package) for package in ("flashinfer-python", "flashinfer-cubin")]
     install = "python -m pip install " + " ".join(both)
     version, cubin = (engine.packages.get(package) for package in ("flashinfer-python", "flashinfer-cubin"))
