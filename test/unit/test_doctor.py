@@ -187,9 +187,9 @@ TALES = {
         changed(GPU_FACTS, torch={"gpus": [Gpu("NVIDIA GeForce RTX 5090", (12, 0))]}),
         "GPU architecture", "error", "12.0, and torch 2.9.1+cu128 has sm_80, sm_90, sm_100", "torch==2.9.1",
     ),
-    "architectures of two kinds": (
-        changed(GPU_FACTS, torch={"gpus": [B200, H200, B200]}),
-        "GPU architecture", "ok", "compute capability 9.0, 10.0; torch has kernels", None,
+    "architectures of three kinds": (
+        changed(GPU_FACTS, torch={"gpus": [B200, H200, Gpu("NVIDIA A100", (8, 0))]}),
+        "GPU architecture", "ok", "compute capability 8.0, 9.0, 10.0; torch has kernels", None,
     ),
     "architecture of another vendor": (
         changed(GPU_FACTS, torch={"hip": "6.4", "cuda": None, "architectures": ["gfx942"]}),
@@ -238,7 +238,7 @@ TALES = {
         "sgl_kernel", "ok", "for sm100", None,
     ),
     "sgl_kernel without metadata": (
-        changed(GPU_FACTS, engine={"packages": {}}), "sgl_kernel", "ok", "of unknown version loads", None,
+        changed(GPU_FACTS, engine={"packages": {}}), "sgl_kernel", "ok", "one of unknown version loads", None,
     ),
     "sgl_kernel without its files": (
         changed(GPU_FACTS, engine={"kernel_files": []}),
@@ -397,7 +397,8 @@ def test_gpus_have_the_numbers_of_cuda_visible_devices(visible, alike, busy):
         {"free": free * GIB, "total": total * GIB} for free, total in ((139, 140), (20, 180), (170, 180), (9, 140))
     ]
     found = named(checks.all_checks(changed(told, devices={"memory": memory})), "GPUs")
-    assert "140.0 GiB each, at least 9.0 free" in found.what and found.what.endswith(f"others hold memory of {busy}")
+    assert found.what.startswith("2 x NVIDIA B200, 2 x NVIDIA H200: 140.0 GiB each, at least 9.0 free")
+    assert found.what.endswith(f"others hold memory of {busy}")
 
 
 @pytest.mark.parametrize(("count", "end"), [(6, "4 to 5, 5 to 6: "), (7, "4 to 5, 5 to 6 and 1 more: ")])

@@ -318,18 +318,17 @@ def check_kernels(torch: Torch, engine: Engine, failure: str | None) -> Finding:
     version = engine.packages.get("sglang-kernel")
     if version is None and not engine.kernel_files:
         return Finding(name, "error", "the package sglang-kernel is not installed", reinstall)
+    version = version or "one of unknown version"
     hopper = torch.gpus[0].capability == (9, 0)
     wanted = "sm90" if hopper else "sm100"  # as its loader chooses: the second holds all but Hopper
     if wanted not in engine.kernel_files:
-        return Finding(name, "error", f"{version or 'it'} has no kernels for {wanted}", reinstall)
+        return Finding(name, "error", f"{version} has no kernels for {wanted}", reinstall)
     if failure:
-        return Finding(name, "error", f"{version or 'it'} cannot be imported: {failure}", reinstall)
+        return Finding(name, "error", f"{version} cannot be imported: {failure}", reinstall)
     if hopper and "fa3" not in engine.kernel_files:
-        what = (
-            f"{version or 'it'} loads, without FA3, the engine's attention on Hopper; --attention-backend triton works"
-        )
+        what = f"{version} loads, without FA3, the engine's attention on Hopper; --attention-backend triton works"
         return Finding(name, "warning", what, reinstall)
-    return Finding(name, "ok", f"{version or 'of unknown version'} loads, with kernels for {wanted}")
+    return Finding(name, "ok", f"{version} loads, with kernels for {wanted}")
 
 
 def check_flashinfer(torch: Torch, engine: Engine, failure: str | None) -> Finding:
@@ -355,7 +354,7 @@ def check_flashinfer(torch: Torch, engine: Engine, failure: str | None) -> Findi
 def check_compiler(torch: Torch, host: Host, engine: Engine) -> Finding:
     """FlashInfer and the engine compile some CUDA kernels when they are first used."""
     name = "CUDA compiler"
-    if not torch.gpus or torch.hip or torch.cuda is None:
+    if not torch.gpus or torch.cuda is None:
         return Finding(name, "not applicable", _without_gpus(torch))
     if host.nvcc:
         return Finding(name, "ok", host.nvcc)
