@@ -32,7 +32,8 @@ from sglang_minimax.plan.launches import (
     for_context,
 )
 from sglang_minimax.plan.layout import Flags, Layout, has_counterpart, settle
-from sglang_minimax.plan.memory import kv_bytes_per_token, plan_memory, weight_bytes
+from sglang_minimax.plan.memory import engine_reserve, kv_bytes_per_token, plan_memory, weight_bytes
+from sglang_minimax.plan.paths import fp4_all_gather_reason
 from sglang_minimax.plan.shape import ModelShape, read_model
 
 HBM_SHARE = 0.9  # a copy on an H200 was measured at 4.3 TB/s of the datasheet's 4.8
@@ -292,14 +293,13 @@ def predict(
     rate = gpu.hbm_gb_per_s * 1e9 * HBM_SHARE
     touched = _experts_touched(model, 1 if routed_alike else part)
     read = sum(_bytes_read(model, layout, stage, touched, requests, context) for stage in range(layout.pp))
-    if not counterpart and has_counterpart(layout, model):
+    if not counterpart:
         read -= num_layers * counterpart_bytes(model, layout)
-    over_nodes = layout.attention_ranks > layout.tp_ranks_per_node
+    sums_cross = model.use_qk_norm and layout.attention_ranks > layout.tp_ranks_per_node and not counterpart
     launches_us = sum(launch_times_us(model, engine, requests, part, context).values())
     launches_us += _long_attention_us(model, layout, engine, requests, context, rate)
-    if over_nodes and engine == "stock":
+    if sums_cross and engine == "stock":
         launches_us -= QK_NORM_ALL_REDUCE_US
-    sums_cross = model.use_qk_norm and over_nodes and not counterpart
     if layout.dp_groups > 1:
         launches_us += constants.dp_layer_us
     reduced_us = _collectives_us(model, layout, gpu, part, sums_cross)
@@ -375,7 +375,7 @@ def _bytes_read(model: ModelShape, layout: Layout, stage: int, touched: float, r
 def _busiest_rank(model: ModelShape, layout: Layout, touched: float) -> float:
     """The share of its experts that the busiest of the EP groups reads: the others wait for it.
 
-    The usual estimate of the largest of ``ep`` draws that are about normal.
+    The usual bound on the mean of the largest of ``ep`` draws that are about normal, so rather too much.
     """
     held = model.num_local_experts // layout.ep
     return min(1.0, touched + math.sqrt(2 * math.log(layout.ep) * touched * (1 - touched) / held))
@@ -408,7 +408,8 @@ def _collectives_us(model: ModelShape, layout: Layout, gpu: Gpu, tokens: int, su
     total = sums + one(layout.attention_ranks, mine, 2 * mine)
     if layout.dp_groups == 1:
         return total + one(layout.tp, hidden, 2 * hidden)
-    gathered = hidden / 4 if layout.flags.moe_runner_backend == "flashinfer_cutlass" else hidden
+    # In FP4: half a byte a value, and a byte for each 16 that share a scale, of two bytes each.
+    gathered = hidden * 9 / 32 if fp4_all_gather_reason(model, layout) is None else hidden
     return total + one(layout.tp, gathered, gathered) + one(layout.tp, hidden, hidden)
 
 
@@ -480,10 +481,12 @@ def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> l
     """The layouts that use all ``gpus``, best first.
 
     "latency": the shortest step of one request. "throughput": most tokens a second of all servers together, with as
-    many requests of the context length as the KV cache holds, and at most as many as CUDA graphs are captured for.
+    many requests of the context length as the KV cache holds, and at most as many as CUDA graphs are captured for: the
+    graphs of a pipeline stage are for its part of the batch.
 
     Args:
-        flags: what holds for every layout: KV-cache dtype, memory fraction, context length, quantisation.
+        flags: what holds for every layout: KV-cache dtype, memory fraction, context length, quantisation, backend of
+            the experts.
     """
     context = flags.context_length or min(CONTEXT_TOKENS, model.max_position_embeddings)
     found = []
@@ -495,7 +498,7 @@ def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> l
         requests = memory.tokens // context
         if requests == 0:
             continue
-        graphs = 512 if gpu.memory_mib >= 160 * 1024 or layout.tp >= 4 else 256
+        graphs = engine_reserve(gpu, layout).cuda_graph_max_bs * layout.pp
         batch = 1 if goal == "latency" else min(requests, graphs) * layout.dp_groups
         step = predict(model, layout, gpu, batch, context)
         found.append(Candidate(layout, gpus // layout.gpus, memory.tokens * layout.dp_groups, step))
@@ -522,8 +525,8 @@ def _layouts(model: ModelShape, gpu: Gpu, gpus: int, flags: Flags) -> Iterator[L
                     asked = replace(
                         flags, tp=tp, pp=pp, dp=dp, ep=ep, nnodes=nnodes, enable_dp_attention=dp > 1,
                     )  # fmt: skip
-                    if model.quantisation.kind == "nvfp4" and dp > 1 and dp == ep == tp:
-                        asked = replace(asked, moe_runner_backend="flashinfer_cutlass")
+                    if flags.moe_runner_backend == "auto" and model.quantisation.kind == "nvfp4" and 1 < dp == ep == tp:
+                        asked = replace(asked, moe_runner_backend="flashinfer_cutlass")  # and the tokens go in FP4
                     try:
                         layout = settle(asked, model, gpu)
                     except ValueError:
