@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from sglang.srt.eplb.expert_location import compute_logical_to_rank_dispatch_physical_map
+from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo, topk_ids_logical_to_physical
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers import minimax_experts_prefill as experts_prefill
 from sglang.srt.layers.minimax_experts import Plan, Projection
@@ -216,6 +219,24 @@ class Experts(torch.nn.Module):
 
     def forward(self, hidden_states, topk_output):
         return hidden_states * 0
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_places_of_experts_may_come_in_the_dtype_of_the_engines_map(in_parts):
+    """That names where EPLB or --init-expert-location have put each expert, in int64."""
+    places = torch.tensor([[[place] for place in (3, 0, 7, 5, 1, 6, 2, 4)]])
+    to_rank = compute_logical_to_rank_dispatch_physical_map(
+        SimpleNamespace(ep_size=1, nnodes=1), places, ep_size=1, num_physical_experts=EXPERTS, ep_rank=0
+    )
+    x, weights, ids, *rest = problem(9)
+    placed = topk_ids_logical_to_physical(
+        ids, ExpertLocationDispatchInfo("static", to_rank[0], places[0], torch.ones(EXPERTS), EXPERTS)
+    )
+    assert placed.dtype == torch.int64 and not torch.equal(placed, ids.long())
+    topk_output = StandardTopKOutput(weights, placed, None)
+    out = experts.few_or_many_tokens(MOST, experts.engine_experts, Experts(*rest), x, topk_output, in_parts)
+    assert isinstance(out, Parts) == in_parts
+    check(out.summed() if in_parts else out, exact(experts.plan_for(9, WIDTH), (x, weights, placed, *rest)))
 
 
 def test_the_choice_by_the_number_of_tokens_breaks_no_graph(monkeypatch):

@@ -150,10 +150,10 @@ def few_or_many_tokens(
     if is_in_piecewise_cuda_graph() or not 0 < hidden_states.shape[0] <= limit:
         return many(experts, hidden_states, topk_output)
     assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"
+    ids = topk_output.topk_ids.to(torch.int32)  # int64 where EPLB, or --init-expert-location, names the experts' places
     given = (
-        hidden_states, topk_output.topk_weights, topk_output.topk_ids, experts.w13_weight,
-        experts.w13_weight_scale_inv, experts.w2_weight, experts.w2_weight_scale_inv,
-        experts.moe_ep_rank * experts.num_local_experts,
+        hidden_states, topk_output.topk_weights, ids, experts.w13_weight, experts.w13_weight_scale_inv,
+        experts.w2_weight, experts.w2_weight_scale_inv, experts.moe_ep_rank * experts.num_local_experts,
     )  # fmt: skip
     if in_parts:
         return run_plan(_planned(hidden_states.shape[0], experts.w2_weight.shape[2]), *given, in_parts=True)
