@@ -180,6 +180,7 @@ def _settle_layout(args: EngineObject) -> None:
     shape = expert_shape_of(config, args.ep_num_redundant_experts)
     if args.moe_a2a_backend != "none":
         _check_experts_of_all_ranks(shape, args)
+        _check_rebalancing(args, args.tp_size)
         return
     ep_size = settle_ep_size(shape, args.tp_size, args.ep_size, left_alone, args.moe_dp_size)
     if left_alone and ep_size != args.ep_size:
@@ -189,6 +190,26 @@ def _settle_layout(args: EngineObject) -> None:
         logger.warning("Expert parallel size set to %d: %s. Give --ep to choose another.", ep_size, why)
         args.ep_size = ep_size
         setattr(args, EP_SIZE_REASON, why)  # no field of the engine's, but it travels to every rank with them
+    _check_rebalancing(args, ep_size)
+
+
+def _check_rebalancing(args: EngineObject, ep_size: int) -> None:
+    """Raises ValueError if EPLB would end the server once it moves experts, which it does after many steps only.
+
+    The engine then divides the experts over all ranks of the server, whatever EP says, and asserts what it finds.
+    """
+    num_ranks = args.tp_size * args.pp_size
+    if not args.enable_eplb or ep_size == num_ranks:
+        return
+    if args.pp_size > 1:
+        way_out = "Leave --enable-eplb out, or the pipeline"
+    else:
+        way_out = f"Add --ep {num_ranks}, or leave --enable-eplb out"
+    raise ValueError(
+        f"--enable-eplb moves experts as if they were divided over all {num_ranks} ranks of --tp {args.tp_size} "
+        f"--pp-size {args.pp_size}, and --ep {ep_size} divides them over {ep_size}: the first move would end the "
+        f"server. {way_out}."
+    )
 
 
 def _check_experts_of_all_ranks(shape: ExpertShape, args: EngineObject) -> None:

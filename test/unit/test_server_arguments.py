@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import pickle
@@ -12,6 +13,8 @@ import pytest
 import torch
 from sglang.srt import server_args as engine
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.eplb.expert_location import ExpertLocationMetadata
+from sglang.srt.eplb.expert_location_updater import _update_expert_weights_raw
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from sglang_minimax import cpu_host, sharding
@@ -138,6 +141,42 @@ def test_an_a2a_backend_needs_experts_for_all_ranks(folder):
     said = r"deepep divides the experts over all --tp 8 ranks, .*: 60 experts are not a multiple of --ep 8\. TP sizes"
     with pytest.raises(ValueError, match=rf"{said} that work: 1, 2, 3, 4, 5, 6, 10, 12, 15, or leave --moe-a2a-back"):
         read(folder(num_local_experts=60), "--tp", "8", "--moe-a2a-backend", "deepep")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "way_out"),
+    [
+        ("--tp 8", "--ep 2 divides them over 2: .* Add --ep 8"),
+        ("--tp 8 --ep 4", "--ep 4 divides them over 4: .* Add --ep 8"),
+        ("--tp 8 --pp-size 2 --ep 8", "all 16 ranks of --tp 8 --pp-size 2, .* or the pipeline"),
+        ("--tp 8 --pp-size 2 --moe-a2a-backend deepep", "all 16 ranks of --tp 8 --pp-size 2, .* or the pipeline"),
+    ],
+)
+def test_experts_that_eplb_could_not_move_are_refused(folder, arguments, way_out):
+    with pytest.raises(ValueError, match=f"--enable-eplb .*{way_out}"):
+        read(folder(FP8), *arguments.split(), "--enable-eplb")
+
+
+@pytest.mark.parametrize("arguments", ["--tp 8 --ep 8", "--tp 8 --moe-a2a-backend deepep"])
+def test_experts_of_all_ranks_may_move(folder, arguments):
+    assert read(folder(FP8), *arguments.split(), "--enable-eplb").ep_size == 8
+
+
+@pytest.mark.parametrize(("tp", "pp", "ep"), [(8, 1, 8), (8, 1, 4), (8, 1, 2), (4, 2, 4)])
+def test_the_engine_moves_experts_of_all_ranks_only(folder, monkeypatch, tp, pp, ep):
+    """Its own function, on the experts of the last rank, none of which moves."""
+    experts, rank = 16, tp - 1
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: tp * pp)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    config = ModelConfig(folder(num_local_experts=experts))
+    arguments = SimpleNamespace(
+        ep_num_redundant_experts=0, ep_size=ep, nnodes=1, device="cpu", ep_dispatch_algorithm="static"
+    )
+    places = ExpertLocationMetadata.init_trivial(arguments, config, moe_ep_rank=rank * ep // tp)
+    held = [torch.zeros(experts // ep, 4)]
+    moves = contextlib.nullcontext() if ep == tp * pp else pytest.raises(AssertionError, match="num_local_physical")
+    with moves:
+        _update_expert_weights_raw({0: held}, places, places, update_layer_ids=[0], nnodes=1, rank=rank)
 
 
 def test_unquantised_experts_need_no_ep(folder):
