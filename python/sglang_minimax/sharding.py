@@ -45,6 +45,7 @@ check_vocabulary = _file.check_vocabulary
 padded_vocabulary = _file.padded_vocabulary
 pipeline_layers = _file.pipeline_layers
 quantisation_block = _file.quantisation_block
+reason_against_cutlass = _file.reason_against_cutlass
 reason_against_stages_of_triton = _file.reason_against_stages_of_triton
 shard_attention = _file.shard_attention
 working_ep_sizes = _file.working_ep_sizes

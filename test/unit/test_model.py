@@ -378,6 +378,32 @@ def test_the_model_takes_the_division_that_the_servers_arguments_came_to(monkeyp
 
 
 @pytest.mark.parametrize(
+    ("method", "runner", "ep", "a2a", "said"),
+    [
+        ("fp8", "cutlass", 2, "none", "fp8 experts, --ep 2 .* Leave --moe-runner-backend out"),
+        ("fp8", "cutlass", 1, "none", None),
+        ("fp8", "cutlass", 2, "deepep", None),  # whose dispatcher sends a rank its own routes only
+        ("fp8", "auto", 2, "none", None),
+        (None, "cutlass", 2, "none", None),
+        ("modelopt_fp4", "auto", 2, "none", "or give --moe-runner-backend flashinfer_cutlass with --ep 4"),
+        ("modelopt_fp4", "auto", 1, "none", None),
+        ("modelopt_fp4", "flashinfer_cutlass", 4, "none", None),
+    ],
+)
+def test_experts_of_other_ranks_are_refused_to_kernels_that_would_not_pass_over_them(
+    monkeypatch, method, runner, ep, a2a, said
+):
+    arguments = SimpleNamespace(ep_size=ep, ep_num_redundant_experts=0, moe_dp_size=1, ep_dispatch_algorithm=None)
+    monkeypatch.setattr(minimax_m2_moe, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(minimax_m2_moe, "get_tensor_model_parallel_world_size", lambda: 4)
+    monkeypatch.setattr(minimax_m2_moe, "get_moe_runner_backend", lambda: MoeRunnerBackend(runner))
+    monkeypatch.setattr(minimax_m2_moe, "get_moe_a2a_backend", lambda: MoeA2ABackend(a2a))
+    config = SimpleNamespace(num_local_experts=256, intermediate_size=1536)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        minimax_m2_moe.check_experts(config, method)
+
+
+@pytest.mark.parametrize(
     ("method", "stored", "tp", "ep", "moe_dp", "said"),
     [
         ("moe_wna16", "awq", 2, 2, 1, "puts zero points where .* Leave --ep out"),

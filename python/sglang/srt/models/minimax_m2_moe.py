@@ -22,7 +22,7 @@ from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.minimax_experts import choose_experts
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_router import choose_route, choose_router_logits
-from sglang.srt.layers.minimax_sharding import expert_shape_of
+from sglang.srt.layers.minimax_sharding import expert_shape_of, reason_against_cutlass
 from sglang.srt.layers.moe import (
     get_moe_a2a_backend,
     get_moe_runner_backend,
@@ -256,6 +256,9 @@ def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
             f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
             f"--moe-a2a-backend, or leave the redundant experts out."
         )
+    against_cutlass = reason_against_cutlass(method, get_moe_runner_backend().value, tp_size, ep_size)
+    if against_cutlass is not None and get_moe_a2a_backend().is_none():
+        raise ValueError(f"{against_cutlass}.")
     stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     _check_4_bit_experts(method, stored, tp_size, ep_size, server_args.moe_dp_size)
 
