@@ -22,6 +22,8 @@ from sglang.srt.configs.model_config import is_piecewise_cuda_graph_disabled_mod
 from sglang.srt.distributed import parallel_state
 from sglang.srt.distributed.utils import get_pp_indices
 from sglang.srt.layers import dp_attention, minimax_counterpart
+from sglang.srt.layers.moe import utils as moe_utils
+from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.layers.quantization import modelopt_quant
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
@@ -83,6 +85,7 @@ def built_bytes(monkeypatch):
         arguments = engine.ServerArgs(model_path="dummy", tp_size=layout.tp, ep_size=layout.ep, device="cpu")
         arguments.nnodes, arguments.pp_size = layout.flags.nnodes, layout.pp
         arguments.enable_dp_attention = layout.dp_groups > 1
+        monkeypatch.setattr(moe_utils, "MOE_RUNNER_BACKEND", MoeRunnerBackend(layout.flags.moe_runner_backend))
         monkeypatch.setattr(engine, "_global_server_args", arguments)
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -166,7 +169,7 @@ NVFP4_EXPERTS = {**NVFP4, "ignore": ["lm_head", "model.layers.*.self_attn*"]}
         (None, Flags(tp=16, nnodes=2)),
         (None, Flags(tp=8, dp=2, enable_dp_attention=True, ep=4)),
         (NVFP4, Flags(tp=8)),
-        (NVFP4_EXPERTS, Flags(tp=4, dp=4, ep=4, enable_dp_attention=True)),
+        (NVFP4_EXPERTS, Flags(tp=4, dp=4, ep=4, enable_dp_attention=True, moe_runner_backend="flashinfer_cutlass")),
         (NVFP4_EXPERTS, Flags(tp=16, nnodes=2)),
     ],
     ids=name_of,
@@ -326,7 +329,8 @@ def test_ranks_hold_the_experts_that_the_engine_gives_them(tp, ep):
         ),
         (Flags(tp=8, context_length=10**6), "--context-length 1000000 must be between 1 and", "--tp 8"),
         (Flags(tp=8, mem_fraction_static=1.5), "--mem-fraction-static 1.5 must be between 0 and 1", "--tp 8"),
-        (Flags(tp=8, moe_runner_backend="flashinfer_trtllm"), "chooses the experts by other rules", None),
+        (Flags(tp=8, moe_runner_backend="flashinfer_trtllm"), "chooses the experts by other rules", "--tp 8"),
+        (Flags(tp=8, moe_runner_backend="cutlass"), "would sum rows that nobody wrote. Leave --moe-run", "--tp 8"),
     ],
     ids=name_of,
 )
@@ -334,12 +338,22 @@ def test_what_cannot_work_names_the_rule_and_the_nearest_that_does(flags, rule, 
     made = report.make_report(M25, flags, H200)
     assert made.broken_rule is not None and rule in made.broken_rule
     assert made.layout is None and not made.commands
-    if first is None:
-        assert not made.nearest
-        return
     assert " ".join(made.nearest[0].words()).startswith(first)
     for flags in made.nearest:
         assert report.make_report(M25, flags, H200).broken_rule is None
+
+
+def test_a_layout_is_named_once_whether_its_ep_is_given_or_chosen():
+    """Of FP8 blocks at TP8 the smallest EP that works is 2, which is chosen where --ep is left out."""
+    nearest = [" ".join(flags.words()) for flags in report.make_report(M25, Flags(tp=8, ep=1), H200).nearest]
+    assert nearest[0] == "--tp 8" and "--tp 8 --ep 2" not in nearest and "--tp 8 --ep 4" in nearest
+
+
+def test_a_kv_cache_that_no_kernel_reads_is_given_up_where_no_layout_goes_with_it():
+    made = report.make_report(M25, Flags(tp=8, kv_cache_dtype="fp8_e5m2"), B200)
+    assert "no kernel for it in trtllm_mha" in made.broken_rule
+    assert [flags.kv_cache_dtype for flags in made.nearest] == ["fp8_e4m3", "auto"]
+    assert report.make_report(M25, Flags(tp=8, kv_cache_dtype="fp8_e5m2"), H200).broken_rule is None
 
 
 WIDE = {"head_dim": 64, "rotary_dim": 32, "quantisation": Quantisation("fp8", (64, 128))}  # blocks that are not square
@@ -371,6 +385,8 @@ NARROW = WIDE | {"head_dim": 32, "num_attention_heads": 32}
             Flags(tp=8, ep=2, moe_runner_backend="flashinfer_cutlass"),
             "needs --ep 1 or --ep 8, and not 2",
         ),
+        ({}, Flags(tp=4, moe_runner_backend="cutlass"), None),  # EP 1
+        ({"quantisation": Quantisation()}, Flags(tp=4, ep=2, moe_runner_backend="cutlass"), None),  # Triton's run
     ],
     ids=name_of,
 )
@@ -384,8 +400,8 @@ def test_each_rule_ends_where_it_says(change, flags, rule):
     [
         ({}, True),
         ({"use_qk_norm": False}, False),  # there is no sum
-        ({"quantisation": Quantisation("nvfp4", attention=True)}, False),  # its rows share a scale
-        ({"quantisation": Quantisation("nvfp4", attention=False)}, True),
+        ({"quantisation": Quantisation("nvfp4", attention=True), "expert_block": 1}, False),  # its rows share a scale
+        ({"quantisation": Quantisation("nvfp4", attention=False), "expert_block": 1}, True),
     ],
 )
 def test_a_rank_of_two_nodes_holds_rows_of_the_other_if_they_are_normed_and_stand_for_themselves(change, holds):
@@ -471,12 +487,35 @@ def test_flashinfer_reduces_and_norms_where_one_launch_cannot():
 
 
 @pytest.mark.parametrize(("ep", "backend", "on"), [(4, "flashinfer_cutlass", True), (1, "flashinfer_cutlass", False),
-                                                   (4, "auto", False)])  # fmt: skip
+                                                   (1, "auto", False)])  # fmt: skip
 def test_fp4_all_gather_is_on_where_the_engine_turns_it_on(ep, backend, on):
     model = read_model("m2.7", "modelopt_fp4")
     flags = Flags(tp=4, dp=4, ep=ep, enable_dp_attention=True, moe_runner_backend=backend)
     taken = {path.name: path.taken for path in paths.paths(model, settle(flags, model, B200), B200)}
     assert taken["FP4 all-gather"] == ("on" if on else "off")
+
+
+def test_nvfp4_takes_ep_in_one_kernel_only_and_a_search_gives_it():
+    model = read_model("m2.7", "modelopt_fp4")
+    with pytest.raises(ValueError, match="or give --moe-runner-backend flashinfer_cutlass with --ep 4"):
+        settle(Flags(tp=4, ep=2), model, B200)
+    found = [each.layout for each in step.search(model, B200, 4, "throughput", Flags(quantization="modelopt_fp4"))]
+    runners = {layout.flags.moe_runner_backend for layout in found if layout.ep > 1}
+    assert runners == {"flashinfer_cutlass"} and all(layout.ep in (1, layout.tp) for layout in found)
+
+
+def test_tokens_are_gathered_in_fp4_where_ep_equals_dp_alone():
+    """A quarter of bfloat16's bytes in one of a layer's collectives, which grows with the tokens."""
+    model, many = read_model("m2.7", "modelopt_fp4"), 4096
+    flags = Flags(tp=4, dp=2, enable_dp_attention=True, moe_runner_backend="flashinfer_cutlass")
+    alone, with_ep = (settle(dataclasses.replace(flags, ep=ep), model, B200) for ep in (1, 4))
+    steps = [step.predict(model, layout, B200, many, 512).collectives_ms for layout in (alone, with_ep)]
+    assert steps[0] == steps[1]
+    fp4 = settle(dataclasses.replace(flags, dp=4, ep=4), model, B200)
+    bf16 = settle(dataclasses.replace(flags, dp=4, ep=1), model, B200)
+    less_ms = (step.predict(model, each, B200, many, 512).collectives_ms for each in (bf16, fp4))
+    saved = 62 * (many * 3072 * 2) * 0.75 * 3 / 4 / (B200.link_gb_per_s * 1e9) * 1e3
+    assert next(less_ms) - next(less_ms) == pytest.approx(saved)
 
 
 # ------------------------------------------------------------------ models
@@ -638,6 +677,17 @@ def test_a_search_in_json_has_the_step_of_each_layout_and_every_measured_step(ca
     }  # fmt: skip
     assert first == said and len(data["errors"]) == len(step.MEASURED)
     assert [one["measured_ms"] for one in data["errors"] if one["fitted"]] == [2.58, 3.69, 8.14]
+
+
+@pytest.mark.parametrize(("more", "tokens"), [([], 8192), (["--context-length", "4096"], 4096)])
+def test_a_search_says_how_long_its_requests_are(capsys, more, tokens):
+    search = ["plan", "m2.5", "--search", "--gpus", "8", *more]
+    assert cli.main(search) == 0
+    assert f"each with requests of {tokens:,} tokens" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*search, "--json"]) == 0
+    for found in json.loads(capsys.readouterr().out)["layouts"]:
+        assert found["context"] == tokens
+        assert found["step"]["batch"] <= found["kv_tokens"] / tokens
 
 
 def test_the_model_of_the_step_says_how_far_off_it_is():

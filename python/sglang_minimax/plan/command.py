@@ -111,6 +111,9 @@ def _search(arguments: argparse.Namespace, model: ModelShape, gpu: Gpu, flags: F
     else:
         from sglang_minimax.plan import rendering
 
-        title = f"{model.name} on {arguments.gpus} x {gpu.name}, for {arguments.goal}: {len(found)} valid layouts"
+        title = (
+            f"{model.name} on {arguments.gpus} x {gpu.name}, for {arguments.goal}: {len(found)} valid layouts, each "
+            f"with requests of {step.context_of(model, flags):,} tokens (--context-length: another number)"
+        )
         rendering.show_search(found, title, arguments.limit, rendering.make_console())
     return 0 if found else 1

@@ -215,6 +215,15 @@ def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
             return "--moe-runner-backend flashinfer_cutlass takes NVFP4 or unquantised experts, not FP8 blocks"
         if layout.ep not in (1, layout.tp):
             return f"--moe-runner-backend flashinfer_cutlass needs --ep 1 or --ep {layout.tp}, and not {layout.ep}"
+    method = {"fp8": "fp8", "nvfp4": "modelopt_fp4"}.get(quantisation.kind)
+    against_cutlass = sharding.reason_against_cutlass(method, flags.moe_runner_backend, layout.tp, layout.ep)
+    if against_cutlass is not None:
+        return against_cutlass
+    if gpu.architecture == "blackwell" and flags.kv_cache_dtype == "fp8_e5m2":
+        return (
+            f"--kv-cache-dtype fp8_e5m2 on {gpu.name}: FlashInfer has no kernel for it in trtllm_mha, the engine's "
+            f"default there: take fp8_e4m3, or leave it out"
+        )
     if attention_backend(flags, gpu) == "triton":
         stages = [sharding.pipeline_layers(model.num_hidden_layers, stage, flags.pp) for stage in range(flags.pp)]
         return sharding.reason_against_stages_of_triton(stages)

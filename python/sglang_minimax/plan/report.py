@@ -121,14 +121,18 @@ def divided(
 
 
 def nearest_that_work(model: ModelShape, flags: Flags, gpu: Gpu) -> list[Flags]:
-    """The flags that change ``flags`` least and work, on at most 16 GPUs or as many as were asked for."""
+    """The flags that change ``flags`` least and work, on at most 16 GPUs or as many as were asked for, each once."""
+    seen = set()
 
-    def works(other: Flags) -> bool:
+    def is_new_and_works(other: Flags) -> bool:
         try:
-            plan_memory(model, settle(other, model, gpu), gpu)
+            layout = settle(other, model, gpu)
+            plan_memory(model, layout, gpu)
         except ValueError:
             return False
-        return True
+        is_new = (same := (layout.ep, replace(other, ep=None))) not in seen  # --ep left out is some EP too
+        seen.add(same)
+        return is_new
 
     context, fraction = flags.context_length, flags.mem_fraction_static
     mended = replace(
@@ -136,6 +140,8 @@ def nearest_that_work(model: ModelShape, flags: Flags, gpu: Gpu) -> list[Flags]:
         context_length=context if context is None or 1 <= context <= model.max_position_embeddings else None,
         mem_fraction_static=fraction if fraction is None or 0 < fraction < 1 else None,
     )
-    candidates = [] if mended == flags else [mended]
+    # A kernel is a means, and is given up before the layout is; the KV cache's dtype only where no layout goes with it.
+    candidates = [mended, replace(mended, moe_runner_backend="auto")]
     candidates += neighbours(mended, max(16, min(flags.tp * flags.pp, 64)))
-    return list(itertools.islice(filter(works, candidates), NUM_NEAREST))
+    candidates += [replace(mended, kv_cache_dtype=dtype) for dtype in ("fp8_e4m3", "auto")]
+    return list(itertools.islice(filter(is_new_and_works, candidates), NUM_NEAREST))

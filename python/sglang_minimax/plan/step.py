@@ -464,10 +464,14 @@ def largest_errors() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout of the hardware: ``copies`` servers of it, and a step of each for the goal."""
+    """A layout of the hardware: ``copies`` servers of it, and a step of each for the goal.
+
+    context: tokens that each request of the step holds.
+    """
 
     layout: Layout
     copies: int
+    context: int
     kv_tokens: int
     step: Step
 
@@ -475,6 +479,11 @@ class Candidate:
     def tokens_per_s(self) -> float:
         """Of all servers together."""
         return self.copies * self.step.tokens_per_s
+
+
+def context_of(model: ModelShape, flags: Flags) -> int:
+    """Tokens that each request of a search holds: as many as it may have, or fewer where nobody says."""
+    return flags.context_length or min(CONTEXT_TOKENS, model.max_position_embeddings)
 
 
 def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> list[Candidate]:
@@ -488,7 +497,7 @@ def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> l
         flags: what holds for every layout: KV-cache dtype, memory fraction, context length, quantisation, backend of
             the experts.
     """
-    context = flags.context_length or min(CONTEXT_TOKENS, model.max_position_embeddings)
+    context = context_of(model, flags)
     found = []
     for layout in _layouts(model, gpu, gpus, flags):
         try:
@@ -501,7 +510,7 @@ def search(model: ModelShape, gpu: Gpu, gpus: int, goal: str, flags: Flags) -> l
         graphs = engine_reserve(gpu, layout).cuda_graph_max_bs * layout.pp
         batch = 1 if goal == "latency" else min(requests, graphs) * layout.dp_groups
         step = predict(model, layout, gpu, batch, context)
-        found.append(Candidate(layout, gpus // layout.gpus, memory.tokens * layout.dp_groups, step))
+        found.append(Candidate(layout, gpus // layout.gpus, context, memory.tokens * layout.dp_groups, step))
 
     def rank(candidate: Candidate) -> tuple[object, ...]:
         # Where the model sees no difference: more room for the cache, then the plainer flags.
@@ -525,8 +534,8 @@ def _layouts(model: ModelShape, gpu: Gpu, gpus: int, flags: Flags) -> Iterator[L
                     asked = replace(
                         flags, tp=tp, pp=pp, dp=dp, ep=ep, nnodes=nnodes, enable_dp_attention=dp > 1,
                     )  # fmt: skip
-                    if flags.moe_runner_backend == "auto" and model.quantisation.kind == "nvfp4" and 1 < dp == ep == tp:
-                        asked = replace(asked, moe_runner_backend="flashinfer_cutlass")  # and the tokens go in FP4
+                    if flags.moe_runner_backend == "auto" and model.quantisation.kind == "nvfp4" and ep == tp > 1:
+                        asked = replace(asked, moe_runner_backend="flashinfer_cutlass")  # no other kernels take EP
                     try:
                         layout = settle(asked, model, gpu)
                     except ValueError:
@@ -548,6 +557,7 @@ def as_data(candidates: list[Candidate]) -> dict[str, object]:
                 "flags": " ".join(candidate.layout.flags.words()),
                 "ep": candidate.layout.ep,
                 "servers": candidate.copies,
+                "context": candidate.context,
                 "kv_tokens": candidate.kv_tokens,
                 "step": {**dataclasses.asdict(candidate.step), "ms": candidate.step.ms},
                 "tokens_per_s": candidate.tokens_per_s,
