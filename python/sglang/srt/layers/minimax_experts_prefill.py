@@ -53,9 +53,10 @@ def experts_of_many_tokens(
 ) -> torch.Tensor:
     """The engine's GEMMs on activations quantised here."""
     assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"
+    ids = topk_output.topk_ids.to(torch.int32)  # int64 where --init-expert-location names the experts' places
     return minimax_experts_of_many(
-        hidden_states, topk_output.topk_weights, topk_output.topk_ids, experts.w13_weight,
-        experts.w13_weight_scale_inv, experts.w2_weight, experts.w2_weight_scale_inv,
+        hidden_states, topk_output.topk_weights, ids, experts.w13_weight, experts.w13_weight_scale_inv,
+        experts.w2_weight, experts.w2_weight_scale_inv,
     )  # fmt: skip
 
 
