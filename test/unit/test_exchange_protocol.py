@@ -1,4 +1,4 @@
-"""The slots and epochs by which ranks exchange rows (``minimax_all_reduce_norm.py``): every order of events, tried out.
+"""The slots and epochs by which ranks exchange rows (``minimax_row_exchange.py``): every order of events, tried out.
 
 A rank's launches are CTAs, one a row. A CTA raises the epoch of its row, sends a message to each peer, which arrives
 whenever it likes before the launch is complete, and takes the peers' messages, each once it has this epoch. What holds

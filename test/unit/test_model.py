@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers import minimax_layer_communicator
 from sglang.srt.layers.communicator import FUSE_ALLREDUCE_MAX_BATCH_SIZE
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
@@ -74,7 +75,7 @@ def test_the_first_load_is_of_a_whole_checkpoint_unless_the_engine_filled_the_pa
 ):
     asked = []
     arguments = SimpleNamespace(load_format=load_format, model_path=path)
-    monkeypatch.setattr(minimax_m2, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(minimax_m2_weights, "get_global_server_args", lambda: arguments)
     monkeypatch.setattr(
         minimax_m2, "CheckedWeights", lambda model: SimpleNamespace(load=lambda weights, whole: asked.append(whole))
     )
@@ -258,15 +259,15 @@ def test_fused_all_reduce_is_off_on_all_ranks_if_it_does_not_work_on_one(
         agreed.copy_(of(agreed, torch.tensor([others], device="cpu")))
 
     make = lambda **workspace: workspaces.append(workspace) or works  # noqa: E731
-    monkeypatch.setattr(minimax_m2.flashinfer_comm_fusion, "ensure_workspace_initialized", make)
-    monkeypatch.setattr(minimax_m2, "get_attention_tp_size", lambda: ranks)
-    monkeypatch.setattr(minimax_m2, "apply_flashinfer_allreduce_fusion", lambda batch_size: on)
-    monkeypatch.setattr(minimax_m2, "get_tp_group", lambda: SimpleNamespace(cpu_group="all of TP"))
-    monkeypatch.setattr(minimax_m2, "get_global_server_args", lambda: arguments)
-    monkeypatch.setattr(minimax_m2, "log_info_on_rank0", lambda *_: None)
+    monkeypatch.setattr(minimax_layer_communicator.flashinfer_comm_fusion, "ensure_workspace_initialized", make)
+    monkeypatch.setattr(minimax_layer_communicator, "get_attention_tp_size", lambda: ranks)
+    monkeypatch.setattr(minimax_layer_communicator, "apply_flashinfer_allreduce_fusion", lambda batch_size: on)
+    monkeypatch.setattr(minimax_layer_communicator, "get_tp_group", lambda: SimpleNamespace(cpu_group="all of TP"))
+    monkeypatch.setattr(minimax_layer_communicator, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(minimax_layer_communicator, "log_once", lambda *_: None)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with torch.device("meta"):  # as while a model is built
-        minimax_m2._prepare_fused_all_reduce(3072)
+        minimax_layer_communicator.prepare_fused_all_reduce(3072)
     wanted = {"max_token_num": FUSE_ALLREDUCE_MAX_BATCH_SIZE, "hidden_dim": 3072, "dtype": torch.get_default_dtype()}
     assert workspaces == [wanted] * asked and arguments.enable_flashinfer_allreduce_fusion == stays
 

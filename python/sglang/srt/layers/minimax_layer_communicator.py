@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import torch
 from sglang.srt.distributed import get_moe_data_parallel_world_size, get_tp_group
-from sglang.srt.layers.communicator import LayerCommunicator
-from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+from sglang.srt.layers import flashinfer_comm_fusion  # type: ignore[attr-defined]
+from sglang.srt.layers.communicator import (
+    FUSE_ALLREDUCE_MAX_BATCH_SIZE,
+    LayerCommunicator,
+    apply_flashinfer_allreduce_fusion,
+)
+from sglang.srt.layers.dp_attention import get_attention_tp_size, is_dp_attention_enabled
 from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm, row_exchange_of
 from sglang.srt.layers.minimax_all_reduce_norm_paths import (
     FLASHINFER_BY_DEFAULT,
@@ -156,3 +161,28 @@ def reason_against(norm: nn.Module) -> str | None:
     )
     reason = reason or reason_of_watchers(args)
     return reason or reason_against_peers(peers_are_reachable(group, norm.weight.device))
+
+
+def prepare_fused_all_reduce(hidden_size: int) -> None:
+    """Makes sure that FlashInfer's fused all-reduce + norm works on every rank, or turns it off on all of them.
+
+    Where the layers have one launch of ours for this, it is off already.
+
+    The engine makes its workspace in the middle of the first forward pass; where that fails it goes on with a norm
+    of one rank's part, without the all-reduce. Here ``--enable-memory-saver`` would take the workspace's pointers away
+    with the weights, beside which they are allocated.
+    """
+    if get_attention_tp_size() == 1 or not apply_flashinfer_allreduce_fusion(batch_size=1):
+        return
+    if get_global_server_args().enable_memory_saver:
+        get_global_server_args().enable_flashinfer_allreduce_fusion = False
+        log_once("FlashInfer's fused all-reduce + norm is off: --enable-memory-saver would take its pointers away.")
+        return
+    works = flashinfer_comm_fusion.ensure_workspace_initialized(
+        max_token_num=FUSE_ALLREDUCE_MAX_BATCH_SIZE, hidden_dim=hidden_size, dtype=torch.get_default_dtype()
+    )
+    agreed = torch.tensor([int(works)], device="cpu")
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    if not agreed.item():
+        get_global_server_args().enable_flashinfer_allreduce_fusion = False
+        log_once("FlashInfer's fused all-reduce + norm is not available here: all-reduce and norm run apart, slower.")

@@ -1,7 +1,7 @@
 """What the kernels that exchange data between the GPUs of one host share: memory that peers store to, and its limits.
 
 A rank owns an *inbox*, memory of its GPU that every peer's GPU can store to over NVLink. What lies in it is the
-business of the kernel: :mod:`minimax_sum_exchange` (two sums a token), :mod:`minimax_all_reduce_norm` (whole rows).
+business of the kernel: :mod:`minimax_sum_exchange` (two sums a token), :mod:`minimax_row_exchange` (whole rows).
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ decoder layer, model, causal LM. The rest lies beside it:
     layers/minimax_fp8_linear.py        attention's projections in FP8 for few tokens, quantised in the same launch
     layers/minimax_parts.py             rows that are left in parts, which that kernel adds up
     layers/minimax_layer_communicator.py  whether all-reduce, residual add and norm are one kernel; it is in
-                                        layers/minimax_all_reduce_norm.py, the rules in ..._all_reduce_norm_paths.py
+                                        layers/minimax_all_reduce_norm.py, its exchange between GPUs in
+                                        layers/minimax_row_exchange.py, the rules in ..._all_reduce_norm_paths.py
 
 Three groups of ranks carry it, and every place names the one that it means:
     attention TP    embedding, attention and norms: all of TP, or TP / DP ranks under DP attention
@@ -36,15 +37,9 @@ from sglang.srt.distributed import (
     get_moe_data_parallel_world_size,
     get_pp_group,
     get_pp_indices,
-    get_tp_group,
 )
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
-from sglang.srt.layers import flashinfer_comm_fusion  # type: ignore[attr-defined]
-from sglang.srt.layers.communicator import (
-    FUSE_ALLREDUCE_MAX_BATCH_SIZE,
-    LayerScatterModes,
-    apply_flashinfer_allreduce_fusion,
-)
+from sglang.srt.layers.communicator import LayerScatterModes
 from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size, is_dp_attention_enabled
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import RowParallelLinear
@@ -53,7 +48,11 @@ from sglang.srt.layers.minimax_attention_inputs import fuse
 from sglang.srt.layers.minimax_counterpart import build_qkv_proj, choose_counterpart
 from sglang.srt.layers.minimax_decode_attention import choose_decode_attention
 from sglang.srt.layers.minimax_fp8_linear import Fp8Linear, choose_projection
-from sglang.srt.layers.minimax_layer_communicator import MiniMaxM2LayerCommunicator, one_launch_for
+from sglang.srt.layers.minimax_layer_communicator import (
+    MiniMaxM2LayerCommunicator,
+    one_launch_for,
+    prepare_fused_all_reduce,
+)
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import shard_attention, shard_heads
@@ -72,9 +71,9 @@ from sglang.srt.models.minimax_m2_moe import (
     recorded_as,
 )
 from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, forward_overlapped
-from sglang.srt.models.minimax_m2_weights import CheckedWeights
+from sglang.srt.models.minimax_m2_weights import CheckedWeights, engine_fills_weights
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import add_prefix, log_info_on_rank0, make_layers
+from sglang.srt.utils import add_prefix, make_layers
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -490,7 +489,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(config)
         self.capture_aux_hidden_states = False
         self.weights_loaded = False
-        _prepare_fused_all_reduce(config.hidden_size)
+        prepare_fused_all_reduce(config.hidden_size)
 
     # The engine makes a KV cache for the layers from start_layer to end_layer, and for all of the model's without them.
     @property
@@ -590,45 +589,9 @@ class MiniMaxM2ForCausalLM(nn.Module):
         Raises:
             ValueError: names, shapes or dtypes that do not fit, or parameters left unfilled; all in one message.
         """
-        filled = CheckedWeights(self).load(weights, whole=not self.weights_loaded and not _engine_fills_weights())
+        filled = CheckedWeights(self).load(weights, whole=not self.weights_loaded and not engine_fills_weights())
         self.weights_loaded = True
         return filled
-
-
-def _engine_fills_weights() -> bool:
-    """Whether the parameters get their first values by their own names, and ``load_weights`` only later ones."""
-    arguments = get_global_server_args()
-    from_store = arguments.load_format == "remote" and arguments.model_path.startswith("redis://")
-    return from_store or arguments.load_format in ("dummy", "sharded_state", "remote_instance")
-
-
-def _prepare_fused_all_reduce(hidden_size: int) -> None:
-    """Makes sure that FlashInfer's fused all-reduce + norm works on every rank, or turns it off on all of them.
-
-    Where the layers have one launch of ours for this, it is off already.
-
-    The engine makes its workspace in the middle of the first forward pass; where that fails it goes on with a norm
-    of one rank's part, without the all-reduce. Here ``--enable-memory-saver`` would take the workspace's pointers away
-    with the weights, beside which they are allocated.
-    """
-    if get_attention_tp_size() == 1 or not apply_flashinfer_allreduce_fusion(batch_size=1):
-        return
-    if get_global_server_args().enable_memory_saver:
-        get_global_server_args().enable_flashinfer_allreduce_fusion = False
-        log_info_on_rank0(
-            logger, "FlashInfer's fused all-reduce + norm is off: --enable-memory-saver would take its pointers away."
-        )
-        return
-    works = flashinfer_comm_fusion.ensure_workspace_initialized(
-        max_token_num=FUSE_ALLREDUCE_MAX_BATCH_SIZE, hidden_dim=hidden_size, dtype=torch.get_default_dtype()
-    )
-    agreed = torch.tensor([int(works)], device="cpu")
-    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
-    if not agreed.item():
-        get_global_server_args().enable_flashinfer_allreduce_fusion = False
-        log_info_on_rank0(
-            logger, "FlashInfer's fused all-reduce + norm is not available here: all-reduce and norm run apart, slower."
-        )
 
 
 EntryClass = MiniMaxM2ForCausalLM

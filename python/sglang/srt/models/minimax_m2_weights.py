@@ -336,3 +336,10 @@ def _parts(owner: nn.Module, name: str, num_experts: int) -> list[tuple[str | No
 def _describe(parts: list[tuple[str | None, int | None]]) -> str:
     first = [f"{shard} of expert {expert}" if expert is not None else str(shard) for shard, expert in parts[:4]]
     return ", ".join(first) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+
+
+def engine_fills_weights() -> bool:
+    """Whether the parameters get their first values by their own names, and ``load_weights`` only later ones."""
+    arguments = get_global_server_args()
+    from_store = arguments.load_format == "remote" and arguments.model_path.startswith("redis://")
+    return from_store or arguments.load_format in ("dummy", "sharded_state", "remote_instance")
