@@ -13,6 +13,7 @@ from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.environ import envs
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
+from sglang.srt.function_call.minimax_m2 import value_of
 
 OPTIONAL_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}  # as Pydantic and zod write an optional string
 PROPERTIES = {
@@ -27,6 +28,8 @@ PROPERTIES = {
     "level": {"enum": [1, 2, None]},
     "colour": {"enum": ["red", "1"]},
     "circle": {"$ref": "#/properties/circle"},
+    "again": {"$ref": "#"},
+    "large": {"enum": [10**400]},
     "says_nothing": {},
     "far": {"$ref": "#/$defs/a~1b%20c/anyOf/1"},
     "user's > own": {"type": "integer"},
@@ -86,7 +89,8 @@ def read(answer: str, *names: str):
         ("number_or_text", "012", "012"), ("number_or_text", "true", "true"), ("level", "2", 2),
         ("level", "null", None), ("colour", "1", "1"),
         ("far", '{"a": 1}', {"a": 1}), ("user's > own", "1", 1), ("odd", "1", 1), ("circle", "x", "x"),
-         ("says_nothing", "[1]", "[1]"), ("not_in_the_schema", "1", "1"),
+        ("again", '{"text": "a"}', {"text": "a"}), ("large", "1", 1),
+        ("says_nothing", "[1]", "[1]"), ("not_in_the_schema", "1", "1"),
     ],
 )  # fmt: skip
 def test_a_value_is_of_a_type_that_its_schema_names(parameter, text, value):
@@ -171,6 +175,38 @@ def test_no_answer_takes_long_however_it_is_cut(endless):
     answer = "<minimax:tool_call>" + endless
     begin = time.process_time()
     streamed([answer[i : i + 4] for i in range(0, len(answer), 4)], "do")
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize("digits", [400, 5000], ids=str)
+def test_an_integer_that_no_float_holds(digits):
+    """Of 4300 digits and more Python makes no integer."""
+    for text in ("9" * digits, "-" + "9" * digits):
+        for name in ("count", "share", "number_or_text"):
+            assert value_of(text, SCHEMA, name) == (int(text) if digits < 4300 else text)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/Args", "$defs": {"Args": {"properties": {"count": {"type": "integer"}}}}},
+        {"oneOf": [{"properties": {"kind": {"const": "a"}}}, {"properties": {"count": {"type": "integer"}}}]},
+        {"allOf": [{"properties": {"count": {}}}], "properties": {"count": {"type": "integer"}}},
+    ],
+    ids=lambda schema: next(iter(schema)),
+)
+def test_the_properties_of_a_schema_that_is_made_of_others(schema):
+    """As Pydantic writes a model that refers to itself, and zod a union."""
+    assert value_of("5", schema, "count") == 5
+    assert value_of("5", schema, "kind") == value_of("5", schema, "other") == "5"
+
+
+def test_schemas_that_refer_to_each_other_take_no_long_time():
+    """With a way for each of the references that lead in circles, there are more of them than anyone can go."""
+    ways = {"anyOf": [{"$ref": f"#/properties/{name}"} for name in ("many", "others", "count")] * 100}
+    schema = {"type": "object", "properties": {"many": ways, "others": {**ways}, "count": {"type": "integer"}}}
+    begin = time.process_time()
+    assert value_of("5", schema, "many") == 5
     assert time.process_time() - begin < 2
 
 

@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,8 +214,11 @@ def value_of(text: str, schema: Any, name: str) -> Any:
     """
     if text.strip().lower() == "null":
         return None
-    properties = schema.get("properties") if isinstance(schema, dict) else None
-    types = types_of(properties.get(name) if isinstance(properties, dict) else None, schema) or {"string"}
+    types: set[str] = set()
+    for way in _ways(schema, schema):
+        properties = way.get("properties")
+        types |= types_of(properties.get(name) if isinstance(properties, dict) else None, schema)
+    types = types or {"string"}
     value = _NO_JSON if types == {"string"} else _json(text)
     if value is not _NO_JSON and not isinstance(value, str) and types & _types_of_value(value):
         return int(value) if isinstance(value, float) and "number" not in types else value
@@ -230,32 +233,41 @@ def value_of(text: str, schema: Any, name: str) -> Any:
     return text if value is _NO_JSON else value
 
 
-def types_of(schema: Any, root: Any, depth: int = 8) -> set[str]:
+def types_of(schema: Any, root: Any) -> set[str]:
     """The JSON types that a schema allows, by the names that it uses; empty: it does not say.
 
     Args:
         root: where its references lead.
-        depth: of nested schemas; references may lead in a circle.
     """
-    if not isinstance(schema, dict) or depth == 0:
-        return set()
-    named = schema.get("type")
-    names = [one.lower() for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)]
-    types = {_SYNONYMS.get(one, one) for one in names}
-    values = list(schema["enum"]) if isinstance(schema.get("enum"), list) else []
-    for value in values + ([schema["const"]] if "const" in schema else []):
-        types |= {"null"} if value is None else {"string"} if isinstance(value, str) else _types_of_value(value)
-    for way in ("anyOf", "oneOf", "allOf"):
-        for one in schema[way] if isinstance(schema.get(way), list) else []:
-            types |= types_of(one, root, depth - 1)
-    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
-        types |= types_of(_target(root, reference[2:]), root, depth - 1)
+    types: set[str] = set()
+    for way in _ways(schema, root):
+        named = way.get("type")
+        names = [one.lower() for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)]
+        types |= {_SYNONYMS.get(one, one) for one in names}
+        values = list(way["enum"]) if isinstance(way.get("enum"), list) else []
+        for value in values + ([way["const"]] if "const" in way else []):
+            types |= {"null"} if value is None else {"string"} if isinstance(value, str) else _types_of_value(value)
     return types
+
+
+def _ways(schema: Any, root: Any) -> Iterator[dict[str, Any]]:
+    """A schema, those that it combines and those that it refers to; each once, since references lead in circles."""
+    left, seen = [schema], set()
+    while left:
+        one = left.pop()
+        if not isinstance(one, dict) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        for key in ("anyOf", "oneOf", "allOf"):
+            left += one[key] if isinstance(one.get(key), list) else []
+        if isinstance(reference := one.get("$ref"), str) and re.match("#(/|$)", reference):
+            left.append(_target(root, reference[1:]))
 
 
 def _target(root: Any, pointer: str) -> Any:
     """What a JSON pointer (RFC 6901) in a URI leads to, or None."""
-    for key in urllib.parse.unquote(pointer).split("/"):
+    for key in urllib.parse.unquote(pointer).split("/")[1:]:
         key = key.replace("~1", "/").replace("~0", "~")
         if isinstance(root, list):
             root = root[int(key)] if key.isdecimal() and int(key) < len(root) else None
@@ -282,8 +294,8 @@ def _types_of_value(value: Any) -> set[str]:
     """Of what JSON gave, strings left out."""
     if isinstance(value, bool):
         return {"boolean"}
-    if isinstance(value, (int, float)):
-        return {"integer", "number"} if math.isfinite(value) and value == int(value) else {"number"}
+    if isinstance(value, (int, float)):  # an integer may be too large for any float
+        return {"integer", "number"} if isinstance(value, int) or value.is_integer() else {"number"}
     return {"object"} if isinstance(value, dict) else {"array"} if isinstance(value, list) else set()
 
 
