@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.entrypoints.openai.protocol import Tool, ToolChoice, ToolChoiceFuncName
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, Tool, ToolChoice, ToolChoiceFuncName
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.function_call.minimax_m2 import MinimaxM2Detector
 from sglang.srt.layers.utils import logprob
 from sglang.srt.layers.utils.logprob import LogprobStage
 from sglang.srt.managers import session_controller
+
+from sglang_minimax.request_mends import StreamReader
 
 
 def test_a_request_without_token_ids_is_passed_over_in_a_prefill_beside_one_with_some():
@@ -28,21 +33,22 @@ def test_a_request_without_token_ids_is_passed_over_in_a_prefill_beside_one_with
     assert [value.tolist() for value in values] == [[], [6.0]]
 
 
+ENGINES = OpenAIServingChat._process_tool_calls.__wrapped__
+
+
 def required(text: str, parser: str = "minimax-append-think", choice="required", process=None):
     """What the engine makes of a whole answer: (its text, [name, arguments] of its calls or None)."""
     chat = OpenAIServingChat.__new__(OpenAIServingChat)
     chat.tool_call_parser, chat.reasoning_parser = "minimax-m2", parser
     process = process or OpenAIServingChat._process_tool_calls
-    tools = [Tool(type="function", function={"name": "ls", "parameters": {}})]
-    calls, rest, finish = process(chat, text, tools, {"type": "stop", "matched": 1}, choice, 0)
-    assert finish["type"] == "tool_calls" or choice == "auto"
+    calls, rest, finish = process(chat, text, offered(), {"type": "stop", "matched": 1}, choice, 0)
+    assert finish["type"] == ("tool_calls" if calls else "stop") or process is ENGINES
     return rest, calls and [(call.function.name, call.function.arguments) for call in calls]
 
 
 def test_calls_that_are_required_are_found_behind_the_reasoning():
     thought, call = "<think>I list [1] them.</think>", '\n\n[{"name": "ls", "parameters": {"path": "</think>"}}]'
-    engines = OpenAIServingChat._process_tool_calls.__wrapped__
-    assert required(thought + call, process=engines) == (thought + call, None), "or there is nothing left to mend"
+    assert required(thought + call, process=ENGINES) == (thought + call, None), "or there is nothing left to mend"
     found = [("ls", '{"path": "</think>"}')]
     assert required(thought + call) == (thought, found)
     named = ToolChoice(type="function", function=ToolChoiceFuncName(name="ls"))
@@ -60,6 +66,84 @@ def test_calls_that_are_not_required_are_read_as_before():
 def test_calls_that_are_quoted_in_the_reasoning_are_none():
     quoted = '<think>I could write <minimax:tool_call><invoke name="ls"></invoke></minimax:tool_call>.</think>No.'
     assert required(quoted, choice="auto") == (quoted, None)
+
+
+def test_an_answer_without_calls_ended_otherwise():
+    """The engine takes each with the tag for one that ended with calls, of which it then gives none."""
+    chat = OpenAIServingChat.__new__(OpenAIServingChat)
+    chat.tool_call_parser, chat.reasoning_parser, tools = "minimax-m2", "minimax", offered()
+    unknown = "<minimax:tool_call><invoke name='rm'></invoke></minimax:tool_call>"
+    ours = OpenAIServingChat._process_tool_calls
+    for process, ended in ((ENGINES, ([], unknown, "tool_calls")), (ours, (None, unknown, "stop"))):
+        calls, rest, finish = process(chat, unknown, tools, {"type": "stop", "matched": 1}, "auto", 0)
+        assert (calls, rest, finish["type"]) == ended
+    assert finish == {"type": "stop", "matched": 1}
+
+
+def offered() -> list[Tool]:
+    return [Tool(type="function", function={"name": "ls", "parameters": {}})]
+
+
+def streamed(pieces: list[str], parser: str = "minimax-append-think", choice="auto", process=None):
+    """What a client puts together of a stream: (its text, [name, arguments] of its calls or None)."""
+    chat = OpenAIServingChat.__new__(OpenAIServingChat)
+    chat.tool_call_parser, chat.reasoning_parser = "minimax-m2", parser
+    messages = [{"role": "user", "content": ""}]
+    request = ChatCompletionRequest(messages=messages, model="", tools=offered(), tool_choice=choice)
+    process, text, calls, parsers = process or type(chat)._process_tool_call_stream, "", {}, {}
+
+    async def deltas():
+        for left, piece in reversed(list(enumerate(reversed(pieces)))):
+            content = {"meta_info": {"id": "0", "finish_reason": None if left else {"type": "stop"}}}
+            async for chunk in process(chat, 0, piece, parsers, content, request, {}):
+                yield json.loads(chunk.removeprefix("data: "))["choices"][0]["delta"]
+
+    async def together():
+        nonlocal text
+        async for delta in deltas():
+            text += delta["content"] or ""
+            for call in delta["tool_calls"] or []:
+                name, said = calls.get(call["index"], (call["function"]["name"], ""))
+                calls[call["index"]] = name, said + call["function"]["arguments"]
+
+    asyncio.run(together())
+    return text, list(calls.values()) or None
+
+
+CALL = "<minimax:tool_call><invoke name='ls'></invoke></minimax:tool_call>"
+JSON = '[{"name": "ls", "parameters": {"path": "[a, b]", "depth": 1}}, {"name": "ls", "parameters": {}}]'
+
+
+BRACKETS = json.dumps([{"name": "ls", "parameters": {"path": "}]{\"'\\"}}, *json.loads(JSON)], indent=2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        (f"<think>I could {CALL}</think>No. {CALL} <", "auto"),  # quoted, then meant
+        (f"<think>So {CALL}", "auto"),  # it thinks no further
+        (f"<think>{CALL[:20]}</think>", "auto"),
+        ("<think>So </thi", "auto"),
+        (f"</think>{CALL}", "auto"),
+        (f"<think>I list [1] {JSON} {CALL}</think>{JSON}", "required"),
+        (f"<think>{JSON} </", "required"),
+        (f"</think>\n{BRACKETS}", "required"),
+        (f"</think>{JSON[:30]}", "required"),
+        ("</think> I [1] would {2} [{}].", "required"),
+    ],
+    ids=lambda value: value if value in ("auto", "required") else None,
+)
+def test_a_stream_says_what_the_whole_answer_says(answer, choice):
+    whole = required(answer, choice=choice)
+    for size in (1, 3, 7, len(answer)):
+        assert streamed([answer[i : i + size] for i in range(0, len(answer), size)], choice=choice) == whole
+
+
+def test_reasoning_is_said_as_it_comes():
+    """Only what may be the beginning of a tag waits for what follows."""
+    reader = StreamReader(MinimaxM2Detector(), offered(), begins_with_reasoning=True)
+    said = [reader.parse_stream_chunk(piece)[0] for piece in ("<think>", "a < b", " <", "b", "</th", "ink>", "c")]
+    assert said == ["<think>", "a < b", " ", "<b", "", "</think>", "c"]
 
 
 @pytest.fixture

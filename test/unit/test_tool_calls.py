@@ -15,6 +15,8 @@ from sglang.srt.environ import envs
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
 from sglang.srt.function_call.minimax_m2 import value_of
 
+from sglang_minimax.request_mends import StreamReader
+
 OPTIONAL_TEXT = {"anyOf": [{"type": "string"}, {"type": "null"}]}  # as Pydantic and zod write an optional string
 PROPERTIES = {
     "text": {"type": "string"},
@@ -54,8 +56,10 @@ def block(*calls: str) -> str:
 
 def streamed(pieces: list[str], *names: str):
     """(text, [name, arguments as text] of each call, the parser), as a client puts a stream together."""
-    parser, text, calls = FunctionCallParser(tools(*names), "minimax-m2"), "", {}
-    for piece in pieces:
+    detector, text, calls = FunctionCallParser(tools(*names), "minimax-m2").detector, "", {}
+    parser = StreamReader(detector, tools(*names), begins_with_reasoning=False)
+    for left, piece in reversed(list(enumerate(reversed(pieces)))):
+        parser.is_last = left == 0
         normal, items = parser.parse_stream_chunk(piece)
         text += normal
         for item in items:
@@ -152,8 +156,9 @@ def test_the_engine_adds_nothing_to_a_call_that_ended():
         "<invoke  name=do >\r\n<parameter\nname=text>a</parameter>\r\n</invoke>",
         '<invoke> <invoke name="do">?<b><parameter>b</parameter> <parameter name="text">a</parameter></invoke>',
         '<invoke name="do"><parameter name="text">a</parameter>',
+        '<invoke name="no"><parameter name="text">b</parameter> <invoke name="do"><parameter name="text">a</parameter>',
     ],
-    ids=["single quotes", "none, and other blanks", "tags that are none", "its end is the block's"],
+    ids=["single quotes", "none, and other blanks", "tags that are none", "its end is the block's", "or the next's"],
 )
 def test_a_call_that_is_written_otherwise(written_so):
     answer = f"<minimax:tool_call>{written_so}</minimax:tool_call>"
@@ -210,8 +215,29 @@ def test_schemas_that_refer_to_each_other_take_no_long_time():
     assert time.process_time() - begin < 2
 
 
-def test_half_a_tag_is_text_when_nothing_follows():
-    assert FunctionCallParser(tools("do"), "minimax-m2").parse_non_stream("a <minimax:tool")[0] == "a <minimax:tool"
+@pytest.mark.parametrize(
+    "answer",
+    ["a <minimax:tool", "a <", "Say <minimax:tool_call> to call.\n\n", "<minimax:tool_call>\n</minimax:tool_call> So.",
+     f"So. {block(written('other', text='a'))} It is <b>.\n", "<minimax:tool_call>\n" + written("other")[:-12]],
+    ids=["half a tag", "a bracket", "a tag", "an empty block", "another tool", "half a call of another tool"],
+)  # fmt: skip
+def test_what_turns_out_to_be_no_call_is_text(answer):
+    assert read(answer, "do") == (answer, [])
+
+
+@pytest.mark.parametrize("text", [" <", " <minimax:tool_call", " So."])
+def test_text_behind_a_call_is_said_when_the_answer_ends(text):
+    assert read(block(written("do")) + text, "do") == (text, [("do", {})])
+
+
+def test_a_call_of_another_tool_that_was_cut_off_is_text():
+    half = written("other", text="a")[:-12]
+    assert read(f"{block(written('do'))} <minimax:tool_call>{half}", "do") == (half, [("do", {})])
+
+
+def test_text_behind_a_block_without_a_call_is_said_once_a_call_begins():
+    answer = f"One{block(written('other'))} two{block(written('do'))}three"
+    assert read(answer, "do") == ("One twothree", [("do", {})])
 
 
 texts = st.text(max_size=20).filter(lambda text: "</parameter>" not in text and text.strip().lower() != "null") | (
@@ -246,5 +272,5 @@ def test_what_a_model_means_is_what_a_client_gets_however_it_is_cut(calls, data)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=12)))
     pieces = [answer[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(answer)], strict=True)]
     text, found, _ = streamed(pieces, "do", "look")
-    assert text == "Now. "
+    assert text == ("Now. " if calls else answer)
     assert [(name, json.loads(arguments)) for name, arguments in found] == calls

@@ -31,7 +31,8 @@ from sglang.srt.function_call.core_types import StreamingParseResult, ToolCallIt
 logger = logging.getLogger(__name__)
 
 BLOCK, END_OF_BLOCK = "<minimax:tool_call>", "</minimax:tool_call>"
-END_OF_CALL, END_OF_PARAMETER = "</invoke>", "</parameter>"
+CALL, END_OF_CALL = "<invoke", "</invoke>"
+PARAMETER, END_OF_PARAMETER = "<parameter", "</parameter>"
 _NAME = re.compile(r"""\s+name=(?:(?P<quote>["'])(?P<quoted>[^<]*?)(?P=quote)|(?P<bare>[^"'<>\s]*))\s*>""")
 LONGEST_TAG = 1024  # characters; what is longer is none
 
@@ -57,6 +58,9 @@ class MinimaxM2Detector(BaseFormatDetector):
         self._in_block = self._behind_block = False
         self._call: _Call | None = None
         self._parameter: str | None = None  # whose value is being read
+        # The first block and what follows, as it was written, until a call begins: if none does, it is all text.
+        self._unsure: list[str] = []
+        self._text_behind = ""  # the part of that which is text even if one does
 
     def has_tool_call(self, text: str) -> bool:
         return BLOCK in text
@@ -72,8 +76,7 @@ class MinimaxM2Detector(BaseFormatDetector):
         reader = type(self)()
         found = reader.parse_streaming_increment(text, tools)
         unfinished = reader._call
-        text_is_left = not reader._in_block and reader._buffer.strip()
-        rest = unfinished.text + reader._buffer if unfinished else reader._buffer if text_is_left else ""
+        rest = unfinished.text + reader._buffer if unfinished else reader.rest_of_text()
         calls: dict[int, ToolCallItem] = {}
         for item in found.calls:
             call = calls.setdefault(item.tool_index, ToolCallItem(tool_index=item.tool_index, name="", parameters=""))
@@ -88,10 +91,23 @@ class MinimaxM2Detector(BaseFormatDetector):
         The strings of a call, put together, are one JSON object.
         """
         self._buffer += new_text
+        if self._unsure:
+            self._unsure.append(new_text)
         result = StreamingParseResult()
         while self._step(result, {tool.function.name: tool.function.parameters for tool in tools}):
             pass
         return result
+
+    def rest_of_text(self) -> str:
+        """What was held back of the text of a stream that has ended, since more could have followed.
+
+        A call that was cut off is none of it: its name was said.
+        """
+        if self._unsure:
+            return "".join(self._unsure)
+        if self._call is not None:
+            return self._call.text + self._buffer if self._call.index is None else ""
+        return self._buffer if not self._in_block and self._buffer.strip() else ""
 
     def _step(self, result: StreamingParseResult, schemas: dict[str | None, Any]) -> bool:
         """Reads up to the end of one tag; False: what is looked for is not there yet, or not all of it."""
@@ -99,21 +115,26 @@ class MinimaxM2Detector(BaseFormatDetector):
             return self._read_text(result)
         if self._parameter is not None:
             return self._read_value(result, schemas)
-        endings = (END_OF_BLOCK,) if self._call is None else (END_OF_CALL, END_OF_BLOCK)
-        if (found := self._next_tag("<invoke" if self._call is None else "<parameter", endings)) is None:
+        if (found := self._next_tag(*self._tags())) is None:
             return False
         start, end, name = found
         tag, before = self._buffer[start:end], self._take(end)[:start]
-        if name is None:
-            if self._call is not None:
-                self._end(result)
-            self._in_block = tag != END_OF_BLOCK
-        elif self._call is None:
-            self._begin(name, tag, result, schemas)
-        else:
+        if self._call is not None and name is not None and tag.startswith(PARAMETER):
             self._call.text += before + tag
             self._parameter = name
+            return True
+        if self._call is not None:  # its end, its block's, or the next call where it has none
+            self._end(result)
+        if name is not None:
+            self._begin(name, tag, result, schemas)
+        self._in_block = tag != END_OF_BLOCK
         return True
+
+    def _tags(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """How a tag with a name begins, and the tags without one, that are looked for in a block."""
+        if self._call is None:
+            return (CALL,), (END_OF_BLOCK,)
+        return (PARAMETER, CALL), (END_OF_CALL, END_OF_BLOCK)
 
     def _read_text(self, result: StreamingParseResult) -> bool:
         text, found, _ = self._buffer.partition(BLOCK)
@@ -121,7 +142,12 @@ class MinimaxM2Detector(BaseFormatDetector):
         said = text[: len(text) - kept]
         if self._behind_block and not said.strip():  # blanks that say nothing unless text follows
             said, kept = "", len(text)
-        result.normal_text += said
+        if self._unsure:
+            self._text_behind += said
+        else:
+            result.normal_text += said
+        if found and not self._unsure and not self.prev_tool_call_arr:
+            self._unsure = [self._buffer[len(text) :]]
         self._take(len(text) + len(BLOCK) if found else len(text) - kept)
         self._in_block = bool(found)
         self._behind_block = self._in_block or (self._behind_block and not said)
@@ -139,7 +165,7 @@ class MinimaxM2Detector(BaseFormatDetector):
         self._parameter = None
         return True
 
-    def _next_tag(self, opening: str, endings: tuple[str, ...]) -> tuple[int, int, str | None] | None:
+    def _next_tag(self, openings: tuple[str, ...], endings: tuple[str, ...]) -> tuple[int, int, str | None] | None:
         """(start, end, name) of the next tag in the buffer, which has no name if it is one of ``endings``; None: there
         is none yet. What else stands there is passed over, and looked at once."""
         start = self._buffer.find("<", self._searched)
@@ -148,11 +174,12 @@ class MinimaxM2Detector(BaseFormatDetector):
                 if self._buffer.startswith(ending, start):
                     return start, start + len(ending), None
             rest = self._buffer[start : start + LONGEST_TAG]
-            named = _NAME.match(rest, len(opening)) if rest.startswith(opening) else None
+            opening = next((tag for tag in openings if rest.startswith(tag)), None)
+            named = None if opening is None else _NAME.match(rest, len(opening))
             if named is not None:
                 return start, start + named.end(), (named["quoted"] or named["bare"] or "").strip()
             following = self._buffer.find("<", start + 1)
-            begun = rest.startswith(opening) or any(tag.startswith(rest) for tag in (opening, *endings))
+            begun = opening is not None or any(tag.startswith(rest) for tag in (*openings, *endings))
             if following < 0 and len(rest) < LONGEST_TAG and begun:  # no name has a "<", so that more may complete it
                 self._searched = start
                 return None
@@ -171,6 +198,8 @@ class MinimaxM2Detector(BaseFormatDetector):
             logger.warning("The model called %r, which is no tool of its request", name[:100])
             if not envs.SGLANG_FORWARD_UNKNOWN_TOOLS.get():
                 return
+        result.normal_text += self._text_behind
+        self._unsure, self._text_behind = [], ""
         self.current_tool_id = self._call.index = len(self.prev_tool_call_arr)
         # The engine looks at both when an answer ends, and completes the last call's JSON where it was cut off.
         self.prev_tool_call_arr.append({"name": name, "arguments": self._call.arguments})
