@@ -74,10 +74,15 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
             raise
 
     @functools.wraps(take_down)
-    def req_stats_init(self: EngineObject, obj: EngineObject, *args: Any, **kwargs: Any) -> Any:
+    def req_stats_init(self: EngineObject, obj: EngineObject, *args: Any, **kwargs: Any) -> None:
         # Only behind this are the ids in the engine's books this request's, and no other's of the same name.
         setattr(obj, _TAKEN_DOWN, True)
-        return take_down(self, obj, *args, **kwargs)
+        take_down(self, obj, *args, **kwargs)
+        # The engine names each of n answers to a prompt here, and then anew when it sends them: of these names it uses
+        # and frees the first of each prompt, and would keep the others and their prompts, and never end for them.
+        if getattr(obj, "parallel_sample_num", 1) > 1 and isinstance(obj.rid, list):
+            for rid in obj.rid[obj.batch_size :]:
+                del self.rid_to_state[rid]
 
     @functools.wraps(validate)
     def validate_one_request(self: EngineObject, obj: EngineObject, input_ids: list[int] | None) -> None:

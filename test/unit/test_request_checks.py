@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 from sglang_minimax.request_checks import (
     answer_bad_grammars,
@@ -393,3 +396,21 @@ def test_leaving_a_stream_closes_the_engines():
         assert closed == [True]  # by now, and not when the loop ends, or finds it left behind
 
     asyncio.run(leave())
+
+
+@pytest.mark.parametrize(
+    ("text", "rid", "used"),
+    [("a", "x", {"x_0"}), (["a", "b"], "x", {"x_0", "x_1"}), (["a", "b"], ["x", "y"], {"x", "y"}), (["a"], None, None)],
+)
+def test_no_id_is_kept_of_answers_that_get_another(text, rid, used):
+    manager = object.__new__(TokenizerManager)
+    manager.rid_to_state, manager.disaggregation_mode = {}, DisaggregationMode.NULL
+    manager.server_args = SimpleNamespace(enable_trace=False)
+    request = GenerateReqInput(text=text, rid=rid, sampling_params={"n": 3}, received_time=0.0)
+    request.normalize_batch_and_arguments()
+    manager._req_stats_init(request, None)
+    assert set(manager.rid_to_state) == (used or {request.rid[0]})
+    one = request[0]
+    one.regenerate_rid()  # as the engine does for each answer that it sends
+    manager._req_stats_init(one)
+    assert one.rid in manager.rid_to_state
