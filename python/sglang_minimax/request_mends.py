@@ -203,9 +203,29 @@ def _begun(tag: str, text: str) -> int:
     return next(length for length in range(len(tag) - 1, -1, -1) if text.endswith(tag[:length]))
 
 
+def forget_what_was_aborted_in_the_queue(module: EngineModule) -> None:
+    """A request whose client left, or that was aborted, before it ran.
+
+    The engine keeps it and its prompt for ever, refuses its id from then on, and waits for it when it is to end.
+    """
+    handle = module.TokenizerManager._handle_abort_req
+
+    @functools.wraps(handle)
+    def handle_and_forget(self: EngineObject, aborted: EngineObject) -> None:
+        state = self.rid_to_state.get(aborted.rid)
+        if state is None:  # forgotten when it was aborted before
+            return
+        handle(self, aborted)
+        if state.finished:  # who waits for its answer has the state itself
+            del self.rid_to_state[aborted.rid]
+
+    module.TokenizerManager._handle_abort_req = handle_and_forget
+
+
 ADJUSTMENTS = [
     ("sglang.srt.entrypoints.openai.serving_chat", find_calls_behind_reasoning),
     ("sglang.srt.entrypoints.openai.serving_chat", stream_what_whole_answers_say),
     ("sglang.srt.layers.utils.logprob", pass_over_requests_without_token_ids),
     ("sglang.srt.managers.session_controller", replace_all_of_a_session),
+    ("sglang.srt.managers.tokenizer_manager", forget_what_was_aborted_in_the_queue),
 ]

@@ -14,6 +14,8 @@ from sglang.srt.function_call.minimax_m2 import MinimaxM2Detector
 from sglang.srt.layers.utils import logprob
 from sglang.srt.layers.utils.logprob import LogprobStage
 from sglang.srt.managers import session_controller
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
 from sglang_minimax.request_mends import StreamReader
 
@@ -196,3 +198,22 @@ def test_replacing_one_request_is_left_to_the_engine(session):
     with pytest.raises((Cleared, AttributeError)):  # it goes on with the tokens of the first, which has none here
         session.create_req(asked_to_replace("first"), None, 100)
     assert set(session.req_nodes) == {"first", "other"}, "what continued it is gone"
+
+
+@pytest.mark.parametrize("process", ["ours", "the engine's"])
+def test_a_request_that_was_aborted_in_the_queue_is_forgotten(process):
+    manager = object.__new__(TokenizerManager)
+    manager.server_args = SimpleNamespace(weight_version="")
+    times = SimpleNamespace(set_finished_time=lambda: None, get_e2e_latency=lambda: 1.0)
+    aborted, other = (ReqState([], False, asyncio.Event(), SimpleNamespace(), times) for _ in range(2))
+    manager.rid_to_state = {"aborted": aborted, "other": other}
+    handle = TokenizerManager._handle_abort_req
+    if process == "the engine's":
+        handle.__wrapped__(manager, AbortReq(rid="aborted"))
+        assert "aborted" in manager.rid_to_state, "or there is nothing left to mend"
+        return
+    for _ in range(2):
+        handle(manager, AbortReq(rid="aborted"))
+    assert manager.rid_to_state == {"other": other} and not other.finished
+    [answer] = aborted.out_list
+    assert answer["meta_info"]["finish_reason"]["type"] == "abort" and aborted.event.is_set()
