@@ -17,6 +17,7 @@ import numbers
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from sglang_minimax.adjustments import EngineModule, EngineObject
@@ -49,6 +50,9 @@ _SMALLEST_REPETITION_PENALTY = 1e-6
 _TAKEN_DOWN = "sglang_minimax_taken_down"
 """The attribute of a request whose ids were new to the engine, and are in its books."""
 
+_TAKEN_DOWN_HERE: ContextVar[set[str] | None] = ContextVar("taken down here", default=None)
+"""The ids that are taken down one by one while a request is served: its own, or those of n answers."""
+
 
 def check_requests_first(tokenizer_manager: EngineModule) -> None:
     """Runs the checks where every endpoint hands its request over; once, after the engine's module was imported.
@@ -64,6 +68,8 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
         if isinstance(obj, tokenizer_manager.GenerateReqInput) and is_minimax(config):
             check_request(obj, config.vocab_size, config.hidden_size, has_tokenizer=self.tokenizer is not None)
             obj.sampling_params = with_finite_biases(obj.sampling_params)
+        taken_down: set[str] = set()
+        _TAKEN_DOWN_HERE.set(taken_down)
         try:
             async with contextlib.aclosing(generate(self, obj, request)) as answers:
                 async for answer in answers:
@@ -72,6 +78,10 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
             if getattr(obj, _TAKEN_DOWN, False):
                 forget_unsent(self.rid_to_state, _ids(obj))
             raise
+        finally:
+            # Where the client of a stream left, the engine aborts the ids that came; n answers go on under others.
+            for rid in (taken_down - _ids(obj)) & self.rid_to_state.keys():
+                self.abort_request(rid)
 
     @functools.wraps(take_down)
     def req_stats_init(self: EngineObject, obj: EngineObject, *args: Any, **kwargs: Any) -> None:
@@ -83,6 +93,8 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
         if getattr(obj, "parallel_sample_num", 1) > 1 and isinstance(obj.rid, list):
             for rid in obj.rid[obj.batch_size :]:
                 del self.rid_to_state[rid]
+        elif isinstance(obj.rid, str) and (taken_down := _TAKEN_DOWN_HERE.get()) is not None:
+            taken_down.add(obj.rid)
 
     @functools.wraps(validate)
     def validate_one_request(self: EngineObject, obj: EngineObject, input_ids: list[int] | None) -> None:

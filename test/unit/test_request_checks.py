@@ -414,3 +414,38 @@ def test_no_id_is_kept_of_answers_that_get_another(text, rid, used):
     one.regenerate_rid()  # as the engine does for each answer that it sends
     manager._req_stats_init(one)
     assert one.rid in manager.rid_to_state
+
+
+class Sampler(Manager):
+    """Sends two answers under ids of their own, the second of which has ended, and takes down its own id first."""
+
+    aborted = ()
+
+    async def generate_request(self, obj, request):
+        self.rid_to_state[obj.rid] = state(sent=True)
+        for rid in (obj.rid, "first", "second"):
+            self._req_stats_init(SimpleNamespace(rid=rid))
+        del self.rid_to_state["second"]
+        yield "a"
+        yield "b"
+
+    def _req_stats_init(self, obj):
+        self.rid_to_state[obj.rid] = state(sent=True)
+
+    def abort_request(self, rid):
+        self.aborted += (rid,)
+
+
+def test_answers_whose_client_left_are_aborted():
+    class Mended(Sampler): ...
+
+    check_requests_first(SimpleNamespace(TokenizerManager=Mended, GenerateReqInput=SimpleNamespace))
+    manager = Mended({"other": state(sent=True)})
+
+    async def ask():
+        async with contextlib.aclosing(manager.generate_request(request(rid="own", text="?"), None)) as answers:
+            await anext(answers)
+            assert manager.aborted == ()
+
+    asyncio.run(ask())
+    assert manager.aborted == ("first",)
