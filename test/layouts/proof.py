@@ -272,6 +272,8 @@ def said_of_stock(outcome: Outcome) -> str:
         return "right"
     if outcome.compared:
         return f"wrong: 90% within {outcome.within:.3f}"
+    if "is not finite" in outcome.faults[0]:  # an answer, in which the comparison ends
+        return "wrong: a log-probability is not finite"
     error = textwrap.shorten(outcome.faults[0], 100, placeholder=" …")
     return f"ends: `{error.replace('`', '').replace('|', '/')}`"
 

@@ -177,12 +177,13 @@ def test_the_table_of_servers_says_how_stock_ends(monkeypatch):
     monkeypatch.setattr(proof, "hardware", lambda device: "two GPUs")
     monkeypatch.setattr(proof, "count_gpus", lambda: 2)
     right = Outcome(0.75, 0.03125, 0.125, 1234, 2.5, [])
-    ours = dict.fromkeys(["tp2_kv8", "tp4_kv2", "tp4_dp2", "tp4_dp4"], right)
+    ours = dict.fromkeys(["tp2_kv8", "tp4_kv2", "tp4_dp2", "tp4_dp4", "tp16_kv8"], right)
     of_stock = {
         "tp2_kv8": right,
         "tp4_kv2": Outcome(1.75, 0.625, 0.125, 1234, 2.5, ["90% of log-probabilities differ by up to 6.25e-01"]),
         "tp4_dp2": Outcome.of_failure(["AttributeError: no `norm` | none", "the log"]),
         "tp4_dp4": Outcome.of_failure(["word " * 50]),
+        "tp16_kv8": Outcome.of_failure(["a log-probability for '[7]' is not finite: [-0.5, None]"]),
     }
     text = proof.table(ours, "the command", 60, GPUS, True, of_stock)
     rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
@@ -194,6 +195,7 @@ def test_the_table_of_servers_says_how_stock_ends(monkeypatch):
         "tp2_kv8": "right",
         "tp4_kv2": "wrong: 90% within 0.625",
         "tp4_dp2": "ends: `AttributeError: no norm / none`",
+        "tp16_kv8": "wrong: a log-probability is not finite",
     }
 
 
