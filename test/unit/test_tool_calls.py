@@ -13,7 +13,7 @@ from sglang.srt.entrypoints.openai.protocol import Tool
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.environ import envs
 from sglang.srt.function_call.function_call_parser import FunctionCallParser
-from sglang.srt.function_call.minimax_m2 import value_of
+from sglang.srt.function_call.minimax_m2 import MinimaxM2Detector, value_of
 
 from sglang_minimax.request_mends import StreamReader
 
@@ -233,6 +233,12 @@ def test_text_behind_a_call_is_said_when_the_answer_ends(text):
 def test_a_call_of_another_tool_that_was_cut_off_is_text():
     half = written("other", text="a")[:-12]
     assert read(f"{block(written('do'))} <minimax:tool_call>{half}", "do") == (half, [("do", {})])
+
+
+def test_no_text_is_lost_before_a_second_call_of_another_tool_that_was_cut_off():
+    answer = f"One{block(written('other'))} two <minimax:tool_call>{written('other', text='a')[:-12]}"
+    assert read(answer, "do") == (answer, [])
+    assert MinimaxM2Detector().detect_and_parse(answer, tools("do")).normal_text == answer
 
 
 def test_text_behind_a_block_without_a_call_is_said_once_a_call_begins():

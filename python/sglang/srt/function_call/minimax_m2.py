@@ -76,7 +76,10 @@ class MinimaxM2Detector(BaseFormatDetector):
         reader = type(self)()
         found = reader.parse_streaming_increment(text, tools)
         unfinished = reader._call
-        rest = unfinished.text + reader._buffer if unfinished else reader.rest_of_text()
+        if unfinished is None or reader._unsure:  # where no call began, the first block and what follows is all text
+            rest = reader.rest_of_text()
+        else:
+            rest = unfinished.text + reader._buffer
         calls: dict[int, ToolCallItem] = {}
         for item in found.calls:
             call = calls.setdefault(item.tool_index, ToolCallItem(tool_index=item.tool_index, name="", parameters=""))
