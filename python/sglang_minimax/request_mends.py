@@ -193,8 +193,11 @@ class JsonCalls:
         written = "".join(self._unsaid)
         try:
             call = json.loads(written[written.index("{") :])
-            return call["name"], json.dumps(call["parameters"], ensure_ascii=False)
-        except (ValueError, KeyError):  # without a grammar backend a model writes what it likes
+            arguments = json.dumps(call["parameters"], ensure_ascii=False, allow_nan=False)
+            arguments.encode()  # raises for half a surrogate pair, which no answer can hold
+            return call["name"], arguments
+        # Without a grammar backend a model writes what it likes; with one still 1e400, or lists of great depth.
+        except (ValueError, KeyError, RecursionError):
             return None
 
 

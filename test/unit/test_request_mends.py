@@ -132,6 +132,9 @@ BRACKETS = json.dumps([{"name": "ls", "parameters": {"path": "}]{\"'\\"}}, *json
         (f"</think>\n{BRACKETS}", "required"),
         (f"</think>{JSON[:30]}", "required"),
         ("</think> I [1] would {2} [{}].", "required"),
+        ('</think>[{"name": "ls", "parameters": {"size": 1e400}}]', "required"),
+        ('</think>[{"name": "ls", "parameters": {"half": "\\ud800"}}]', "required"),
+        (f'</think>[{{"name": "ls", "parameters": {{"deep": {"[" * 2000 + "]" * 2000}}}}}]', "required"),
     ],
     ids=lambda value: value if value in ("auto", "required") else None,
 )
