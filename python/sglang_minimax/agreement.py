@@ -26,9 +26,11 @@ FLAGS = (
     "tp_size", "pp_size", "dp_size", "ep_size", "moe_dp_size", "attn_cp_size", "moe_dense_tp_size",
     "enable_dp_attention", "enable_dp_lm_head", "enable_attn_tp_input_scattered",
     "ep_num_redundant_experts", "ep_dispatch_algorithm", "init_expert_location", "enable_eplb", "eplb_algorithm",
-    "eplb_rebalance_num_iterations", "eplb_rebalance_layers_per_chunk", "expert_distribution_recorder_mode",
-    # What is computed.
-    "dtype", "quantization", "kv_cache_dtype", "json_model_override_args", "enable_lora", "max_loras_per_batch",
+    "eplb_rebalance_num_iterations", "eplb_rebalance_layers_per_chunk", "eplb_min_rebalancing_utilization_threshold",
+    "expert_distribution_recorder_mode",
+    # What is computed. The ranks of a group draw each token for themselves.
+    "dtype", "quantization", "kv_cache_dtype", "enable_fp32_lm_head", "sampling_backend", "grammar_backend",
+    "json_model_override_args", "enable_lora", "max_loras_per_batch",
     "speculative_algorithm", "speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens",
     # By which collectives.
     "moe_a2a_backend", "deepep_mode", "disable_custom_all_reduce", "enable_mscclpp", "enable_torch_symm_mem",
@@ -36,8 +38,9 @@ FLAGS = (
     # In which batches: each rank's scheduler comes to its own decision, from the same requests.
     "context_length", "page_size", "max_running_requests", "max_prefill_tokens", "chunked_prefill_size",
     "prefill_max_requests", "schedule_policy", "schedule_conservativeness", "enable_priority_scheduling",
-    "disable_radix_cache", "enable_hierarchical_cache", "disable_overlap_schedule", "enable_mixed_chunk",
-    "num_continuous_decode_steps", "enable_two_batch_overlap", "enable_single_batch_overlap",
+    "max_queued_requests", "scheduler_recv_interval", "enable_prefill_delayer", "enable_dynamic_chunking",
+    "radix_eviction_policy", "disable_radix_cache", "enable_hierarchical_cache", "disable_overlap_schedule",
+    "enable_mixed_chunk", "num_continuous_decode_steps", "enable_two_batch_overlap", "enable_single_batch_overlap",
     "pp_max_micro_batch_size", "pp_async_batch_depth", "disaggregation_mode",
     # And which of them are captured, collectives included.
     "disable_cuda_graph", "cuda_graph_bs", "disable_cuda_graph_padding", "disable_piecewise_cuda_graph",

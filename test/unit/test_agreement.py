@@ -113,6 +113,11 @@ def test_what_a_node_has_for_itself_is_no_difference(checkpoint, tmp_path_factor
         (["--dp", "2", "--enable-dp-attention"], "--dp-size"),
         (["--enable-memory-saver"], "--enable-memory-saver"),
         (["--chunked-prefill-size", "96"], "--chunked-prefill-size"),
+        (["--scheduler-recv-interval", "4"], "--scheduler-recv-interval"),
+        (["--max-queued-requests", "8"], "--max-queued-requests"),
+        (["--radix-eviction-policy", "lfu"], "--radix-eviction-policy"),
+        (["--enable-fp32-lm-head"], "--enable-fp32-lm-head"),
+        (["--grammar-backend", "none"], "--grammar-backend"),
         (["--json-model-override-args", '{"num_hidden_layers": 2}'], "num_hidden_layers of config.json"),
     ],
 )
