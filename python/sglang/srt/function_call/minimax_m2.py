@@ -76,9 +76,8 @@ class MinimaxM2Detector(BaseFormatDetector):
         reader = type(self)()
         found = reader.parse_streaming_increment(text, tools)
         unfinished = reader._call
-        if unfinished is None or reader._unsure:  # where no call began, the first block and what follows is all text
-            rest = reader.rest_of_text()
-        else:
+        rest = reader.rest_of_text()
+        if unfinished and not reader._unsure:  # where no call began, that has what was cut off, and all before it
             rest = unfinished.text + reader._buffer
         calls: dict[int, ToolCallItem] = {}
         for item in found.calls:
