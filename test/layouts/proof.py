@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from layouts.harness import LayoutFailed, count_gpus
@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
         print(line(run, outcome), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
         if options.keep and (run.stock or not outcome.faults):
             with options.keep.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(run) | asdict(outcome)) + "\n")
+                without_logs = replace(outcome, faults=outcome.faults[:1])
+                file.write(json.dumps(asdict(run) | asdict(without_logs)) + "\n")
     seconds = time.monotonic() - started
     ours = {name: outcomes[Run(name)] for name in names}
     of_stock = {name: outcomes[Run(name, stock=True)] for name in names} if options.stock else None

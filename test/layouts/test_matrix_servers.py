@@ -201,7 +201,10 @@ def test_the_table_of_servers_says_how_stock_ends(monkeypatch):
 
 def test_a_run_of_stock_beside_ours_is_kept_and_goes_on(monkeypatch, tmp_path, capsys):
     """Whatever stock answers, the run holds if ours does."""
-    right, wrong = Outcome(0.75, 0.03125, 0.125, 1234, 2.5, []), Outcome.of_failure(["ValueError: heads"])
+    right, wrong = (
+        Outcome(0.75, 0.03125, 0.125, 1234, 2.5, []),
+        Outcome.of_failure(["ValueError: heads", "the end of a log"]),
+    )
     ran = []
 
     def outcomes_of(runs, device, how, at_once, ranks):
@@ -217,6 +220,7 @@ def test_a_run_of_stock_beside_ours_is_kept_and_goes_on(monkeypatch, tmp_path, c
     names = ["tp16_kv8", "tp16_kv8_2_nodes"]
     assert ran == [[proof.Run(name, stock) for stock in (False, True) for name in names], []]
     assert "2 of 2 rows hold" in capsys.readouterr().out
+    assert [one.faults for one in proof.read_kept(tmp_path / "kept").values()] == [[], [], *[["ValueError: heads"]] * 2]
     assert (
         proof.command_of(proof.parse(options[:-2]))
         == "python test/layouts/matrix.py --write --servers --device cuda --stock --at-once 12 --ranks 32"
