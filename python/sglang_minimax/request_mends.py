@@ -156,17 +156,21 @@ class JsonCalls:
         self.streamed_args_for_tool: list[str] = []
         self._call = call
         self._count = self._depth = 0
-        self._in_string = self._is_escaped = False
+        self._in_string = self._is_escaped = self._is_no_call = False
         self._unsaid: list[str] = []  # since the end of the last call
 
     def parse_streaming_increment(self, new_text: str, tools: Any) -> SimpleNamespace:
         calls = []
         for character in new_text:
             self._unsaid.append(character)
-            if self._ends_call(character) and (call := self._read()) is not None:
-                calls.append(self._call(tool_index=self._count, name=call[0], parameters=call[1]))
-                self._count += 1
-                self._unsaid = []
+            if self._is_no_call or not self._ends_call(character):
+                continue
+            if (call := self._read()) is None:
+                self._is_no_call = True  # nor is anything behind it, as in a whole answer
+                continue
+            calls.append(self._call(tool_index=self._count, name=call[0], parameters=call[1]))
+            self._count += 1
+            self._unsaid = []
         return SimpleNamespace(normal_text="", calls=calls)
 
     def rest_of_text(self) -> str:

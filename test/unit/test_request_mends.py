@@ -17,7 +17,7 @@ from sglang.srt.managers import session_controller
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
-from sglang_minimax.request_mends import StreamReader
+from sglang_minimax.request_mends import JsonCalls, StreamReader
 
 
 def test_a_request_without_token_ids_is_passed_over_in_a_prefill_beside_one_with_some():
@@ -220,3 +220,13 @@ def test_a_request_that_was_aborted_in_the_queue_is_forgotten(process):
     assert manager.rid_to_state == {"other": other} and not other.finished
     [answer] = aborted.out_list
     assert answer["meta_info"]["finish_reason"]["type"] == "abort" and aborted.event.is_set()
+
+
+def test_behind_what_is_no_call_nothing_is_read_again(monkeypatch):
+    """Each reading is of all that was not said, so that a model without a grammar would hold the server up."""
+    read, readings = JsonCalls._read, []
+    monkeypatch.setattr(JsonCalls, "_read", lambda self: readings.append(1) or read(self))
+    calls = JsonCalls(lambda **call: call)
+    text = '[{"name": "f", "parameters": {}}, ' + '{"a": {}}, ' * 100
+    found = calls.parse_streaming_increment(text, []).calls
+    assert found == [{"tool_index": 0, "name": "f", "parameters": "{}"}] and len(readings) == 2
