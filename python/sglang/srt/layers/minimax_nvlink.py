@@ -105,7 +105,7 @@ def peers_are_reachable(group, device: torch.device) -> bool:
         os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), group.world_size
     )
     if not _all_agree(reason is None, group):  # before the check, in which a rank that fails leaves the others waiting
-        _say_unchecked(reason or "another rank cannot check it")
+        log_once(_UNCHECKED % (reason or "another rank cannot check it"))
         return False
     from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
         can_use_custom_all_reduce_with_nvlink,
@@ -136,10 +136,6 @@ def _all_agree(mine: bool, group) -> bool:
 
 
 _UNCHECKED = "Whether GPUs reach each other cannot be checked, so nothing is exchanged over NVLink: %s."
-
-
-def _say_unchecked(reason: str) -> None:
-    log_once(_UNCHECKED % reason)
 
 
 def peer_timeout_ms(seconds: float | None) -> int:
