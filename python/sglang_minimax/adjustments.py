@@ -2,7 +2,9 @@
 
 Each entry is (engine module, function of that module), and the function runs once, right after the engine's module was
 imported. The functions live with their subject: :mod:`sglang_minimax.server_arguments` for what is decided when the
-server's arguments are read, :mod:`sglang_minimax.agreement` for nodes that were not started alike,
+server's arguments are read, :mod:`sglang_minimax.node_address` for how nodes find each other,
+:mod:`sglang_minimax.agreement` for nodes that were not started alike,
+:mod:`sglang_minimax.lost_nodes` for nodes that are gone later,
 :mod:`sglang_minimax.request_checks` for what a request may hold,
 :mod:`sglang_minimax.request_mends` for right requests that the engine would end with or not answer,
 :mod:`sglang_minimax.eagle3` for the layers that a draft model names, :mod:`sglang_minimax.kv_transfer` for KV heads
@@ -33,6 +35,8 @@ def for_this_host() -> Iterator[Adjustment]:
         expert_sum,
         expert_tables,
         kv_transfer,
+        lost_nodes,
+        node_address,
         quantised_inputs,
         request_checks,
         request_mends,
@@ -41,7 +45,9 @@ def for_this_host() -> Iterator[Adjustment]:
     )
 
     yield from server_arguments.ADJUSTMENTS
+    yield from node_address.ADJUSTMENTS
     yield from agreement.ADJUSTMENTS
+    yield from lost_nodes.ADJUSTMENTS
     yield from request_checks.ADJUSTMENTS
     yield from request_mends.ADJUSTMENTS
     yield from eagle3.ADJUSTMENTS

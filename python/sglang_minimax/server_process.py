@@ -75,6 +75,11 @@ class SessionProcess:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the command, and of its session."""
+        return self._process.pid
+
     def has_ended(self) -> bool:
         """Whether the command itself has ended. Its id stays taken until :meth:`stop`, so none can be mixed up."""
         if self._process.returncode is not None:

@@ -1,4 +1,4 @@
-"""One server of several nodes, all of them on this host: a launcher a node, as on hosts of their own.
+"""One server of several nodes, all of them on this machine: a launcher a node, as on hosts of their own.
 
 With one rank a node, a layout of more ranks than this host has GPUs still runs on real GPUs over real NCCL: several
 nodes share a GPU and take turns on it. NCCL refuses two ranks on one GPU of one host; with a host id a node it takes
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from layouts.hosts import Host
 
 from sglang_minimax.comparison import Answer
 from sglang_minimax.server_process import Server, ServerError, SessionProcess, free_port
@@ -76,11 +77,19 @@ end_servers = _RUNNING.end
 
 
 class Nodes:
-    """The nodes of one server. Node 0 answers; the server has ended as soon as one of them has."""
+    """The nodes of one server. Node 0 answers; the server has ended as soon as one of them has.
 
-    def __init__(self, first: Server, others: list[SessionProcess]) -> None:
+    Args:
+        host: that of node 0, where it has one of its own.
+    """
+
+    def __init__(self, first: Server, others: list[SessionProcess], host: Host | None = None) -> None:
         self._first = first
         self._others = others
+        self._host = host
+
+    def launchers(self) -> list[SessionProcess]:
+        return [self._first, *self._others]
 
     def wait_until_ready(self, timeout_seconds: float) -> None:
         self._unless_one_ends(lambda: self._first.wait_until_ready(timeout_seconds, on_progress=lambda _: None))
@@ -100,7 +109,7 @@ class Nodes:
         Raises:
             ServerError: a node has ended. ``call`` is then made to end as well, by ending node 0.
         """
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1, initializer=self._host and self._host.enter_network) as pool:
             result = pool.submit(call)
             try:
                 while not result.done():
@@ -121,7 +130,13 @@ def answer_of(prompt: Sequence[int], meta_info: Mapping[str, Any]) -> Answer:
 
 
 @contextlib.contextmanager
-def serve_on_nodes(command: list[str], number: int, logs: list[Path], environment_of: Callable[[int], Mapping]):
+def serve_on_nodes(
+    command: list[str],
+    number: int,
+    logs: list[Path],
+    environment_of: Callable[[int], Mapping],
+    hosts: Sequence[Host] | None = None,
+) -> Iterator[Nodes]:
     """Starts ``command`` once a node with what tells the nodes apart, and ends all of them.
 
     Args:
@@ -129,16 +144,18 @@ def serve_on_nodes(command: list[str], number: int, logs: list[Path], environmen
         number: of nodes.
         logs: a file a node.
         environment_of: what to add to the environment of a node, by its rank.
+        hosts: of the nodes, where each has its own.
     """
 
     def words(rank: int, port: int) -> list[str]:
         variables = [f"{name}={value}" for name, value in environment_of(rank).items()]
-        return ["env", *variables, *command, "--port", str(port), *_node(rank)]
+        words = ["env", *variables, *command, "--port", str(port), *_node(rank)]
+        return hosts[rank].command(words) if hosts else words
 
     def _node(rank: int) -> Iterator[str]:
         if number > 1:
             yield from ("--nnodes", str(number), "--node-rank", str(rank))
-            yield from ("--dist-init-addr", f"127.0.0.1:{meeting_port}")
+            yield from ("--dist-init-addr", f"{hosts[0].address if hosts else '127.0.0.1'}:{meeting_port}")
 
     meeting_port = free_port()
     with contextlib.ExitStack() as running:
@@ -147,12 +164,12 @@ def serve_on_nodes(command: list[str], number: int, logs: list[Path], environmen
             for rank in range(1, number)
         ]
         # Under DP attention every node makes sure that the ports behind the meeting port are free on its host, and
-        # node 0 takes them. Here that is one host, so node 0 starts last.
-        for node in others if "--enable-dp-attention" in command else ():
+        # node 0 takes them. Where that is one host, node 0 starts last.
+        for node in others if "--enable-dp-attention" in command and not hosts else ():
             _wait_until_it_starts_ranks(node)
         port = free_port()
         first = running.enter_context(_RUNNING.start(partial(Server, words(0, port), logs[0], port=port)))
-        yield Nodes(first, others)
+        yield Nodes(first, others, hosts[0] if hosts else None)
 
 
 def _wait_until_it_starts_ranks(node: SessionProcess) -> None:

@@ -254,7 +254,7 @@ def test_a_signal_ends_the_servers_of_every_thread(at_once, monkeypatch, tmp_pat
         logs = [tmp_path / f"{row.ranks}_{node}" for node in range(2)]
         command = [sys.executable, "-c", "import time; time.sleep(600)"]
         with nodes.serve_on_nodes(command, 2, logs, lambda rank: {}) as server:
-            launchers.extend([server._first, *server._others])
+            launchers.extend(server.launchers())
             waiting.append(row)
             if len(waiting) == at_once:
                 threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
