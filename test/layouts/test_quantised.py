@@ -1,7 +1,8 @@
-"""AWQ, GPTQ, NVFP4 and W4A16 checkpoints through the loader: on each rank each parameter holds its shard, by value.
+"""AWQ, GPTQ, NVFP4, W4A16 and W4A4 checkpoints through the loader: on each rank each parameter holds its shard.
 
-Their products run on GPUs only. Here the engine is told that there is one, builds the layers that it would build there,
-and stops behind the loading. What belongs where is cut out of the checkpoint by fractions of heads, widths and experts.
+W4A4 is NVFP4 in compressed-tensors' format. Products run on GPUs only. Here the engine is told that there is one,
+builds the layers that it would build there, and stops behind the loading. What belongs where is cut out of the
+checkpoint by fractions of heads, widths and experts, and compared by value.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from layouts.harness import LayoutFailed, run_layout
 from safetensors.torch import load_file, save_file
 from sglang.srt.layers.quantization import awq, gptq, modelopt_quant, moe_wna16
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from sglang.srt.layers.quantization.compressed_tensors.schemes import (
+    CompressedTensorsW4A4Fp4,
+    CompressedTensorsW4A4Nvfp4MoE,
+    compressed_tensors_w4a4_nvfp4_moe,
+)
 from sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 import CompressedTensorsWNA16
 from sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe import (
     CompressedTensorsWNA16MoE,
@@ -99,6 +105,23 @@ FORMATS = {
         unread=("weight_shape",),
         experts_turned=True,
     ),
+    "w4a4": Format(
+        lambda rows, columns: {
+            "weight_packed": (torch.uint8, (rows, columns // 2)),
+            "weight_scale": (torch.float8_e4m3fn, (rows, columns // FP4_GROUP)),
+            "weight_global_scale": (torch.float32, (1,)),
+            "input_global_scale": (torch.float32, (1,)),
+        },
+        False,
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "quantization_status": "compressed",
+         "ignore": ["lm_head", "re:.*gate$"],
+         "config_groups": {"group_0": {
+             "targets": ["Linear"], "output_activations": None,
+             "input_activations": {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group",
+                                   "group_size": FP4_GROUP, "dynamic": "local"},
+             "weights": {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group",
+                         "group_size": FP4_GROUP, "dynamic": False}}}},
+    ),
 }  # fmt: skip
 
 
@@ -142,12 +165,13 @@ def as_if_on_a_gpu(monkeypatch) -> None:
         monkeypatch.setattr(module, "check_marlin_supported", lambda **_: True)
         monkeypatch.setattr(module, "verify_marlin_supported", lambda *_, **__: None)
     monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda *_, **__: True)
-    monkeypatch.setattr(modelopt_quant, "is_blackwell_supported", lambda: True)
+    for module in (modelopt_quant, compressed_tensors_w4a4_nvfp4_moe):
+        monkeypatch.setattr(module, "is_blackwell_supported", lambda: True)
     monkeypatch.setattr(modelopt_quant, "swizzle_blockscale", torch.clone)
     for method in (
         awq.AWQMarlinLinearMethod, awq.AWQMoEMethod, gptq.GPTQMarlinLinearMethod, gptq.GPTQMarlinMoEMethod,
         modelopt_quant.ModelOptFp4LinearMethod, modelopt_quant.ModelOptNvFp4FusedMoEMethod,
-        CompressedTensorsWNA16, CompressedTensorsWNA16MoE,
+        CompressedTensorsWNA16, CompressedTensorsWNA16MoE, CompressedTensorsW4A4Fp4, CompressedTensorsW4A4Nvfp4MoE,
     ):  # fmt: skip
         monkeypatch.setattr(method, "process_weights_after_loading", lambda self, layer: None)
 
@@ -180,6 +204,7 @@ def expected_parameters(
 
     ``up_first``: rows of up stand before those of gate, as FlashInfer's kernel wants them; scalars do not.
     """
+    tensors = {name: tensor.reshape(()) if tensor.size == 1 else tensor for name, tensor in tensors.items()}
     out_axis, in_axis = (1, 0) if form.transposed else (0, 1)
     kv_shards = min(tp, SHAPE.num_key_value_heads)
     moe_tp, per_rank = tp // ep, SHAPE.num_local_experts // ep
@@ -218,7 +243,13 @@ def together(shards: list[np.ndarray], axis: int) -> np.ndarray:
 
 
 ANY = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
-LAYOUTS = {"awq": [(2, 1), (4, 1)], "gptq": [(1, 1)], "nvfp4": [(2, 1), (2, 2), (4, 1), (4, 4)], "w4a16": ANY}
+LAYOUTS = {
+    "awq": [(2, 1), (4, 1)],
+    "gptq": [(1, 1)],
+    "nvfp4": [(2, 1), (2, 2), (4, 1), (4, 4)],
+    "w4a16": ANY,
+    "w4a4": [(2, 1), (4, 1)],
+}
 CASES = [(name, *layout) for name in FORMATS for layout in LAYOUTS[name]]
 
 
@@ -299,3 +330,10 @@ def test_the_way_out_for_gptq_loads_each_ranks_part(checkpoints, as_if_on_a_gpu,
 def test_experts_whose_kernels_know_no_other_ranks_are_not_divided_by_ep(checkpoints, as_if_on_a_gpu, name, way_out):
     with pytest.raises(LayoutFailed, match=f"{name}.* experts and --ep 2: .* {way_out}"):
         load(checkpoints[name][0], name, 2, 2)
+
+
+def test_nvfp4_of_compressed_tensors_is_not_divided_by_ep(checkpoints, as_if_on_a_gpu):
+    """Whatever the backend: the engine has one kernel for it, which takes the experts of all ranks on each."""
+    for runner in ("auto", "flashinfer_cutlass"):
+        with pytest.raises(LayoutFailed, match=f"--ep 2 and --moe-runner-backend {runner}: .*step. Leave --ep out."):
+            load(checkpoints["w4a4"][0], "w4a4", 2, 2, moe_runner_backend=runner)

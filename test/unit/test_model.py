@@ -389,6 +389,9 @@ def test_the_model_takes_the_division_that_the_servers_arguments_came_to(monkeyp
         ("modelopt_fp4", "auto", 2, "none", "or give --moe-runner-backend flashinfer_cutlass with --ep 4"),
         ("modelopt_fp4", "auto", 1, "none", None),
         ("modelopt_fp4", "flashinfer_cutlass", 4, "none", None),
+        ("compressed_tensors nvfp4-pack-quantized", "flashinfer_cutlass", 4, "none", r"first step. Leave --ep out\.$"),
+        ("compressed_tensors nvfp4-pack-quantized", "auto", 1, "none", None),
+        ("compressed_tensors pack-quantized", "auto", 4, "none", None),
     ],
 )
 def test_experts_of_other_ranks_are_refused_to_kernels_that_would_not_pass_over_them(

@@ -226,26 +226,31 @@ def reason_against_stages_of_triton(stages: Sequence[range]) -> str | None:
 
 
 def reason_against_cutlass(method: str | None, runner: str, tp_size: int, ep_size: int) -> str | None:
-    """Why the engine's cutlass kernels would sum rows that nobody wrote, or None. Without an a2a backend.
+    """Why the engine's cutlass kernels cannot take a rank's experts, or None. Without an a2a backend.
 
     A rank marks routes to other ranks' experts, and these kernels leave such a route's place among the rows as it was
-    allocated. The engine refuses it for FP8 itself, but only where the command line names the quantisation.
+    allocated. The engine refuses it for FP8 itself, but only where the command line names the quantisation, and ends at
+    an assertion for NVFP4, in the first step.
 
     Args:
-        method: of quantisation, under the engine's name.
-        runner: ``--moe-runner-backend``. NVFP4 experts run in these kernels but for ``flashinfer_cutlass``.
+        method: of quantisation, under the engine's name; that of compressed-tensors with its format.
+        runner: ``--moe-runner-backend``. NVFP4 experts run in these kernels but for modelopt's in
+            ``flashinfer_cutlass``.
     """
     if ep_size == 1:
         return None
     if method == "fp8" and runner == "cutlass":
-        way_out = "Leave --moe-runner-backend out"
+        what, way_out = "sum rows that nobody wrote", "Leave --moe-runner-backend out"
     elif method == "modelopt_fp4" and runner != "flashinfer_cutlass":
+        what = "end the server at its first step"
         way_out = f"Leave --ep out, or give --moe-runner-backend flashinfer_cutlass with --ep {tp_size}"
+    elif method == "compressed_tensors nvfp4-pack-quantized":
+        what, way_out = "end the server at its first step", "Leave --ep out"
     else:
         return None
     return (
         f"{method} experts, --ep {ep_size} and --moe-runner-backend {runner}: the engine's cutlass kernels do not pass "
-        f"over routes to other ranks' experts, and would sum rows that nobody wrote. {way_out}"
+        f"over routes to other ranks' experts, and would {what}. {way_out}"
     )
 
 

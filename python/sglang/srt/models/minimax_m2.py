@@ -68,6 +68,7 @@ from sglang.srt.models.minimax_m2_moe import (
     MiniMaxM2MoE,
     check_adapted_experts,
     check_experts,
+    method_of,
     recorded_as,
 )
 from sglang.srt.models.minimax_m2_overlap import AttentionStages, LayerStages, forward_overlapped
@@ -472,7 +473,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
 
     def __init__(self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
-        check_experts(config, quant_config and quant_config.get_name())
+        check_experts(config, method_of(quant_config))
         self.config = config
         self.quant_config = quant_config
         self.pp_group = get_pp_group()

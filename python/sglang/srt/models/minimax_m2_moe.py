@@ -33,6 +33,7 @@ from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.moe.utils import filter_moe_weight_param_global_expert
 from sglang.srt.layers.quantization.awq import AWQMarlinConfig, is_layer_skipped_awq
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -234,6 +235,13 @@ def recorded_as(layer_id: int):
     return get_global_expert_distribution_recorder().with_current_layer(layer_id)
 
 
+def method_of(quant_config: QuantizationConfig | None) -> str | None:
+    """The quantisation under the engine's name, that of compressed-tensors with its format, of which it has several."""
+    if isinstance(quant_config, CompressedTensorsConfig):
+        return f"{quant_config.get_name()} {quant_config.quant_format}"
+    return quant_config and quant_config.get_name()
+
+
 _MARLIN = ("awq", "awq_marlin", "gptq", "gptq_marlin")
 
 
@@ -241,7 +249,7 @@ def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
     """Refuses a division of the experts that cannot work, before any of their weights is allocated.
 
     Args:
-        method: of quantisation, under the engine's name.
+        method: of quantisation, as :func:`method_of` names it.
     """
     server_args = get_global_server_args()
     tp_size, ep_size = get_tensor_model_parallel_world_size(), server_args.ep_size
