@@ -16,9 +16,14 @@ from sglang.srt.layers.minimax_qk_norm_paths import EXCHANGE_RANKS
 
 logger = logging.getLogger(__name__)
 
-# How long a GPU waits for a peer before it traps. Under the engine's watchdog (300 s) for graphs, whose kernels are all
-# compiled. Elsewhere the first rank may be compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the
-# others wait here as they would in an all-reduce. Of a server that already serves, the watchdog ends that wait.
+# How long a GPU waits for a peer before it traps. In a graph peers are near: ranks take a batch from one broadcast, a
+# graph's kernels are all compiled, and none of them runs while it is captured. Elsewhere the first rank may be
+# compiling: DeepGEMM's kernels alone take it 10 to 20 minutes, in which the others wait here as they would in an
+# all-reduce.
+# Neither follows --watchdog-timeout (300 s). Where that is less, the watchdog ends the processes of a server that
+# already serves, and their kernels with them. Where a person gave more, for what compiles between requests, that rank
+# is outside of graphs, and its peers wait in the same pass for the longer time or in a collective. A rank that is
+# halted for minutes, by a debugger, is taken for lost in graphs: that wants --disable-cuda-graph.
 GRAPH_TIMEOUT_SECONDS = 120.0
 EAGER_TIMEOUT_SECONDS = 3600.0
 REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink
