@@ -386,6 +386,7 @@ def test_the_model_takes_the_division_that_the_servers_arguments_came_to(monkeyp
         ("fp8", "cutlass", 2, "deepep", None),  # whose dispatcher sends a rank its own routes only
         ("fp8", "auto", 2, "none", None),
         (None, "cutlass", 2, "none", None),
+        ("mxfp8", "auto", 1, "none", "Add --moe-runner-backend flashinfer_trtllm_routed"),
         ("modelopt_fp4", "auto", 2, "none", "or give --moe-runner-backend flashinfer_cutlass with --ep 4"),
         ("modelopt_fp4", "auto", 1, "none", None),
         ("modelopt_fp4", "flashinfer_cutlass", 4, "none", None),
@@ -405,6 +406,24 @@ def test_experts_of_other_ranks_are_refused_to_kernels_that_would_not_pass_over_
     config = SimpleNamespace(num_local_experts=256, intermediate_size=1536)
     with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
         minimax_m2_moe.check_experts(config, method)
+
+
+@pytest.mark.parametrize(
+    ("runner", "ep", "refused"),
+    [
+        ("flashinfer_trtllm", 1, True),  # what the engine makes of any that is not among these, and of none
+        ("auto", 1, True),  # where only the checkpoint names the method
+        ("cutlass", 2, True),
+        ("cutlass", 1, False),
+        ("flashinfer_trtllm_routed", 1, False),
+        ("flashinfer_trtllm_routed", 4, False),
+    ],
+)
+def test_mxfp8_experts_name_the_kernels_that_are_left(runner, ep, refused):
+    said = f"not with --ep {ep} in {runner}: .* Add --moe-runner-backend flashinfer_trtllm_routed"
+    with pytest.raises(ValueError, match=said) if refused else contextlib.nullcontext():
+        minimax_m2_moe._check_mxfp8_experts("mxfp8", runner, ep)
+    minimax_m2_moe._check_mxfp8_experts("fp8", runner, ep)
 
 
 @pytest.mark.parametrize(

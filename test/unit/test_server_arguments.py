@@ -179,6 +179,15 @@ def test_the_engine_moves_experts_of_all_ranks_only(folder, monkeypatch, tp, pp,
         _update_expert_weights_raw({0: held}, places, places, update_layer_ids=[0], nnodes=1, rank=rank)
 
 
+@pytest.mark.parametrize("replaced", ["auto", "triton", "deep_gemm", "flashinfer_cutlass"])
+def test_the_engine_replaces_what_knows_no_mxfp8(folder, replaced):
+    """By a kernel that the model refuses, which is why its message names none of these as a way out."""
+    flags = ("--quantization", "mxfp8", "--moe-runner-backend")
+    assert read(folder(), *flags, replaced).moe_runner_backend == "flashinfer_trtllm"
+    for left in ("cutlass", "flashinfer_trtllm_routed"):
+        assert read(folder(), *flags, left).moe_runner_backend == left
+
+
 def test_unquantised_experts_need_no_ep(folder):
     assert read(folder(), "--tp", "16").ep_size == 1
     assert read(folder(num_local_experts=179), "--tp", "8").ep_size == 1
