@@ -70,6 +70,7 @@ KINDS = {  # what of the config is otherwise, and which tensors are left out, th
     "YaRN": ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, None),
     "a fraction that is rotated": ({"rotary_dim": None}, None),
     "tied embeddings": ({"tie_word_embeddings": True}, r"^lm_head\."),
+    "a head beside tied embeddings": ({"tie_word_embeddings": True}, None),
     "no bias of the router": ({"use_routing_bias": False}, r"\.e_score_correction_bias$"),
     "no QK norm": ({"use_qk_norm": False}, QK_NORMS),
 }

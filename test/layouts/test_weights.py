@@ -105,6 +105,13 @@ def test_a_tensor_that_comes_twice(checkpoint):
     assert re.search(rf"1 tensors come twice:\n\s+{re.escape(name)}", failure(checkpoint))
 
 
+def test_a_head_that_comes_twice_beside_tied_embeddings(checkpoint):
+    name, config = "lm_head.weight", json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    save_file({name: load_file(checkpoint / "model.safetensors")[name]}, checkpoint / "model-again.safetensors")
+    assert re.search(rf"1 tensors come twice:\n\s+{re.escape(name)}", failure(checkpoint))
+
+
 def test_a_missing_layer_is_named_whole(checkpoint):
     change(checkpoint, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(LAYER)])
     message = failure(checkpoint)

@@ -17,7 +17,7 @@ from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.models import minimax_m2, minimax_m2_moe, minimax_m2_overlap, minimax_m2_weights
 from sglang.srt.models.minimax_m2 import MiniMaxM2Attention, MiniMaxM2ForCausalLM
 from sglang.srt.models.minimax_m2_moe import ExpertReduction
-from sglang.srt.models.minimax_m2_weights import Target, _describe, resolve_weight_name
+from sglang.srt.models.minimax_m2_weights import CheckedWeights, Target, _describe, resolve_weight_name
 from sglang.srt.utils.hf_transformers_utils import get_config
 from torch import nn
 
@@ -545,3 +545,28 @@ def test_a_name_that_has_no_parameter_is_skipped_if_it_is_known_and_else_a_fault
     )
     config.tie_word_embeddings = False
     assert resolve_weight_name(model, name, {f"{EXPERT}.w13_weight": None}) == belongs
+
+
+HEAD, EMBEDDING = ("lm_head.weight", torch.ones(4, 2)), ("model.embed_tokens.weight", torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "tensors", "filled_with"),
+    [
+        (True, [EMBEDDING], 0),
+        (True, [EMBEDDING, HEAD], 1),
+        (True, [HEAD, EMBEDDING], 1),
+        (False, [HEAD, EMBEDDING], 1),
+    ],
+)
+def test_a_checkpoints_own_head_is_the_head_in_whatever_order(tied, tensors, filled_with, whole):
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(tie_word_embeddings=tied, num_local_experts=8)
+    model.pp_group = SimpleNamespace(world_size=1)
+    model.model = torch.nn.Module()
+    model.model.embed_tokens = torch.nn.Embedding(4, 2)
+    model.lm_head = torch.nn.Linear(2, 4, bias=False)
+    with torch.no_grad():
+        assert CheckedWeights(model).load(tensors, whole) == {"lm_head.weight", "model.embed_tokens.weight"}
+    assert (model.lm_head.weight == filled_with).all() and (model.model.embed_tokens.weight == 0).all()

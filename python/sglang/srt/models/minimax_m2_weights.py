@@ -55,6 +55,7 @@ SKIPPED = "skipped"
 _PROJECTION = re.compile(r"\.(?P<shard>[qkv])_proj\.")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<shard>w[123])\.(?P<kind>.+)$")
 _STAGE_ENDS = ("model.embed_tokens.", "model.norm.", "lm_head.")
+_HEAD = "lm_head.weight"
 
 # What checkpoints of this architecture carry beside the parameters of some engine and quantisation: used where a
 # parameter of that name exists, passed over where none does.
@@ -90,7 +91,7 @@ def resolve_weight_name(
 
     if target is not None and target.param in params and in_model:
         tied = model.config.tie_word_embeddings and name == "model.embed_tokens.weight"
-        head = [Target("lm_head.weight")] if tied and "lm_head.weight" in params else []
+        head = [Target(_HEAD)] if tied and _HEAD in params else []
         return [target, *head]
     passed_over = _DISPENSABLE.search(name) or (name.startswith(_STAGE_ENDS) and model.pp_group.world_size > 1)
     return SKIPPED if passed_over and in_model else None
@@ -136,6 +137,7 @@ class CheckedWeights:
         }
         self.filled: dict[str, set[tuple[str | None, int | None]]] = defaultdict(set)
         self.faults: dict[str, list[str]] = defaultdict(list)
+        self.has_own_head = False
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]], whole: bool) -> set[str]:
         """Loads ``weights``; with ``whole``, they must fill every parameter once and fit exactly.
@@ -161,13 +163,18 @@ class CheckedWeights:
 
     def _load_targets(self, name: str, tensor: torch.Tensor, whole: bool) -> None:
         targets = resolve_weight_name(self.model, name, self.params)
+        if name == _HEAD and self.model.config.tie_word_embeddings and not self.has_own_head:
+            # As in transformers and stock it is the head, whatever the config says; in any order.
+            self.has_own_head = True
+            self.filled.pop(_HEAD, None)
         if targets is None:
             self.faults["belong to no parameter, and to nothing that is known to be skipped"].append(
                 f"{name} {tuple(tensor.shape)}"
             )
         elif isinstance(targets, list):
             for target in targets:
-                self._load_one(name, tensor, target, whole)
+                if target.param != _HEAD or name == _HEAD or not self.has_own_head:
+                    self._load_one(name, tensor, target, whole)
 
     def _load_one(self, name: str, tensor: torch.Tensor, target: Target, whole: bool) -> None:
         param, owner = self.params[target.param], self.owners[target.param]
