@@ -394,31 +394,25 @@ def test_a_trial_that_fails_is_told_to_the_peers(monkeypatch):
 
     told = []
 
-    def gather(said, mine, group):
+    def gather(mine):
         told.append(mine)
-        said[:] = [mine, None]
+        return [mine, None]
 
     monkeypatch.setattr(module, "AllReduceNorm", Failing)
     monkeypatch.setattr(module, "row_exchange_of", lambda group, device, hidden_size: None)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     norm = SimpleNamespace(weight=torch.ones(HIDDEN_SIZE), hidden_size=HIDDEN_SIZE)
     with pytest.raises(RuntimeError, match=r"rank 0: RuntimeError: unspecified launch failure\).*--disable") as raised:
-        module.build(SimpleNamespace(world_size=2, cpu_group=None), norm)
+        module.build(SimpleNamespace(all_gather_object=gather), norm)
     assert told == ["RuntimeError: unspecified launch failure"] and "launch failure" in str(raised.value.__cause__)
 
 
-def test_a_wrong_operator_ends_every_rank_with_the_way_out(monkeypatch):
+def test_a_wrong_operator_ends_every_rank_with_the_way_out():
     from sglang.srt.layers import minimax_layer_communicator as module
 
-    def gather(said, mine, group):
-        said[:] = [mine, "the sum of 7 rows is 3 off"]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    group = SimpleNamespace(world_size=2, cpu_group=None)
+    group = SimpleNamespace(all_gather_object=lambda mine: [mine, "the sum of 7 rows is 3 off"])
     with pytest.raises(RuntimeError, match=r"rank 1: the sum of 7 rows is 3 off.*--disable-custom-all-reduce"):
         module.raise_if_wrong(group, None)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda said, mine, group: None)
-    module.raise_if_wrong(group, None)
+    module.raise_if_wrong(SimpleNamespace(all_gather_object=lambda mine: [mine, None]), None)
 
 
 class Recorded:

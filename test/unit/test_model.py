@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers import minimax_layer_communicator
 from sglang.srt.layers.communicator import FUSE_ALLREDUCE_MAX_BATCH_SIZE
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
@@ -239,12 +240,12 @@ def test_an_override_of_the_base_that_would_change_nothing_is_an_error(checkpoin
 @pytest.mark.parametrize(
     ("ranks", "on", "works", "others", "asked", "stays", "saved"),
     [
-        (2, True, True, 1, 1, True, False),
-        (2, True, False, 1, 1, False, False),
-        (2, True, True, 0, 1, False, False),  # another rank could not: this one would wait for it in a kernel
-        (2, False, True, 1, 0, True, False),
-        (1, True, True, 1, 0, True, False),  # DP attention: a rank has nothing to reduce
-        (2, True, True, 1, 0, False, True),  # the memory saver would take its pointers away
+        (2, True, True, True, 1, True, False),
+        (2, True, False, True, 1, False, False),
+        (2, True, True, False, 1, False, False),  # another rank could not: this one would wait for it in a kernel
+        (2, False, True, True, 0, True, False),
+        (1, True, True, True, 0, True, False),  # DP attention: a rank has nothing to reduce
+        (2, True, True, True, 0, False, True),  # the memory saver would take its pointers away
     ],
 )
 def test_fused_all_reduce_is_off_on_all_ranks_if_it_does_not_work_on_one(
@@ -252,24 +253,28 @@ def test_fused_all_reduce_is_off_on_all_ranks_if_it_does_not_work_on_one(
 ):
     arguments = SimpleNamespace(enable_flashinfer_allreduce_fusion=True, enable_memory_saver=saved)
     workspaces: list[dict] = []
-
-    def all_reduce(agreed, op, group):
-        assert group == "all of TP" and agreed.device.type == "cpu"
-        of = {torch.distributed.ReduceOp.MIN: torch.minimum, torch.distributed.ReduceOp.MAX: torch.maximum}[op]
-        agreed.copy_(of(agreed, torch.tensor([others], device="cpu")))
-
+    all_of_tp = SimpleNamespace(all_gather_object=lambda mine: [mine, others])
     make = lambda **workspace: workspaces.append(workspace) or works  # noqa: E731
     monkeypatch.setattr(minimax_layer_communicator.flashinfer_comm_fusion, "ensure_workspace_initialized", make)
     monkeypatch.setattr(minimax_layer_communicator, "get_attention_tp_size", lambda: ranks)
     monkeypatch.setattr(minimax_layer_communicator, "apply_flashinfer_allreduce_fusion", lambda batch_size: on)
-    monkeypatch.setattr(minimax_layer_communicator, "get_tp_group", lambda: SimpleNamespace(cpu_group="all of TP"))
+    monkeypatch.setattr(minimax_layer_communicator, "get_tp_group", lambda: all_of_tp)
     monkeypatch.setattr(minimax_layer_communicator, "get_global_server_args", lambda: arguments)
     monkeypatch.setattr(minimax_layer_communicator, "log_once", lambda *_: None)
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    with torch.device("meta"):  # as while a model is built
-        minimax_layer_communicator.prepare_fused_all_reduce(3072)
+    minimax_layer_communicator.prepare_fused_all_reduce(3072)
     wanted = {"max_token_num": FUSE_ALLREDUCE_MAX_BATCH_SIZE, "hidden_dim": 3072, "dtype": torch.get_default_dtype()}
     assert workspaces == [wanted] * asked and arguments.enable_flashinfer_allreduce_fusion == stays
+
+
+def test_ranks_answer_each_other_on_the_cpu_while_a_model_is_built_elsewhere():
+    """By the engine's own method, over the group that it has for CPUs."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = SimpleNamespace(world_size=1, cpu_group=torch.distributed.group.WORLD)
+        with torch.device("meta"):
+            assert GroupCoordinator.all_gather_object(group, {"lora": True}) == [{"lora": True}]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("reduction", ExpertReduction)

@@ -96,9 +96,8 @@ def _choices_of_any_rank() -> dict[str, bool]:
         "memory_saver": bool(arguments.enable_memory_saver),
         "switched_off": os.environ.get(SWITCH, "1") == "0",
     }
-    of_any_rank = torch.tensor([*choices.values()], dtype=torch.int32, device="cpu")
-    torch.distributed.all_reduce(of_any_rank, op=torch.distributed.ReduceOp.MAX, group=get_world_group().cpu_group)
-    return {name: bool(chosen) for name, chosen in zip(choices, of_any_rank.tolist(), strict=True)}
+    of_all_ranks = get_world_group().all_gather_object(choices)
+    return {name: any(of_rank[name] for of_rank in of_all_ranks) for name in choices}
 
 
 @functools.cache

@@ -129,8 +129,7 @@ def build(group, norm: nn.Module) -> AllReduceNorm:
 
 def raise_if_wrong(group, wrong: str | None, failure: Exception | None = None) -> None:
     """Ends all ranks of ``group`` if something is wrong on one, ``failure`` being this rank's cause; collective."""
-    said: list[str | None] = [None] * group.world_size
-    torch.distributed.all_gather_object(said, wrong, group=group.cpu_group)
+    said = group.all_gather_object(wrong)
     if any(said):
         found = "; ".join(f"rank {rank}: {what}" for rank, what in enumerate(said) if what)
         raise RuntimeError(
@@ -181,8 +180,6 @@ def prepare_fused_all_reduce(hidden_size: int) -> None:
     works = flashinfer_comm_fusion.ensure_workspace_initialized(
         max_token_num=FUSE_ALLREDUCE_MAX_BATCH_SIZE, hidden_dim=hidden_size, dtype=torch.get_default_dtype()
     )
-    agreed = torch.tensor([int(works)], device="cpu")
-    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group)
-    if not agreed.item():
+    if not all(get_tp_group().all_gather_object(works)):
         get_global_server_args().enable_flashinfer_allreduce_fusion = False
         log_once("FlashInfer's fused all-reduce + norm is not available here: all-reduce and norm run apart, slower.")

@@ -88,10 +88,7 @@ def inbox_on_symmetric_memory(group, device: torch.device, size: int) -> tuple[t
 
 def smallest_gpu(group, device: torch.device) -> int:
     """Multiprocessors of the smallest GPU of ``group``, so that grids are the same on every rank; collective."""
-    multiprocessors = [0] * group.world_size
-    mine = torch.cuda.get_device_properties(device).multi_processor_count
-    torch.distributed.all_gather_object(multiprocessors, mine, group=group.cpu_group)
-    return min(multiprocessors)
+    return min(group.all_gather_object(torch.cuda.get_device_properties(device).multi_processor_count))
 
 
 @functools.cache
@@ -109,7 +106,8 @@ def peers_are_reachable(group, device: torch.device) -> bool:
     reason = _reason_against_a_check(
         os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), group.world_size
     )
-    if not _all_agree(reason is None, group):  # before the check, in which a rank that fails leaves the others waiting
+    # Before the check, in which a rank that fails leaves the others waiting.
+    if not all(group.all_gather_object(reason is None)):
         log_once(_UNCHECKED % (reason or "another rank cannot check it"))
         return False
     from sglang.srt.distributed.device_communicators.custom_all_reduce_utils import (
@@ -121,7 +119,7 @@ def peers_are_reachable(group, device: torch.device) -> bool:
         found = can_use_custom_all_reduce_with_nvlink(group.cpu_group, device, sizes, "An exchange over NVLink")
     except Exception as error:  # as the engine, which then goes on without its own all-reduce
         logger.warning(_UNCHECKED, f"{type(error).__name__}: {error}")  # on whichever rank it is
-    return _all_agree(found is True, group)
+    return all(group.all_gather_object(found is True))
 
 
 def _reason_against_a_check(visible_devices: str | None, num_devices: int, num_ranks: int) -> str | None:
@@ -132,12 +130,6 @@ def _reason_against_a_check(visible_devices: str | None, num_devices: int, num_r
     if num_devices < num_ranks:
         return f"this process sees {num_devices} GPUs, and the group has {num_ranks}"
     return None
-
-
-def _all_agree(mine: bool, group) -> bool:
-    answers = [False] * group.world_size
-    torch.distributed.all_gather_object(answers, mine, group=group.cpu_group)
-    return all(answers)
 
 
 _UNCHECKED = "Whether GPUs reach each other cannot be checked, so nothing is exchanged over NVLink: %s."
