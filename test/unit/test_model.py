@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers import minimax_layer_communicator
 from sglang.srt.layers.communicator import FUSE_ALLREDUCE_MAX_BATCH_SIZE
+from sglang.srt.layers.moe import cutlass_moe
+from sglang.srt.layers.moe.cutlass_moe_params import CutlassMoEParams, CutlassMoEType
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
@@ -411,6 +414,20 @@ def test_experts_of_other_ranks_are_refused_to_kernels_that_would_not_pass_over_
     config = SimpleNamespace(num_local_experts=256, intermediate_size=1536)
     with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
         minimax_m2_moe.check_experts(config, method)
+
+
+@pytest.mark.parametrize(("of_rank", "reached"), [(4, False), (8, True)])
+def test_the_engines_nvfp4_kernels_want_the_experts_of_all_ranks_on_each(monkeypatch, of_rank, reached):
+    """Its own function, with the parameters that its layers give it: those of all 8 experts, whatever EP says."""
+    packed = lambda *shape: torch.zeros(of_rank, *shape, dtype=torch.uint8)  # noqa: E731
+    each, routes = torch.ones(of_rank), torch.zeros(2, 2, dtype=torch.int32)
+    params = CutlassMoEParams(CutlassMoEType.BlockscaledFP4, torch.device("cpu"), 8, 64, 128)
+    monkeypatch.setattr(cutlass_moe, "prepare_moe_input", Mock(side_effect=InterruptedError), raising=False)
+    x, gate_up, down = torch.zeros(2, 128, dtype=torch.bfloat16), packed(128, 64), packed(128, 32)
+    with pytest.raises(InterruptedError) if reached else pytest.raises(AssertionError, match="Number of experts"):
+        cutlass_moe.cutlass_moe_fp4(
+            x, each, gate_up, packed(128, 8), each, each, down, packed(128, 4), each, routes.float(), routes, params
+        )
 
 
 @pytest.mark.parametrize(
