@@ -139,9 +139,13 @@ def is_minimax(model_config: EngineObject) -> bool:
 
 
 def _check_attention_ranks(args: EngineObject) -> None:
-    """Raises ValueError if the DP ranks and context parallelism cannot divide TP."""
+    """Raises ValueError if the DP ranks and context parallelism cannot divide TP, or not both at once."""
     if is_minimax(args.get_model_config()):
         _attention_ranks(args)
+        dp_groups = args.dp_size if args.enable_dp_attention else 1
+        reason = sharding.reason_against_context_parallelism(dp_groups, args.attn_cp_size)
+        if reason is not None:
+            raise ValueError(f"{reason}.")
 
 
 def _attention_ranks(args: EngineObject) -> int:
@@ -179,7 +183,7 @@ def _settle_layout(args: EngineObject) -> None:
         _check_stages_for_triton(config.num_hidden_layers, args.pp_size)
     shape = expert_shape_of(config, args.ep_num_redundant_experts)
     if args.moe_a2a_backend != "none":
-        _check_experts_of_all_ranks(shape, args)
+        check_experts_of_all_ranks(shape, args.tp_size, args.moe_a2a_backend, args.moe_dp_size)
         _check_rebalancing(args, args.tp_size)
         return
     ep_size = settle_ep_size(shape, args.tp_size, args.ep_size, left_alone, args.moe_dp_size)
@@ -212,16 +216,17 @@ def _check_rebalancing(args: EngineObject, ep_size: int) -> None:
     )
 
 
-def _check_experts_of_all_ranks(shape: ExpertShape, args: EngineObject) -> None:
+def check_experts_of_all_ranks(shape: ExpertShape, tp_size: int, a2a_backend: str, moe_dp_size: int = 1) -> None:
     """Raises ValueError if an a2a backend cannot have the experts: it takes all ranks for EP, which the engine sets."""
-    reason = shape.reason_against(args.tp_size, args.tp_size, args.moe_dp_size)
-    if reason is not None:
-        works = [tp for tp in range(1, 2 * args.tp_size + 1) if shape.reason_against(tp, tp, args.moe_dp_size) is None]
-        raise ValueError(
-            f"--moe-a2a-backend {args.moe_a2a_backend} divides the experts over all --tp {args.tp_size} ranks, "
-            f"whatever --ep says: {reason}. TP sizes that work: {', '.join(map(str, works))}, or leave "
-            f"--moe-a2a-backend out."
-        )
+    reason = shape.reason_against(tp_size, tp_size, moe_dp_size)
+    if reason is None:
+        return
+    works = [tp for tp in range(1, 2 * tp_size + 1) if shape.works(tp, tp)]
+    way_out = f"TP sizes that work: {', '.join(map(str, works))}" if moe_dp_size == 1 else "Leave --moe-dp-size out"
+    raise ValueError(
+        f"--moe-a2a-backend {a2a_backend} divides the experts over all --tp {tp_size} ranks, whatever --ep says: "
+        f"{reason}. {way_out}, or leave --moe-a2a-backend out."
+    )
 
 
 def _check_stages_for_triton(num_layers: int, pp_size: int) -> None:
@@ -250,7 +255,7 @@ def settle_ep_size(shape: ExpertShape, tp_size: int, ep_size: int, left_alone: b
     if works:
         way_out = f"EP sizes that work at --tp {tp_size}: {', '.join(map(str, works))}, or leave --ep out"
     else:
-        tp_sizes = ", ".join(map(str, working_tp_sizes(shape, 2 * tp_size)))
+        tp_sizes = ", ".join(map(str, working_tp_sizes(shape, 2 * tp_size, moe_dp_size)))
         way_out = (
             f"no EP size works at --tp {tp_size}; TP sizes for which one does: {tp_sizes}. Where the number of experts "
             f"is in the way, --ep-num-redundant-experts adds to it"

@@ -45,7 +45,8 @@ check_vocabulary = _file.check_vocabulary
 padded_vocabulary = _file.padded_vocabulary
 pipeline_layers = _file.pipeline_layers
 quantisation_block = _file.quantisation_block
-reason_against_cutlass = _file.reason_against_cutlass
+reason_against_context_parallelism = _file.reason_against_context_parallelism
+reason_against_runner = _file.reason_against_runner
 reason_against_stages_of_triton = _file.reason_against_stages_of_triton
 shard_attention = _file.shard_attention
 working_ep_sizes = _file.working_ep_sizes
@@ -55,6 +56,7 @@ working_tp_sizes = _file.working_tp_sizes
 reason_against_counterpart = _paths.reason_against_counterpart
 reason_against_exchange = _paths.reason_against_exchange
 reason_against_one_kernel = _paths.reason_against_one_kernel
+reason_against_store = _paths.reason_against_store
 
 FLASHINFER_BY_DEFAULT = _norm_paths.FLASHINFER_BY_DEFAULT
 MAX_TOKENS_OF_ONE_LAUNCH = _norm_paths.MAX_TOKENS

@@ -395,6 +395,10 @@ def test_the_model_takes_the_division_that_the_servers_arguments_came_to(monkeyp
         ("fp8", "auto", 2, "none", None),
         (None, "cutlass", 2, "none", None),
         ("mxfp8", "auto", 1, "none", "Add --moe-runner-backend flashinfer_trtllm_routed"),
+        ("fp8", "flashinfer_cutlass", 1, "none", "flashinfer_cutlass has no kernels for FP8 experts"),
+        ("fp8", "flashinfer_cutedsl", 4, "deepep", "flashinfer_cutedsl has no kernels for FP8 experts"),
+        (None, "flashinfer_cutedsl", 1, "none", None),
+        ("fp8", "flashinfer_trtllm_routed", 1, "none", "for Blackwell GPUs alone"),
         ("modelopt_fp4", "auto", 2, "none", "or give --moe-runner-backend flashinfer_cutlass with --ep 4"),
         ("modelopt_fp4", "auto", 1, "none", None),
         ("modelopt_fp4", "flashinfer_cutlass", 4, "none", None),
@@ -403,7 +407,7 @@ def test_the_model_takes_the_division_that_the_servers_arguments_came_to(monkeyp
         ("compressed_tensors pack-quantized", "auto", 4, "none", None),
     ],
 )
-def test_experts_of_other_ranks_are_refused_to_kernels_that_would_not_pass_over_them(
+def test_experts_are_refused_to_kernels_that_would_not_pass_over_those_of_other_ranks_or_not_run(
     monkeypatch, method, runner, ep, a2a, said
 ):
     arguments = SimpleNamespace(ep_size=ep, ep_num_redundant_experts=0, moe_dp_size=1, ep_dispatch_algorithm=None)

@@ -143,6 +143,23 @@ def test_an_a2a_backend_needs_experts_for_all_ranks(folder):
         read(folder(num_local_experts=60), "--tp", "8", "--moe-a2a-backend", "deepep")
 
 
+def test_an_a2a_backend_has_no_room_for_copies_of_the_experts(folder):
+    said = r"whatever --ep says: --tp 8 is not a multiple of --ep 8 times --moe-dp-size 2\. Leave --moe-dp-size out, or"
+    with pytest.raises(ValueError, match=said):
+        read(folder(FP8), "--tp", "8", "--moe-a2a-backend", "deepep", "--moe-dp-size", "2")
+
+
+@pytest.mark.parametrize("more", [["--dp", "2"], ["--enable-dp-attention"]])
+def test_context_parallelism_goes_with_copies_of_the_server_and_with_one_dp_rank(folder, more):
+    assert read(folder(FP8), "--tp", "8", "--attn-cp-size", "2", *more).attn_cp_size == 2
+
+
+def test_copies_of_experts_that_do_not_divide_name_the_tp_sizes_that_have_room_for_them(folder):
+    """179 experts are no multiple of an EP size, and 1, 2, 3, 4, 6 or 12 ranks of each copy have blocks of 128."""
+    with pytest.raises(ValueError, match=r"TP sizes for which one does: 2, 4, 6, 8, 12, 24\. "):
+        read(folder(FP8, num_local_experts=179), "--tp", "16", "--moe-dp-size", "2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "way_out"),
     [
@@ -204,6 +221,10 @@ def test_other_architectures_are_left_alone(folder):
         (["--tp", "5"], "8 KV heads cannot be divided over 5 attention-TP ranks.*: 4, 8"),
         (["--tp", "32"], "48 q heads cannot be divided over 32"),
         (["--tp", "8", "--dp", "3", "--enable-dp-attention"], "--tp 8 must be a multiple of --dp 3 times the context"),
+        (
+            ["--tp", "8", "--dp", "2", "--enable-dp-attention", "--attn-cp-size", "2"],
+            "--dp 2 --enable-dp-attention and --attn-cp-size 2: .* Leave out either",
+        ),
         (["--tp", "4", "--attn-cp-size", "3"], "--tp 4 must be a multiple of --dp 1 times the context-parallel size 3"),
     ],
 )

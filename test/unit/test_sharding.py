@@ -134,6 +134,8 @@ def test_ep_sizes_against_brute_force():
 def test_an_ep_size_below_one_is_a_broken_rule_and_not_a_division_by_zero(ep):
     """-1 divides everything without a remainder."""
     assert PUBLISHED.reason_against(8, ep) == f"--tp 8 is not a multiple of --ep {ep}"
+    said = f"--tp 8 is not a multiple of --ep {ep} times --moe-dp-size 2"
+    assert PUBLISHED.reason_against(8, ep, 2) == said
 
 
 def test_an_odd_number_of_experts_has_tp_sizes_that_work():

@@ -216,9 +216,11 @@ def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
         if layout.ep not in (1, layout.tp):
             return f"--moe-runner-backend flashinfer_cutlass needs --ep 1 or --ep {layout.tp}, and not {layout.ep}"
     method = {"fp8": "fp8", "nvfp4": "modelopt_fp4"}.get(quantisation.kind)
-    against_cutlass = sharding.reason_against_cutlass(method, flags.moe_runner_backend, layout.tp, layout.ep)
-    if against_cutlass is not None:
-        return against_cutlass
+    against_runner = sharding.reason_against_runner(
+        method, flags.moe_runner_backend, layout.tp, layout.ep, gpu.architecture == "blackwell"
+    )
+    if against_runner is not None:
+        return against_runner
     if gpu.architecture == "blackwell" and flags.kv_cache_dtype == "fp8_e5m2":
         return (
             f"--kv-cache-dtype fp8_e5m2 on {gpu.name}: FlashInfer has no kernel for it in trtllm_mha, the engine's "

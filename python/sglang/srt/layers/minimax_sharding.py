@@ -148,6 +148,23 @@ def attention_tp_size(tp_size: int, dp_size: int = 1, attn_cp_size: int = 1) -> 
     return tp_size // (dp_size * attn_cp_size)
 
 
+def reason_against_context_parallelism(dp_groups: int, attn_cp_size: int) -> str | None:
+    """Why the engine would end the server at its first batch, or answer wrongly, or None.
+
+    It gathers the tokens of all DP ranks over all of TP, into a buffer that has no room for the context-parallel ranks'
+    copies of them, or adds these copies up.
+
+    Args:
+        dp_groups: DP ranks under DP attention, else 1.
+    """
+    if dp_groups > 1 and attn_cp_size > 1:
+        return (
+            f"--dp {dp_groups} --enable-dp-attention and --attn-cp-size {attn_cp_size}: the engine gathers the tokens "
+            f"of DP ranks without regard to context parallelism, whose ranks hold the same ones. Leave out either"
+        )
+    return None
+
+
 def tp_ranks_per_node(tp_size: int, pp_size: int = 1, nnodes: int = 1) -> int:
     """Ranks of one TP group that share a node: the engine fills nodes in the order of ranks, stage by stage."""
     return tp_size // max(nnodes // pp_size, 1)
@@ -177,7 +194,8 @@ class ExpertShape:
         """The first rule that this division breaks, as a sentence, or None."""
         groups = ep_size * moe_dp_size
         if ep_size < 1 or tp_size % groups != 0:
-            return f"--tp {tp_size} is not a multiple of --ep {ep_size}"
+            copies = f" times --moe-dp-size {moe_dp_size}" if moe_dp_size > 1 else ""
+            return f"--tp {tp_size} is not a multiple of --ep {ep_size}{copies}"
         if moe_dp_size > 1 and ep_size > 1 and groups != tp_size:
             return f"--ep {ep_size} (which is not 1) times --moe-dp-size {moe_dp_size} is not --tp {tp_size}"
         if self.num_experts % ep_size != 0:
@@ -225,19 +243,38 @@ def reason_against_stages_of_triton(stages: Sequence[range]) -> str | None:
     return None
 
 
-def reason_against_cutlass(method: str | None, runner: str, tp_size: int, ep_size: int) -> str | None:
-    """Why the engine's cutlass kernels cannot take a rank's experts, or None. Without an a2a backend.
+RUNNERS_WITHOUT_FP8 = ("flashinfer_cutlass", "flashinfer_cutedsl")
+"""Values of ``--moe-runner-backend`` for which the engine's FP8 experts make no runner, and look for it in a batch."""
 
-    A rank marks routes to other ranks' experts, and these kernels leave such a route's place among the rows as it was
-    allocated. The engine refuses it for FP8 itself, but only where the command line names the quantisation, and ends at
-    an assertion for NVFP4, in the first step.
+
+def reason_against_runner(
+    method: str | None, runner: str, tp_size: int, ep_size: int, blackwell: bool, a2a: str = "none"
+) -> str | None:
+    """Why the engine's kernels for the experts would end the server, or sum rows that nobody wrote, or None.
+
+    The latter: a rank marks routes to other ranks' experts, and cutlass kernels leave such a route's place among the
+    rows as it was allocated. The engine refuses it for FP8 itself, but only where the command line names the
+    quantisation, and ends at an assertion for NVFP4, in the first step.
 
     Args:
         method: of quantisation, under the engine's name; that of compressed-tensors with its format.
-        runner: ``--moe-runner-backend``. NVFP4 experts run in these kernels but for modelopt's in
+        runner: ``--moe-runner-backend``. NVFP4 experts run in the cutlass kernels but for modelopt's in
             ``flashinfer_cutlass``.
+        blackwell: the GPUs are.
+        a2a: ``--moe-a2a-backend``, which sends a rank its own routes only.
     """
-    if ep_size == 1:
+    if method == "fp8" and runner in RUNNERS_WITHOUT_FP8:
+        return (
+            f"--moe-runner-backend {runner} has no kernels for FP8 experts, and the engine would end the server at its "
+            f"first batch. Leave it out"
+        )
+    if runner == "flashinfer_trtllm_routed" and not blackwell:
+        return (
+            f"--moe-runner-backend {runner}: FlashInfer compiles these kernels for Blackwell GPUs alone. Leave it out"
+        )
+    if runner == "flashinfer_trtllm_routed" and method == "modelopt_fp4":
+        return f"--moe-runner-backend {runner} has kernels for FP8 and unquantised experts, not for NVFP4. Leave it out"
+    if ep_size == 1 or a2a != "none":
         return None
     if method == "fp8" and runner == "cutlass":
         what, way_out = "sum rows that nobody wrote", "Leave --moe-runner-backend out"
@@ -275,9 +312,9 @@ def working_ep_sizes(shape: ExpertShape, tp_size: int, moe_dp_size: int = 1) -> 
     return [ep for ep in range(1, tp_size + 1) if shape.works(tp_size, ep, moe_dp_size)]
 
 
-def working_tp_sizes(shape: ExpertShape, at_most: int) -> list[int]:
+def working_tp_sizes(shape: ExpertShape, at_most: int, moe_dp_size: int = 1) -> list[int]:
     """The TP sizes up to ``at_most`` for which some EP size works."""
-    return [tp for tp in range(1, at_most + 1) if working_ep_sizes(shape, tp)]
+    return [tp for tp in range(1, at_most + 1) if working_ep_sizes(shape, tp, moe_dp_size)]
 
 
 def quantisation_block(quantization_config: dict | None) -> int:

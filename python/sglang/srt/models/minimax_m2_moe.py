@@ -22,7 +22,7 @@ from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.minimax_experts import choose_experts
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_router import choose_route, choose_router_logits
-from sglang.srt.layers.minimax_sharding import expert_shape_of, reason_against_cutlass
+from sglang.srt.layers.minimax_sharding import expert_shape_of, reason_against_runner
 from sglang.srt.layers.moe import (
     get_moe_a2a_backend,
     get_moe_runner_backend,
@@ -38,7 +38,7 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.lora.layers import FusedMoEWithLoRA
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils import add_prefix
+from sglang.srt.utils import add_prefix, is_blackwell_supported
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -223,8 +223,7 @@ def check_routing_stays_here() -> None:
     if backend.is_flashinfer_trtllm() or backend.is_flashinfer_mxfp4() or backend.is_triton_kernels():
         raise ValueError(
             f"--moe-runner-backend {backend.value} chooses the experts in its kernel, by rules other than MiniMax-M2's "
-            f"sigmoid scores with a selection bias, and would answer wrongly. Use auto, triton, deep_gemm, cutlass, "
-            f"flashinfer_cutlass or flashinfer_trtllm_routed"
+            f"sigmoid scores with a selection bias, and would answer wrongly. Leave it out"
         )
 
 
@@ -266,9 +265,11 @@ def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
         )
     runner = get_moe_runner_backend().value
     _check_mxfp8_experts(method, runner, ep_size)
-    against_cutlass = reason_against_cutlass(method, runner, tp_size, ep_size)
-    if against_cutlass is not None and get_moe_a2a_backend().is_none():
-        raise ValueError(f"{against_cutlass}.")
+    against_runner = reason_against_runner(
+        method, runner, tp_size, ep_size, is_blackwell_supported(), get_moe_a2a_backend().value
+    )
+    if against_runner is not None:
+        raise ValueError(f"{against_runner}.")
     stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     _check_4_bit_experts(method, stored, tp_size, ep_size, server_args.moe_dp_size)
 
