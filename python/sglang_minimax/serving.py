@@ -195,7 +195,7 @@ def _expert_sum(first: EngineObject, last: EngineObject, args: EngineObject) -> 
     from sglang.srt.models.minimax_m2_moe import ExpertReduction
 
     name = "sum over experts"
-    if args.tp_size == 1:
+    if args.tp_size == args.moe_dp_size:
         return Path(name, "none", "one rank holds all experts")
 
     def who(layer: EngineObject, padding: EngineObject = DpPaddingMode.MAX_LEN, tokens: int = 1) -> str:
@@ -203,7 +203,7 @@ def _expert_sum(first: EngineObject, last: EngineObject, args: EngineObject) -> 
             dp_padding_mode=padding, input_ids=SimpleNamespace(shape=(tokens,)), nsa_cp_metadata=None
         )
         return {
-            ExpertReduction.MODEL: f"the model's all-reduce over {args.tp_size} ranks",
+            ExpertReduction.MODEL: f"the model's all-reduce over {args.tp_size // args.moe_dp_size} ranks",
             ExpertReduction.NEXT_NORM: "in the next layer's norm",
             ExpertReduction.REDUCE_SCATTER: "reduce-scatter",
             ExpertReduction.DISPATCHER: f"the dispatcher's {'reduce-scatter' if _a2a_is_none() else 'combine'}",
@@ -310,9 +310,7 @@ def _fp4_all_gather(args: EngineObject) -> Path:
 def _a2a_backend() -> Path:
     from sglang.srt.layers.moe import get_moe_a2a_backend
 
-    if _a2a_is_none():
-        return Path("a2a backend", "none", "no exchange of single tokens between ranks")
-    return Path("a2a backend", get_moe_a2a_backend().value, "each token travels to the ranks of its experts")
+    return planned.a2a_backend(get_moe_a2a_backend().value)
 
 
 def _a2a_is_none() -> bool:

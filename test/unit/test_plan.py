@@ -81,6 +81,7 @@ def built_bytes(monkeypatch):
         fake_groups(monkeypatch, layout, rank, stage)
         arguments = engine.ServerArgs(model_path="dummy", tp_size=layout.tp, ep_size=layout.ep, device="cpu")
         arguments.nnodes, arguments.pp_size = layout.flags.nnodes, layout.pp
+        arguments.attn_cp_size, arguments.moe_dp_size = layout.flags.attn_cp_size, layout.flags.moe_dp_size
         arguments.enable_dp_attention = layout.dp_groups > 1
         monkeypatch.setattr(moe_utils, "MOE_RUNNER_BACKEND", MoeRunnerBackend(layout.flags.moe_runner_backend))
         monkeypatch.setattr(engine, "_global_server_args", arguments)
@@ -115,13 +116,14 @@ def fake_groups(monkeypatch, layout: layouts.Layout, rank: int, stage: int) -> N
             is_first_rank=place == 0, is_last_rank=place == size - 1,
         )  # fmt: skip
 
+    flags = layout.flags
     attention = group(layout.attention_ranks, rank % layout.attention_ranks)
     for name, value in {
         "_TP": group(layout.tp, rank),
         "_ATTN_TP": attention,
-        "_ATTN_CP": group(1, 0),
-        "_MOE_DP": group(1, 0),
-        "_MOE_EP": group(layout.ep, rank // layout.expert_ranks),
+        "_ATTN_CP": group(flags.attn_cp_size, rank // layout.attention_ranks % flags.attn_cp_size),
+        "_MOE_DP": group(flags.moe_dp_size, rank // (layout.tp // flags.moe_dp_size)),
+        "_MOE_EP": group(layout.ep, rank // layout.expert_ranks % layout.ep),
         "_MOE_TP": group(layout.expert_ranks, rank % layout.expert_ranks),
         "_PP": group(layout.pp, stage),
     }.items():
@@ -163,6 +165,9 @@ NVFP4_EXPERTS = {**NVFP4, "ignore": ["lm_head", "model.layers.*.self_attn*"]}
         (FP8, Flags(tp=16, nnodes=2)),
         (FP8, Flags(tp=16, ep=16, nnodes=2)),
         (FP8, Flags(tp=8, pp=3, nnodes=3)),
+        (FP8, Flags(tp=8, attn_cp_size=4)),
+        (FP8, Flags(tp=8, attn_cp_size=2, moe_dp_size=2)),
+        (FP8, Flags(tp=16, moe_dp_size=2, nnodes=2)),
         (None, Flags(tp=16, nnodes=2)),
         (None, Flags(tp=8, dp=2, enable_dp_attention=True, ep=4)),
         (NVFP4, Flags(tp=8)),
@@ -376,7 +381,23 @@ NARROW = WIDE | {"head_dim": 32, "num_attention_heads": 32}
         ({}, Flags(tp=8, context_length=0), "--context-length 0 must be between 1 and"),
         ({}, Flags(tp=8, mem_fraction_static=1.0), "--mem-fraction-static 1.0 must be between 0 and 1"),
         ({}, Flags(tp=8, kv_cache_dtype="int4"), "--kv-cache-dtype int4 is not planned"),
-        ({}, Flags(tp=8, moe_runner_backend="flashinfer_cutlass"), "not FP8 blocks"),
+        ({}, Flags(tp=8, moe_runner_backend="flashinfer_cutlass"), "no kernels for FP8 experts"),
+        ({}, Flags(tp=8, moe_runner_backend="flashinfer_cutedsl"), "no kernels for FP8 experts"),
+        ({"quantisation": Quantisation()}, Flags(tp=8, moe_runner_backend="flashinfer_cutedsl"), None),  # Triton's run
+        ({}, Flags(tp=8, moe_runner_backend="flashinfer_trtllm_routed"), "for Blackwell GPUs alone"),
+        ({}, Flags(tp=8, dp=2, enable_dp_attention=True, attn_cp_size=2), "without regard to context parallelism"),
+        ({}, Flags(tp=4, dp=2, attn_cp_size=4), "--tp 4 must be a multiple of --dp 2 times the con"),  # two copies
+        ({}, Flags(tp=4, pp=2, moe_dp_size=2), "--moe-dp-size 2 and --pp-size 2: the engine takes one or"),
+        ({}, Flags(tp=4, ep=2, moe_dp_size=4), "--tp 4 is not a multiple of --ep 2 times --moe-dp-size 4"),
+        ({}, Flags(tp=4, moe_dp_size=2, moe_a2a_backend="deepep"), "Leave --moe-dp-size out, or leave --moe-a2a"),
+        ({}, Flags(tp=8, moe_a2a_backend="mori"), "--moe-a2a-backend mori is not planned; these are: deepep"),
+        ({}, Flags(tp=8, moe_a2a_backend="flashinfer"), "needs NVFP4 experts and --moe-runner-backend flashinfer_cu"),
+        ({}, Flags(tp=8, moe_a2a_backend="nixl", moe_runner_backend="deep_gemm"), None),
+        ({}, Flags(tp=8, moe_a2a_backend="nixl", moe_runner_backend="triton"), "nixl is planned for FP8 experts on NV"),
+        ({"quantisation": Quantisation()}, Flags(tp=8, moe_a2a_backend="deepep"), "deepep is planned for FP8 experts"),
+        ({}, Flags(tp=8, attention_backend="wave"), "--attention-backend wave is not planned; these are: fa3, flash"),
+        ({}, Flags(tp=8, attention_backend="aiter"), "aiter has no kernels for NVIDIA H200 .* have: fa3, flashinfer"),
+        ({}, Flags(tp=2, pp=3, attention_backend="triton"), "--pp-size 3: stage 2 has layers 41 to 61 of 62"),
         (
             {"quantisation": Quantisation()},
             Flags(tp=8, ep=2, moe_runner_backend="flashinfer_cutlass"),
@@ -412,18 +433,30 @@ def test_nvfp4_needs_blackwell():
     assert "NVFP4 weights need a Blackwell GPU" in made.broken_rule and "--gpu b200" in made.broken_rule
 
 
-@pytest.mark.parametrize("flags", [Flags(tp=8), Flags(tp=16), Flags(tp=16, ep=2), Flags(tp=6), Flags(tp=12, ep=12)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        Flags(tp=8), Flags(tp=16), Flags(tp=16, ep=2), Flags(tp=6), Flags(tp=12, ep=12),
+        Flags(tp=8, moe_dp_size=2), Flags(tp=16, moe_dp_size=2), Flags(tp=16, moe_dp_size=2, ep=1),
+        Flags(tp=8, attn_cp_size=2), Flags(tp=16, ep=2, moe_a2a_backend="deepep"),
+        Flags(tp=8, moe_dp_size=2, moe_a2a_backend="deepep"), Flags(tp=12, moe_a2a_backend="deepep"),
+        Flags(tp=8, attn_cp_size=3), Flags(tp=8, dp=2, enable_dp_attention=True, attn_cp_size=2),
+    ],
+    ids=name_of,
+)  # fmt: skip
 def test_what_the_server_says_of_heads_and_experts_the_plan_says(tmp_path, flags):
     """Through the engine's own ServerArgs: the same EP, or an error of the same words."""
     config = published_config(SmallModel(num_attention_heads=48, intermediate_size=1536, num_local_experts=256))
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": FP8}))
-    arguments = {"tp_size": flags.tp} | ({"ep_size": flags.ep} if flags.ep else {})
+    names = ("enable_dp_attention", "attn_cp_size", "moe_dp_size", "moe_a2a_backend")
+    arguments = {"tp_size": flags.tp, "dp_size": flags.dp} | {name: getattr(flags, name) for name in names}
+    arguments |= {"ep_size": flags.ep} if flags.ep else {}
 
     def ask(function):
         try:
             return function()
         except ValueError as error:
-            return str(error)
+            return str(error).rstrip(".")
 
     served = ask(lambda: engine.ServerArgs(model_path=str(tmp_path), device="cpu", **arguments).ep_size)
     wide = layouts.replace(flags, nnodes=2 if flags.tp > 8 else 1)
@@ -487,9 +520,11 @@ def test_flashinfer_reduces_and_norms_where_one_launch_cannot():
                                                    (1, "auto", False)])  # fmt: skip
 def test_fp4_all_gather_is_on_where_the_engine_turns_it_on(ep, backend, on):
     model = read_model("m2.7", "modelopt_fp4")
-    flags = Flags(tp=4, dp=4, ep=ep, enable_dp_attention=True, moe_runner_backend=backend)
+    flags = Flags(tp=4, dp=4, ep=ep, enable_dp_attention=True, moe_runner_backend=backend, quantization="modelopt_fp4")
     taken = {path.name: path.taken for path in paths.paths(model, settle(flags, model, B200), B200)}
     assert taken["FP4 all-gather"] == ("on" if on else "off")
+    unnamed = settle(layouts.replace(flags, quantization=None), model, B200)  # the engine looks at the flag alone
+    assert {path.name: path.taken for path in paths.paths(model, unnamed, B200)}["FP4 all-gather"] == "off"
 
 
 # ------------------------------------------------------------------ models

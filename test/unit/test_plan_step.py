@@ -39,6 +39,7 @@ def test_tokens_are_gathered_in_fp4_where_ep_equals_dp_alone():
     """4.5 of bfloat16's 16 bits in one of a layer's collectives, which grows with the tokens."""
     model, many = read_model("m2.7", "modelopt_fp4"), 4096
     flags = Flags(tp=4, dp=2, enable_dp_attention=True, moe_runner_backend="flashinfer_cutlass")
+    flags = dataclasses.replace(flags, quantization="modelopt_fp4")
     alone, with_ep = (settle(dataclasses.replace(flags, ep=ep), model, B200) for ep in (1, 4))
     steps = [step.predict(model, layout, B200, many, 512).collectives_ms for layout in (alone, with_ep)]
     assert steps[0] == steps[1]
@@ -316,7 +317,7 @@ def test_a_step_waits_for_memory_or_for_arithmetic_whichever_takes_longer():
 def test_tokens_are_gathered_in_four_and_a_half_bits_a_value_where_the_engine_does(quantization, backend, share):
     """Four bits, and a scale of eight for each 16 values, in place of bfloat16."""
     model = read_model("m2.7", quantization) if quantization else dataclasses.replace(M25, quantisation=Quantisation())
-    flags = Flags(tp=4, dp=4, ep=4, enable_dp_attention=True, moe_runner_backend=backend)
+    flags = Flags(tp=4, dp=4, ep=4, enable_dp_attention=True, moe_runner_backend=backend, quantization=quantization)
     gather_us, scatter_us = (5 + 64 * A_TOKEN / 2 * part * (3 / 4) / 900e3 for part in (share, 1))
     made = predicted(flags, 64, model=model, gpu=B200)
     assert made.collectives_ms == pytest.approx(62 * (gather_us + scatter_us) / 1e3, rel=1e-12)

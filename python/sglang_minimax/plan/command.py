@@ -41,12 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--enable-dp-attention", action="store_true")
     server.add_argument("--ep", "--ep-size", "--expert-parallel-size", type=int)
     server.add_argument("--pp-size", "--pp", "--pipeline-parallel-size", type=int, dest="pp")
+    server.add_argument("--attn-cp-size", "--attention-context-parallel-size", type=int)
+    server.add_argument("--moe-dp-size", "--moe-data-parallel-size", type=int)
     server.add_argument("--nnodes", type=int)
     server.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES)
     server.add_argument("--mem-fraction-static", type=float, default=None)
     server.add_argument("--context-length", type=int, default=None)
     server.add_argument("--quantization", default=None)
     server.add_argument("--moe-runner-backend", default="auto", choices=MOE_RUNNER_BACKENDS)
+    server.add_argument("--moe-a2a-backend")
+    server.add_argument("--attention-backend")
     search = parser.add_argument_group("search")
     search.add_argument("--search", action="store_true", help="rank the layouts of --gpus GPUs by a model of the step")
     search.add_argument("--gpus", type=int, help=f"GPUs to use, all of them, up to {MOST_GPUS} (default: 8)")
@@ -82,12 +86,18 @@ def _check_mode(arguments: argparse.Namespace) -> None:
     of_search = {"gpus": 8, "goal": "throughput", "limit": 10}
     of_layout = {"tp": "--tp", "dp": "--dp", "enable_dp_attention": "--enable-dp-attention", "ep": "--ep"}
     of_layout |= {"pp": "--pp-size", "nnodes": "--nnodes"}
+    of_layout |= {"attn_cp_size": "--attn-cp-size", "moe_dp_size": "--moe-dp-size"}
     if not arguments.search:
         if given := [f"--{name}" for name in of_search if getattr(arguments, name) is not None]:
             raise CannotPlan(f"{', '.join(given)}: for --search only. Add it, or say the layout by --tp and the like")
         return
     if given := [flag for name, flag in of_layout.items() if getattr(arguments, name)]:
         raise CannotPlan(f"{', '.join(given)} with --search, which tries all layouts of --gpus GPUs: leave out either")
+    if arguments.moe_a2a_backend not in (None, "none"):
+        raise CannotPlan(
+            "--moe-a2a-backend with --search, whose model of the step has no tokens that travel one by one: leave out "
+            "either"
+        )
     for name, default in of_search.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)

@@ -40,6 +40,11 @@ class Gpu:
     def is_hopper_or_blackwell(self) -> bool:
         return self.architecture in ("hopper", "blackwell")
 
+    @property
+    def chunked_prefill_size(self) -> int:
+        """The engine's default for a GPU of this memory, before DP attention divides it by ``dp``."""
+        return 16384 if self.memory_mib >= 160 * 1024 else 8192
+
 
 GPUS = {
     "h100": Gpu(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import GPUS_PER_NODE, Gpu
 from sglang_minimax.plan.shape import NVFP4_GROUP, ModelShape
-from sglang_minimax.server_arguments import settle_ep_size
+from sglang_minimax.server_arguments import check_experts_of_all_ranks, settle_ep_size
 
 KV_CACHE_DTYPES = {"auto": None, "bf16": 2, "bfloat16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
 """Bytes of one value by ``--kv-cache-dtype``; None: what the checkpoint says."""
@@ -19,6 +19,21 @@ MOE_RUNNER_BACKENDS = (
     "flashinfer_cutlass", "flashinfer_mxfp4", "flashinfer_cutedsl", "cutlass",
 )  # fmt: skip
 """What the engine takes for ``--moe-runner-backend``."""
+
+ATTENTION_BACKENDS = {
+    "fa3": ("hopper",),
+    "flashinfer": ("hopper", "blackwell"),
+    "triton": ("hopper", "blackwell", "cdna3"),
+    "trtllm_mha": ("blackwell",),
+    "aiter": ("cdna3",),
+}
+"""Architectures of GPUs by ``--attention-backend``, as the engine has it; of its others nothing is known here."""
+
+TRTLLM_PAGE = 64  # tokens of a page of the KV cache under trtllm_mha, where no --page-size is given
+TRTLLM_WIDTH = 128  # to whose multiples the engine pads an expert's width for flashinfer_trtllm_routed
+
+A2A_OF_DEEP_GEMM = ("deepep", "mooncake", "nixl")
+"""Values of ``--moe-a2a-backend`` behind which the engine has DeepGEMM's kernels alone."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,10 @@ class Flags:
     context_length: int | None = None
     quantization: str | None = None
     moe_runner_backend: str = "auto"
+    attention_backend: str | None = None
+    moe_a2a_backend: str = "none"
+    attn_cp_size: int = 1
+    moe_dp_size: int = 1
 
     def words(self) -> list[str]:
         """The flags as given to the server, without those that say what the engine does anyway."""
@@ -44,12 +63,16 @@ class Flags:
             ("--dp", self.dp, 1),
             ("--ep", self.ep, None),
             ("--pp-size", self.pp, 1),
+            ("--attn-cp-size", self.attn_cp_size, 1),
+            ("--moe-dp-size", self.moe_dp_size, 1),
             ("--nnodes", self.nnodes, 1),
             ("--quantization", self.quantization, None),
             ("--kv-cache-dtype", self.kv_cache_dtype, "auto"),
             ("--mem-fraction-static", self.mem_fraction_static, None),
             ("--context-length", self.context_length, None),
             ("--moe-runner-backend", self.moe_runner_backend, "auto"),
+            ("--moe-a2a-backend", self.moe_a2a_backend, "none"),
+            ("--attention-backend", self.attention_backend, None),
         ):
             if value != default:
                 words += [flag, str(value)]
@@ -60,7 +83,7 @@ class Flags:
 class Layout:
     """Flags as the engine settles them, with the numbers that follow. Made by :func:`settle`.
 
-    ep: the EP size in force; ``ep_chosen_because`` says why, where it was left out and 1 does not work.
+    ep: the EP size in force; ``ep_chosen_because`` says why, where it is not the one given, or 1 by default.
     attention_ranks: ranks of one attention-TP group.
     dp_groups: groups of requests inside one server of ``tp * pp`` ranks: DP ranks under DP attention, else 1.
     servers: copies of the whole model that one command starts: ``--dp`` without DP attention.
@@ -88,7 +111,7 @@ class Layout:
     @property
     def expert_ranks(self) -> int:
         """Ranks that divide one expert's width."""
-        return self.tp // self.ep
+        return self.tp // (self.ep * self.flags.moe_dp_size)
 
     @property
     def vocabulary_ranks(self) -> int:
@@ -126,27 +149,48 @@ def settle(flags: Flags, model: ModelShape, gpu: Gpu) -> Layout:
     Raises:
         ValueError: the first rule that fails, as a sentence. Memory is not looked at here.
     """
-    for name in ("tp", "dp", "ep", "pp", "nnodes"):
+    for name in ("tp", "dp", "ep", "pp", "nnodes", "attn_cp_size", "moe_dp_size"):
         value = getattr(flags, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{'pp-size' if name == 'pp' else name} {value} must be at least 1")
-    dp_attention = flags.enable_dp_attention and flags.dp > 1
-    attention_ranks = sharding.attention_tp_size(flags.tp, flags.dp if dp_attention else 1)
+            raise ValueError(f"--{'pp-size' if name == 'pp' else name.replace('_', '-')} {value} must be at least 1")
+    dp_groups = flags.dp if flags.enable_dp_attention else 1
+    attention_ranks = sharding.attention_tp_size(flags.tp, dp_groups, flags.attn_cp_size)
+    if flags.attn_cp_size > 1:
+        sharding.attention_tp_size(flags.tp, flags.dp, flags.attn_cp_size)  # as the engine asks of copies too
+    against_context = sharding.reason_against_context_parallelism(dp_groups, flags.attn_cp_size)
+    if against_context is not None:
+        raise ValueError(against_context)
     sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, attention_ranks)
-    ep = settle_ep_size(model.experts, flags.tp, flags.ep or 1, flags.ep is None)
+    ep, why = _settle_ep(flags, model)
     sharding.check_vocabulary(model.vocab_size, flags.tp)  # the head; the ranks of the embedding divide these
     layout = Layout(
         flags=flags,
         ep=ep,
-        ep_chosen_because=model.experts.reason_against(flags.tp, 1) if flags.ep is None and ep != 1 else None,
+        ep_chosen_because=why,
         attention_ranks=attention_ranks,
-        dp_groups=flags.dp if dp_attention else 1,
-        servers=1 if dp_attention else flags.dp,
+        dp_groups=dp_groups,
+        servers=flags.dp // dp_groups,
     )
-    for rule in (_weights_rule(layout, model), _placement_rule(layout, model), _engine_rule(layout, model, gpu)):
+    for rule in (
+        _weights_rule(layout, model),
+        _placement_rule(layout, model),
+        _engine_rule(layout, model, gpu),
+        _experts_rule(layout, model, gpu),
+        _attention_rule(layout, model, gpu),
+    ):
         if rule is not None:
             raise ValueError(rule)
     return layout
+
+
+def _settle_ep(flags: Flags, model: ModelShape) -> tuple[int, str | None]:
+    """The EP size in force, and why, where it is not the one given, or 1 by default."""
+    tp, a2a, moe_dp = flags.tp, flags.moe_a2a_backend, flags.moe_dp_size
+    if a2a != "none":
+        check_experts_of_all_ranks(model.experts, tp, a2a, moe_dp)
+        return tp, None if tp == (flags.ep or 1) else f"--moe-a2a-backend {a2a} takes all ranks for EP"
+    ep = settle_ep_size(model.experts, tp, flags.ep or 1, flags.ep is None, moe_dp)
+    return ep, None if ep == (flags.ep or 1) else model.experts.reason_against(tp, 1, moe_dp)
 
 
 def _weights_rule(layout: Layout, model: ModelShape) -> str | None:
@@ -193,7 +237,7 @@ def _placement_rule(layout: Layout, model: ModelShape) -> str | None:
 
 
 def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
-    flags, quantisation = layout.flags, model.quantisation
+    flags = layout.flags
     if flags.kv_cache_dtype not in KV_CACHE_DTYPES:
         return f"--kv-cache-dtype {flags.kv_cache_dtype} is not planned; these are: {', '.join(KV_CACHE_DTYPES)}"
     if flags.context_length is not None and not 1 <= flags.context_length <= model.max_position_embeddings:
@@ -203,40 +247,87 @@ def _engine_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
         )
     if flags.mem_fraction_static is not None and not 0 < flags.mem_fraction_static < 1:
         return f"--mem-fraction-static {flags.mem_fraction_static} must be between 0 and 1"
-    if quantisation.kind == "nvfp4" and gpu.architecture != "blackwell":
+    if model.quantisation.kind == "nvfp4" and gpu.architecture != "blackwell":
         return f"NVFP4 weights need a Blackwell GPU, and {gpu.name} is none: --gpu b200, or a checkpoint in FP8"
-    if flags.moe_runner_backend in ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel"):
+    if flags.moe_dp_size > 1 and flags.pp > 1:
+        return f"--moe-dp-size {flags.moe_dp_size} and --pp-size {flags.pp}: the engine takes one or the other"
+    return None
+
+
+def _experts_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
+    """The kernels of the experts, and what brings tokens to them."""
+    flags, kind = layout.flags, model.quantisation.kind
+    runner, a2a = flags.moe_runner_backend, flags.moe_a2a_backend
+    if runner in ("flashinfer_trtllm", "flashinfer_mxfp4", "triton_kernel"):
         return (
-            f"--moe-runner-backend {flags.moe_runner_backend} chooses the experts by other rules than MiniMax-M2's "
-            f"sigmoid scores with a selection bias: leave it out"
+            f"--moe-runner-backend {runner} chooses the experts by other rules than MiniMax-M2's sigmoid scores with a "
+            f"selection bias: leave it out"
         )
-    if flags.moe_runner_backend == "flashinfer_cutlass":
-        if quantisation.kind == "fp8":
-            return "--moe-runner-backend flashinfer_cutlass takes NVFP4 or unquantised experts, not FP8 blocks"
-        if layout.ep not in (1, layout.tp):
-            return f"--moe-runner-backend flashinfer_cutlass needs --ep 1 or --ep {layout.tp}, and not {layout.ep}"
-    method = {"fp8": "fp8", "nvfp4": "modelopt_fp4"}.get(quantisation.kind)
-    against_runner = sharding.reason_against_runner(
-        method, flags.moe_runner_backend, layout.tp, layout.ep, gpu.architecture == "blackwell"
-    )
+    method = {"fp8": "fp8", "nvfp4": "modelopt_fp4"}.get(kind)
+    blackwell = gpu.architecture == "blackwell"
+    against_runner = sharding.reason_against_runner(method, runner, layout.tp, layout.ep, blackwell, a2a)
     if against_runner is not None:
         return against_runner
-    if gpu.architecture == "blackwell" and flags.kv_cache_dtype == "fp8_e5m2":
+    if runner == "flashinfer_cutlass" and (ep := flags.ep or layout.ep) not in (1, layout.tp):
+        return f"--moe-runner-backend flashinfer_cutlass needs --ep 1 or --ep {layout.tp}, and not {ep}"
+    if not gpu.is_hopper_or_blackwell and (
+        runner == "flashinfer_cutlass" or (kind == "fp8" and runner not in ("auto", "triton"))
+    ):
+        return f"--moe-runner-backend {runner} is for NVIDIA GPUs, and {gpu.name} is none: leave it out"
+    width = model.intermediate_size // layout.expert_ranks
+    if runner == "flashinfer_trtllm_routed" and width % TRTLLM_WIDTH:
         return (
-            f"--kv-cache-dtype fp8_e5m2 on {gpu.name}: FlashInfer has no kernel for it in trtllm_mha, the engine's "
-            f"default there: take fp8_e4m3, or leave it out"
+            f"--moe-runner-backend {runner} pads the expert width a rank, {width}, to a multiple of {TRTLLM_WIDTH}, "
+            f"which is not planned: leave it out"
         )
-    if attention_backend(flags, gpu) == "triton":
+    if a2a in A2A_OF_DEEP_GEMM:
+        if kind == "fp8" and gpu.is_hopper_or_blackwell and runner in ("auto", "deep_gemm"):
+            return None
+        return (
+            f"--moe-a2a-backend {a2a} is planned for FP8 experts on NVIDIA GPUs and --moe-runner-backend auto or "
+            f"deep_gemm: behind it the engine has DeepGEMM's kernels, and ends at its first batch without. Leave it out"
+        )
+    if a2a == "flashinfer" and not (kind == "nvfp4" and runner == "flashinfer_cutlass"):
+        return "--moe-a2a-backend flashinfer needs NVFP4 experts and --moe-runner-backend flashinfer_cutlass"
+    if a2a not in ("none", "flashinfer"):
+        return f"--moe-a2a-backend {a2a} is not planned; these are: {', '.join(A2A_OF_DEEP_GEMM)}, flashinfer"
+    return None
+
+
+def _attention_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
+    flags = layout.flags
+    backend = attention_backend(flags, gpu)
+    if backend not in ATTENTION_BACKENDS:
+        return f"--attention-backend {backend} is not planned; these are: {', '.join(ATTENTION_BACKENDS)}"
+    if gpu.architecture not in ATTENTION_BACKENDS[backend]:
+        theirs = ", ".join(name for name, there in ATTENTION_BACKENDS.items() if gpu.architecture in there)
+        return f"--attention-backend {backend} has no kernels for {gpu.name}; these have: {theirs}"
+    if backend == "trtllm_mha":
+        if flags.kv_cache_dtype == "fp8_e5m2":
+            return (
+                f"--kv-cache-dtype fp8_e5m2 on {gpu.name}: FlashInfer has no kernel for it in trtllm_mha, the engine's "
+                f"default there: take fp8_e4m3, or leave it out"
+            )
+        chunk = gpu.chunked_prefill_size // layout.dp_groups
+        if chunk % TRTLLM_PAGE:
+            return (
+                f"--dp {flags.dp} makes {chunk} tokens a chunk of {gpu.chunked_prefill_size}, which is not a multiple "
+                f"of the {TRTLLM_PAGE} of a page under trtllm_mha: take a --dp that is a power of two, or "
+                f"--attention-backend flashinfer"
+            )
+    if backend == "triton":
         stages = [sharding.pipeline_layers(model.num_hidden_layers, stage, flags.pp) for stage in range(flags.pp)]
         return sharding.reason_against_stages_of_triton(stages)
     return None
 
 
 def attention_backend(flags: Flags, gpu: Gpu) -> str:
-    """The engine's choice for a layout whose flags do not name one."""
-    if gpu.architecture == "hopper" and flags.kv_cache_dtype == "fp8_e5m2":
+    """The attention backend that the engine takes, for prefill and decode."""
+    default = {"hopper": "fa3", "blackwell": "trtllm_mha", "cdna3": "aiter"}[gpu.architecture]
+    backend = flags.attention_backend or default
+    if backend == "fa3" and flags.kv_cache_dtype == "fp8_e5m2":
         return "triton"  # FlashAttention-3 reads no other FP8 than e4m3
-    return {"hopper": "fa3", "blackwell": "trtllm_mha", "cdna3": "aiter"}[gpu.architecture]
+    return backend
 
 
 def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:

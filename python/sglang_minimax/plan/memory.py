@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sglang_minimax import sharding
 from sglang_minimax.plan.hardware import Gpu
-from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, has_counterpart
+from sglang_minimax.plan.layout import KV_CACHE_DTYPES, Layout, attention_backend, has_counterpart
 from sglang_minimax.plan.shape import NVFP4_GROUP, ModelShape
 
 MIB = 1024**2
@@ -122,18 +122,17 @@ class Reserve:
 
 def engine_reserve(gpu: Gpu, layout: Layout) -> Reserve:
     """The engine's reserve where ``--mem-fraction-static`` is left out (sglang 0.5.10.post1)."""
-    large = gpu.memory_mib >= 160 * 1024
-    chunk = 16384 if large else 8192
-    graphs = 512 if large or layout.tp >= 4 else 256
+    flags, chunk = layout.flags, gpu.chunked_prefill_size
+    graphs = 512 if gpu.memory_mib >= 160 * 1024 or layout.tp >= 4 else 256
     parts = {
         "metadata": 512.0,
         "activations of a prefill chunk": chunk * 1.5,
         "CUDA graphs": graphs * 2.0,
         "parallel groups": layout.tp * layout.pp / 8 * 1024,
     }
-    if layout.dp_groups > 1:
-        parts["padding of DP attention"] = graphs * layout.dp_groups * (4.5 if graphs > 300 else 3.0)
-    elif layout.pp == 1 and gpu.is_hopper_or_blackwell:
+    if flags.enable_dp_attention:  # with one DP rank too: the engine drops the flag only after this
+        parts["padding of DP attention"] = graphs * flags.dp * (4.5 if graphs > 300 else 3.0)
+    elif layout.pp == flags.attn_cp_size == 1 and flags.moe_a2a_backend == "none" and gpu.is_hopper_or_blackwell:
         parts["piecewise CUDA graphs"] = len(_piecewise_sizes(chunk)) * 8.0
     missing = 10 * 1024 - sum(parts.values())
     if missing > 0:
@@ -184,8 +183,8 @@ def static_fraction(gpu: Gpu, layout: Layout) -> tuple[float, Reserve | None]:
     else:
         reserve = engine_reserve(gpu, layout)
         fraction = round((gpu.memory_mib - reserve.mib) / gpu.memory_mib, 3)
-    if gpu.architecture == "cdna3" and (layout.flags.context_length or 1 << 20) > 8192:
-        fraction *= 0.85  # the engine's rule for its attention kernels on AMD
+    if attention_backend(layout.flags, gpu) == "aiter" and (layout.flags.context_length or 1 << 20) > 8192:
+        fraction *= 0.85  # the engine's rule for these kernels
     return fraction, reserve
 
 

@@ -35,7 +35,8 @@ def paths(model: ModelShape, layout: Layout, gpu: Gpu) -> list[Path]:
         _qk_norm(model, layout, gpu),
         _fused_all_reduce(model, layout, gpu),
         _expert_sum(model, layout, gpu),
-        fp4_all_gather(fp4_all_gather_reason(model, layout)),
+        fp4_all_gather(fp4_all_gather_reason(layout)),
+        a2a_backend(layout.flags.moe_a2a_backend),
         _attention_backend(layout, gpu),
     ]
 
@@ -55,12 +56,20 @@ def _qk_norm(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
         sharding.reason_against_exchange(
             node_ranks if counterpart else ranks, peers_reachable=counterpart or node_ranks % ranks == 0
         ),
-        stores=(KV_CACHE_DTYPES[layout.flags.kv_cache_dtype] or model.kv_cache_bytes) == model.dtype_bytes,
+        stores=_stores(model, layout, gpu),
         node_ranks=node_ranks if counterpart else None,
     )
     if not model.use_qk_norm or counterpart or ranks <= node_ranks:
         return path
     return Path(path.name, f"{path.taken}; sums cross nodes", reason_against_counterpart(layout, model) or path.why)
+
+
+def _stores(model: ModelShape, layout: Layout, gpu: Gpu) -> bool:
+    """Whether the kernel of QK norm stores to the KV cache."""
+    flags = layout.flags
+    if (KV_CACHE_DTYPES[flags.kv_cache_dtype] or model.kv_cache_bytes) != model.dtype_bytes:
+        return False
+    return sharding.reason_against_store((attention_backend(flags, gpu),), flags.attn_cp_size) is None
 
 
 def qk_norm(
@@ -100,24 +109,32 @@ def qk_norm(
 
 def fused_all_reduce_reason(layout: Layout, gpu: Gpu) -> str | None:
     """Why FlashInfer's fused all-reduce + norm stays off, or None where the server turns it on."""
+    flags = layout.flags
     return reason_against_fused_all_reduce(
         device_name=gpu.name,
         hopper_or_blackwell=gpu.is_hopper_or_blackwell,
         tp_size=layout.tp,
         enable_dp_attention=layout.dp_groups > 1,
-        nnodes=layout.flags.nnodes,
+        nnodes=flags.nnodes,
         pp_size=layout.pp,
+        attn_cp_size=flags.attn_cp_size,
+        moe_dp_size=flags.moe_dp_size,
+        moe_a2a_backend=flags.moe_a2a_backend,
     )
 
 
 def one_launch_reason(model: ModelShape, layout: Layout, gpu: Gpu) -> str | None:
     """Why all-reduce, residual add and norm are not one launch of the model's own, or None where they are."""
+    flags = layout.flags
     reason = sharding.reason_against_one_launch(
         num_ranks=layout.tp,
         cuda=gpu.is_hopper_or_blackwell,
         bfloat16=model.dtype_bytes == 2,
         hidden_size=model.hidden_size,
         dp_attention=layout.dp_groups > 1,
+        attn_cp_size=flags.attn_cp_size,
+        moe_dp_size=flags.moe_dp_size,
+        moe_a2a_backend=flags.moe_a2a_backend,
     )
     return reason or sharding.reason_against_peers(layout.tp_ranks_per_node == layout.tp)
 
@@ -158,7 +175,7 @@ def reason_against_fp4_all_gather(
 ) -> str | None:
     """The first condition of the FP4 all-gather that does not hold, as a clause, or None."""
     if not nvfp4:
-        return "the experts are not in NVFP4"
+        return "it needs experts in NVFP4, named by --quantization modelopt_fp4"
     if dp_groups == 1:
         return "without DP attention every rank has all tokens"
     if ep != dp_groups:
@@ -176,23 +193,34 @@ def fp4_all_gather(reason_against: str | None) -> Path:
     return Path("FP4 all-gather", "on", "tokens travel to the experts in NVFP4: EP equals DP, flashinfer_cutlass")
 
 
-def fp4_all_gather_reason(model: ModelShape, layout: Layout) -> str | None:
+def a2a_backend(name: str) -> Path:
+    """What brings each token to its experts. ``name``: of ``--moe-a2a-backend``."""
+    if name == "none":
+        return Path("a2a backend", name, "no exchange of single tokens between ranks")
+    return Path("a2a backend", name, "each token travels to the ranks of its experts")
+
+
+def fp4_all_gather_reason(layout: Layout) -> str | None:
     """Why tokens are not gathered in FP4, or None where they are."""
     return reason_against_fp4_all_gather(
-        nvfp4=model.quantisation.kind == "nvfp4",
+        nvfp4=layout.flags.quantization == "modelopt_fp4",
         dp_groups=layout.dp_groups,
         ep=layout.ep,
         moe_runner_backend=layout.flags.moe_runner_backend,
+        moe_a2a_backend=layout.flags.moe_a2a_backend,
     )
 
 
 def _expert_sum(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
     name = "sum over experts"
-    if layout.tp == 1:
+    copies = layout.flags.moe_dp_size
+    if layout.tp == copies:
         return Path(name, "none", "one rank holds all experts")
-    if fp4_all_gather_reason(model, layout) is None:
+    if layout.flags.moe_a2a_backend != "none":
+        return Path(name, "the dispatcher's combine", "each token comes back to its rank")
+    if fp4_all_gather_reason(layout) is None:
         return Path(name, "the dispatcher's reduce-scatter", "FP4 all-gather gives each DP rank its tokens back")
-    if layout.dp_groups > 1:
+    if layout.dp_groups > 1 and copies == 1:
         return Path(
             name,
             "reduce-scatter",
@@ -201,13 +229,18 @@ def _expert_sum(model: ModelShape, layout: Layout, gpu: Gpu) -> Path:
     limit = next((tokens for tokens in _fused_up_to(model, layout, gpu) if tokens is not None), None)
     if limit is not None:
         return Path(name, "in the next layer's norm", f"above {limit} tokens and in the last layer: the model")
-    return Path(name, f"the model's all-reduce over {layout.tp} ranks", "no one after the experts does it")
+    why = "no one after the experts does it" if copies == 1 else f"each of {copies} groups has all experts"
+    return Path(name, f"the model's all-reduce over {layout.tp // copies} ranks", why)
 
 
 def _attention_backend(layout: Layout, gpu: Gpu) -> Path:
-    backend, dtype = attention_backend(layout.flags, gpu), layout.flags.kv_cache_dtype
-    where = f"on {gpu.name}" + (f" for a KV cache in {dtype}" if backend == "triton" else "")
-    return Path("attention backend", backend, f"the engine's default {where}; --attention-backend: another")
+    flags, name = layout.flags, "attention backend"
+    backend = attention_backend(flags, gpu)
+    if backend == flags.attention_backend:
+        return Path(name, backend, "as given")
+    if backend == "triton":
+        return Path(name, backend, f"the engine takes it for fa3, which reads no KV cache in {flags.kv_cache_dtype}")
+    return Path(name, backend, f"the engine's default on {gpu.name}; --attention-backend: another")
 
 
 def commands(model: ModelShape, layout: Layout) -> list[str]:

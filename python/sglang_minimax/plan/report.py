@@ -90,7 +90,10 @@ def make_report(model: ModelShape, flags: Flags, gpu: Gpu) -> Report:
 def rank_holds(model: ModelShape, layout: Layout) -> list[RankHolds]:
     """What every TP rank holds, in rank order."""
     shards = sharding.shard_attention(model.num_attention_heads, model.num_key_value_heads, layout.attention_ranks)
-    return divided(shards, model.experts, layout.tp, layout.ep)
+    return divided(
+        shards, model.experts, layout.tp, layout.ep,
+        attn_cp_size=layout.flags.attn_cp_size, moe_dp_size=layout.flags.moe_dp_size,
+    )  # fmt: skip
 
 
 def divided(

@@ -409,7 +409,7 @@ def _collectives_us(model: ModelShape, layout: Layout, gpu: Gpu, tokens: int, su
     if layout.dp_groups == 1:
         return total + one(layout.tp, hidden, 2 * hidden)
     # In FP4: half a byte a value, and a byte for each 16 that share a scale, of two bytes each.
-    gathered = hidden * 9 / 32 if fp4_all_gather_reason(model, layout) is None else hidden
+    gathered = hidden * 9 / 32 if fp4_all_gather_reason(layout) is None else hidden
     return total + one(layout.tp, gathered, gathered) + one(layout.tp, hidden, hidden)
 
 
