@@ -322,12 +322,14 @@ def test_ranks_hold_the_experts_that_the_engine_gives_them(tp, ep):
         (Flags(tp=1), "weights of 214", "--tp 2"),
         (Flags(tp=0), "--tp 0 must be at least 1", "--tp 2"),
         (Flags(tp=8, dp=3, enable_dp_attention=True), "--tp 8 must be a multiple of --dp 3", "--tp 8 --dp 4"),
-        (Flags(tp=8, dp=2, nnodes=2), "without --enable-dp-attention starts copies", "--tp 8 --dp 2"),
+        (Flags(tp=8, dp=2, nnodes=2), "without --enable-dp-attention starts copies", "--tp 8 --dp 2 --nnodes 2 --ena"),
         (Flags(tp=8, dp=8), "starts 8 copies of the server on one node, 64 GPUs", "--tp 8 --dp 8 --enable-dp-att"),
+        (Flags(dp=8), "weights of 214", "--tp 8 --dp 8 --enable-dp-attention"),
+        (Flags(tp=16, moe_runner_backend="cutlass"), "and a node has 8: --nnodes 2", "--tp 16 --nnodes 2"),
         (
             Flags(tp=2, pp=3, kv_cache_dtype="fp8_e5m2"),
             "--pp-size 3: stage 2 has layers 41 to 61",
-            "--tp 3 --dp 3 --pp-size 2",
+            "--tp 2 --pp-size 3 --kv-cache-dtype fp8_e5m2 --attention-backend flashinfer",
         ),
         (Flags(tp=8, context_length=10**6), "--context-length 1000000 must be between 1 and", "--tp 8"),
         (Flags(tp=8, mem_fraction_static=1.5), "--mem-fraction-static 1.5 must be between 0 and 1", "--tp 8"),
@@ -354,7 +356,8 @@ def test_a_layout_is_named_once_whether_its_ep_is_given_or_chosen():
 def test_a_kv_cache_that_no_kernel_reads_is_given_up_where_no_layout_goes_with_it():
     made = report.make_report(M25, Flags(tp=8, kv_cache_dtype="fp8_e5m2"), B200)
     assert "no kernel for it in trtllm_mha" in made.broken_rule
-    assert [flags.kv_cache_dtype for flags in made.nearest] == ["fp8_e4m3", "auto"]
+    given_up = [(flags.kv_cache_dtype, flags.attention_backend) for flags in made.nearest]
+    assert given_up == [("fp8_e5m2", "flashinfer"), ("fp8_e4m3", None), ("auto", None)]
     assert report.make_report(M25, Flags(tp=8, kv_cache_dtype="fp8_e5m2"), H200).broken_rule is None
 
 

@@ -166,6 +166,68 @@ def test_what_the_plan_calls_valid_the_server_takes_and_what_it_refuses_the_serv
     assert min(met.values()) > 100, met
 
 
+# ------------------------------------------------------------------ what is nearest
+
+
+def given_up(flags: Flags, other: Flags) -> int:
+    """How many of the flags that somebody gave another layout lacks."""
+    default = vars(Flags())
+    return sum(value not in (default[name], getattr(other, name)) for name, value in vars(flags).items())
+
+
+def works(flags: Flags) -> bool:
+    try:
+        memory.plan_memory(M25, settle(flags, M25, H200), H200)
+    except ValueError:
+        return False
+    return True
+
+
+def others_of(flags: Flags) -> list[Flags]:
+    """Without any idea of an order: sizes up to 16, and each of the rest as it was given or left out."""
+    sizes = [1, 2, 3, 4, 6, 8, 12, 16]
+    found: list[Flags] = []
+    for tp, dp, pp in itertools.product(sizes, sizes, (1, 2, 4, flags.pp)):
+        left_out = {
+            "enable_dp_attention": dp > 1,
+            "ep": None,
+            "moe_runner_backend": "auto",
+            "attention_backend": None,
+            "attn_cp_size": 1,
+            "nnodes": -(-tp * pp // 8),
+        }
+        choices = [[(name, plain), (name, getattr(flags, name))] for name, plain in left_out.items()]
+        found += [layouts.replace(flags, tp=tp, dp=dp, pp=pp, **dict(choice)) for choice in itertools.product(*choices)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        Flags(dp=8),
+        Flags(tp=8, dp=3, enable_dp_attention=True),
+        Flags(tp=16, ep=2),
+        Flags(tp=8, dp=2, enable_dp_attention=True, attn_cp_size=2),
+        Flags(tp=16, moe_runner_backend="flashinfer_cutedsl", attention_backend="trtllm_mha"),
+        Flags(nnodes=3, ep=2),
+        Flags(tp=12, pp=3),
+    ],
+    ids=lambda flags: " ".join(flags.words()),
+)
+def test_no_layout_that_works_keeps_more_of_what_was_asked_for_than_the_nearest(flags):
+    nearest = report.make_report(M25, flags, H200).nearest
+    kept = [given_up(flags, other) for other in nearest]
+    assert kept == sorted(kept) and len(nearest) == report.NUM_NEAREST
+    fewer = (other for other in others_of(flags) if given_up(flags, other) < kept[0])
+    assert not [other for other in fewer if works(other)]
+
+
+def test_who_asks_for_eight_dp_ranks_alone_is_shown_them_first():
+    nearest = report.make_report(M25, Flags(dp=8), H200).nearest
+    assert " ".join(nearest[0].words()) == "--tp 8 --dp 8 --enable-dp-attention"
+    assert all(flags.dp == 8 for flags in nearest)
+
+
 # ------------------------------------------------------------------ what the flags mean
 
 

@@ -331,32 +331,59 @@ def attention_backend(flags: Flags, gpu: Gpu) -> str:
 
 
 def neighbours(flags: Flags, most_gpus: int) -> list[Flags]:
-    """Other flags that lay the model over up to ``most_gpus`` GPUs, those that change ``flags`` least first."""
-    sizes = sorted({size for size in (1, 2, 4, 8, 16, 32, flags.tp, flags.dp, flags.pp) if 1 <= size <= most_gpus})
+    """Other flags that lay the model over up to ``most_gpus`` GPUs: first those that keep the most of what was asked
+    for, and of these those that change least."""
+    asked = {flags.tp, flags.dp, flags.pp, flags.ep or 1, flags.nnodes, flags.attn_cp_size, flags.moe_dp_size}
+    sizes = sorted(size for size in {1, 2, 4, 8, 16, 32} | asked if 1 <= size <= most_gpus)
     others: dict[Flags, None] = {}
-    for tp, pp in itertools.product(sizes, sorted({1, 2, 4, 8, max(flags.pp, 1)})):
-        if tp * pp > most_gpus:
+    for tp, pp, means in itertools.product(sizes, sorted({1, 2, 4, 8, flags.pp, flags.nnodes}), _means(flags)):
+        if not 1 <= tp * pp <= most_gpus:
             continue
         divisors = [size for size in sizes if tp % size == 0]
         nodes = -(-tp * pp // GPUS_PER_NODE)
         for ep, dp, nnodes in itertools.product((flags.ep, None, *divisors), divisors, (flags.nnodes, nodes)):
-            other = replace(flags, tp=tp, dp=dp, pp=pp, ep=ep, nnodes=nnodes, enable_dp_attention=dp > 1)
+            other = replace(means, tp=tp, dp=dp, pp=pp, ep=ep, nnodes=nnodes, enable_dp_attention=dp > 1)
             others[other] = None
+        if flags.dp > 1 and not flags.enable_dp_attention:
+            others[replace(means, tp=tp, pp=pp, nnodes=1)] = None  # copies of the server, as was asked for
+    others |= dict.fromkeys(replace(flags, kv_cache_dtype=dtype) for dtype in _OTHER_KV_CACHES)
+    others[replace(flags, attention_backend="flashinfer")] = None
     others.pop(flags, None)
     return sorted(others, key=lambda other: _change(flags, other))
 
 
-def _change(flags: Flags, other: Flags) -> tuple[int, int, float, list[str]]:
-    """How much ``other`` changes: the number of GPUs, how many flags, then by what factor."""
+def _means(flags: Flags) -> list[Flags]:
+    """``flags``; without one of those that a layout can do without; and without any."""
+    defaults = {name: getattr(_DEFAULTS, name) for name in (*_KERNELS, "attn_cp_size", "moe_dp_size")}
+    without_one = (replace(flags, **{name: value}) for name, value in defaults.items())
+    return list(dict.fromkeys((flags, *without_one, replace(flags, **defaults))))
+
+
+_DEFAULTS = Flags()
+_OTHER_KV_CACHES = ("fp8_e4m3", "auto")
+_KERNELS = {"moe_runner_backend", "moe_a2a_backend", "attention_backend"}
+
+
+def _change(flags: Flags, other: Flags) -> tuple[object, ...]:
+    """How much ``other`` changes: what was asked for, how many flags, the number of GPUs, and by what factor.
+
+    A kernel is a means, and is given up before the layout is; the KV cache's dtype only where no layout goes with it.
+    """
 
     def factor(one: int | None, two: int | None) -> float:
         return abs(math.log2(max(one or 1, 1) / max(two or 1, 1)))
 
-    names = ("tp", "dp", "ep", "pp", "nnodes")
-    changed = [name for name in names if getattr(flags, name) != getattr(other, name)]
+    def gpus(of: Flags) -> int:
+        return of.tp * of.pp * (1 if of.enable_dp_attention else of.dp)
+
+    changed = {name for name, value in vars(flags).items() if value != getattr(other, name)}
+    given_up = {name for name in changed if getattr(flags, name) != getattr(_DEFAULTS, name)}
     return (
-        abs(flags.tp * flags.pp - other.tp * other.pp),
+        len(given_up),
+        (flags.kv_cache_dtype, *_OTHER_KV_CACHES).index(other.kv_cache_dtype),
+        len(given_up - _KERNELS),
         len(changed) + ("pp" in changed),  # a pipeline is another way to serve, more than another number
-        sum(factor(getattr(flags, name), getattr(other, name)) for name in names),
+        abs(gpus(flags) - gpus(other)),
+        sum(factor(getattr(flags, name), getattr(other, name)) for name in ("tp", "dp", "ep", "pp", "nnodes")),
         other.words(),
     )

@@ -124,7 +124,7 @@ def divided(
 
 
 def nearest_that_work(model: ModelShape, flags: Flags, gpu: Gpu) -> list[Flags]:
-    """The flags that change ``flags`` least and work, on at most 16 GPUs or as many as were asked for, each once."""
+    """What works and keeps the most of ``flags``, on at most 16 GPUs or as many as were asked for, each once."""
     seen = set()
 
     def is_new_and_works(other: Flags) -> bool:
@@ -143,8 +143,5 @@ def nearest_that_work(model: ModelShape, flags: Flags, gpu: Gpu) -> list[Flags]:
         context_length=context if context is None or 1 <= context <= model.max_position_embeddings else None,
         mem_fraction_static=fraction if fraction is None or 0 < fraction < 1 else None,
     )
-    # A kernel is a means, and is given up before the layout is; the KV cache's dtype only where no layout goes with it.
-    candidates = [mended, replace(mended, moe_runner_backend="auto")]
-    candidates += neighbours(mended, max(16, min(flags.tp * flags.pp, 64)))
-    candidates += [replace(mended, kv_cache_dtype=dtype) for dtype in ("fp8_e4m3", "auto")]
+    candidates = [mended, *neighbours(mended, max(16, min(flags.tp * flags.pp, 64)))]
     return list(itertools.islice(filter(is_new_and_works, candidates), NUM_NEAREST))
