@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ SMALL = ModelShape(num_heads=16, num_kv_heads=8, num_experts=16, expert_width=25
 PUBLISHED = ModelShape(num_heads=48, num_kv_heads=8, num_experts=256, expert_width=1536)
 ROOMY = Host(num_gpus=0, free_memory_gb=22.0)
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
+SCRIPT = Path(__file__).parents[2] / "scripts/demo.sh"
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -384,3 +386,11 @@ def test_a_signal_during_a_deferred_block_comes_at_its_end():
         finished = True
     assert finished and raised.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_call_for_help_installs_nothing(tmp_path):
+    """Beside the copy there is no environment.sh that could."""
+    copy = shutil.copy(SCRIPT, tmp_path)
+    command = ["bash", copy, "--tp", "4", "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert "--model-path CHECKPOINT" in said.stdout and not said.stderr

@@ -31,18 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="FOLDER", help="whole steps of this config, with dummy weights")
+    what.add_argument("--model", type=Path, metavar="FOLDER", help="whole steps of its config.json, with dummy weights")
     what.add_argument("--op", choices=operators.SCRIPTS, help="one operator, by its script in a checkout's benchmark/")
     what.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="tables of earlier runs, side by side")
-    who = parser.add_argument_group("contestants; ours is always one")
+    who = parser.add_argument_group("contestants; this package is always one")
     who.add_argument(
-        "--compare", metavar="NAMES", help="after commas: stock, NAME=VENV, or NAME=FOLDER[:FOLDER...] for PYTHONPATH"
+        "--compare", metavar="NAMES", help="with commas: stock, NAME=VENV, or NAME=FOLDER[:FOLDER...] for PYTHONPATH"
     )
     who.add_argument(
-        "--env", action="append", default=[], metavar="[NAME:]VARIABLE=VALUE", help="set for all, or for one"
+        "--env", action="append", default=[], metavar="[NAME:]VARIABLE=VALUE", help="set for each, or for one"
     )
     who.add_argument(
-        "--extra", action="append", default=[], metavar='"[NAME:]--flag ..."', help="engine flags for all, or for one"
+        "--extra", action="append", default=[], metavar='"[NAME:]--flag ..."', help="engine flags of each, or of one"
     )
     steps = parser.add_argument_group("whole steps")
     steps.add_argument("--layout", default="--tp 1", metavar='"--tp N ..."', help="engine flags (default: --tp 1)")
@@ -52,24 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part-of", type=int, default=1, metavar="N",
         help="heads, experts' width and vocabulary divided by N: at --tp 2, with N 2, a rank's shards are TP4's",
     )  # fmt: skip
-    steps.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
+    steps.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64], help="(default: 1 16 64)")
     steps.add_argument(
         "--input-len", type=int, nargs="+", default=[128], help="tokens; each with each batch size (default: 128)"
     )
     steps.add_argument("--output-len", type=int, default=34, help="tokens (default: 34)")
     steps.add_argument(
         "--rounds", type=int, default=1,
-        help="times each shape runs in one start; of several the first is a warm-up (default: 1, which has "
-        "compilation in its prefill)",
+        help="how often each shape runs in one start; of several rounds the first is a warm-up (default: 1, whose "
+        "prefill has compilation in it)",
     )  # fmt: skip
-    steps.add_argument("--repeats", type=int, default=1, help="whole runs of each, in turn (default: 1)")
+    steps.add_argument("--repeats", type=int, default=1, help="whole runs of each contestant, in turn (default: 1)")
     steps.add_argument(
         "--side-by-side", action="store_true",
-        help="all load at once, which takes memory for all, and are measured one after the other",
+        help="load all contestants at once, for which the GPUs must have the memory, and measure one after the other",
     )  # fmt: skip
     steps.add_argument(
         "--timeout", type=float, default=900,
-        help="seconds a run may take, or side by side to be ready, and to be measured (default: 900)",
+        help="seconds that a run may take; side by side, that loading may take, and then measuring (default: 900)",
     )  # fmt: skip
     steps.add_argument("--logs", type=Path, metavar="FOLDER", help="where logs stay (default: a temporary folder)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write host, versions and all numbers here")

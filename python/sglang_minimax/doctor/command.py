@@ -17,12 +17,12 @@ from sglang_minimax.doctor import self_check
 from sglang_minimax.doctor.checks import all_checks
 from sglang_minimax.doctor.finding import EXIT_CODES, Finding, worst
 
-SUMMARY = "whether this environment serves: engine, overlay, driver, GPUs, libraries, and QK norm checked on every GPU"
+SUMMARY = "checks whether this environment can serve: engine, overlay, driver, GPUs, libraries, QK norm on every GPU"
 
 _EPILOG = """One line a check: ok, warning, error or not applicable, and the command that mends it.
 
-exit code, by the worst line: 0 ok, 1 a warning, 2 an error (or flags that cannot be read). What does not apply, as
-GPUs on a host without one, does not count: such a host is used as it is.
+exit code, by the worst line: 0 ok, 1 a warning, 2 an error (or flags that cannot be read). What is not applicable does
+not count: a host without a GPU serves from CPU ranks, for tests.
 
 QK norm is run on every GPU, one process each, over NCCL; without a GPU on two CPU ranks over gloo. It is compared with
 plain torch in float64. Tolerance: half a unit in the last place of the dtype, and 64 roundings of float32.
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=30000, help="the server's --port (default: 30000, the engine's)")
     parser.add_argument(
         "--timeout", type=_seconds, default=300.0, metavar="SECONDS",
-        help="limit of each child process, for looking and for the ranks (default: 300)",
+        help="time for each child process: those that look at the host, and the ranks (default: 300)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="for programs: findings, every rank's errors, all facts")
 
