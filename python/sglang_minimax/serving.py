@@ -278,14 +278,14 @@ def _router(experts: EngineObject) -> Path:
 
 
 def _expert_kernels(experts: EngineObject) -> Path:
-    from sglang.srt.layers import minimax_experts, minimax_experts_prefill
+    from sglang.srt.layers import minimax_expert_kernels, minimax_experts_prefill
     from sglang.srt.layers.moe import get_moe_runner_backend
 
     backend = get_moe_runner_backend().value
     kind = f"{type(experts.experts).__name__}, {type(experts.experts.quant_method).__name__}"
-    if experts.run_experts is minimax_experts.engine_experts:
+    if experts.run_experts is minimax_expert_kernels.engine_experts:
         return Path("expert kernels", backend, kind)
-    limit = minimax_experts.max_tokens(experts.experts)
+    limit = minimax_expert_kernels.max_tokens(experts.experts)
     above = f"{backend} above that"
     if experts.run_experts.args[1] is minimax_experts_prefill.experts_of_many_tokens:
         above += ", on activations quantised by kernels of the model's"

@@ -19,6 +19,7 @@ from sglang.srt.layers import (
     communicator,
     flashinfer_comm_fusion,
     minimax_attention_inputs,
+    minimax_expert_kernels,
     minimax_experts,
     minimax_experts_prefill,
     minimax_fp8_linear,
@@ -90,7 +91,7 @@ def all_reduce_norm_of_parts(monkeypatch) -> None:
         return _parts_of_experts(whole) if in_parts else whole
 
     monkeypatch.setattr(minimax_m2, "choose_projection", lambda owner, name: InParts(getattr(owner, name)))
-    monkeypatch.setattr(minimax_m2_moe, "choose_experts", lambda experts: run_experts)
+    monkeypatch.setattr(minimax_m2_moe, "choose_expert_kernels", lambda experts: run_experts)
 
 
 def _parts_of_a_product(whole: torch.Tensor) -> Parts:
@@ -233,8 +234,9 @@ def fp8_kernels(monkeypatch) -> None:
         output = experts(None, dispatch_output.hidden_states, routing.topk_weights, routing.topk_ids, *weights, 0)
         return StandardCombineInput(hidden_states=output)
 
-    monkeypatch.setattr(minimax_experts, "reason_against_plans", lambda experts: None)
-    monkeypatch.setattr(minimax_experts, "run_plan", experts)
+    monkeypatch.setattr(minimax_expert_kernels, "reason_against_plans", lambda experts: None)
+    for module in (minimax_experts, minimax_expert_kernels):
+        monkeypatch.setattr(module, "run_plan", experts)
     monkeypatch.setattr(minimax_experts_prefill, "_one_pass", lambda *arguments: experts(None, *arguments, 0))
     monkeypatch.setattr(fp8.Fp8MoEMethod, "apply", apply)
 

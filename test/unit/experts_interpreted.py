@@ -13,6 +13,7 @@ import pytest
 import torch
 from sglang.srt.eplb.expert_location import compute_logical_to_rank_dispatch_physical_map
 from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo, topk_ids_logical_to_physical
+from sglang.srt.layers import minimax_expert_kernels as expert_kernels
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers import minimax_experts_prefill as experts_prefill
 from sglang.srt.layers.minimax_experts import Plan, Projection
@@ -233,19 +234,19 @@ def test_places_of_experts_may_come_in_the_dtype_of_the_engines_map(in_parts):
         ids, ExpertLocationDispatchInfo("static", to_rank[0], places[0], torch.ones(EXPERTS), EXPERTS)
     )
     assert placed.dtype == torch.int64 and not torch.equal(placed, ids.long())
-    topk_output = StandardTopKOutput(weights, placed, None)
-    out = experts.few_or_many_tokens(MOST, experts.engine_experts, Experts(*rest), x, topk_output, in_parts)
+    topk_output, many = StandardTopKOutput(weights, placed, None), expert_kernels.engine_experts
+    out = expert_kernels.few_or_many_tokens(MOST, many, Experts(*rest), x, topk_output, in_parts)
     assert isinstance(out, Parts) == in_parts
     check(out.summed() if in_parts else out, exact(experts.plan_for(9, WIDTH), (x, weights, placed, *rest)))
 
 
 def test_the_choice_by_the_number_of_tokens_breaks_no_graph(monkeypatch):
     """As --enable-torch-compile has it, which compiles for each number of tokens."""
-    monkeypatch.setattr(experts, "reason_against_plans", lambda layer: None)
-    monkeypatch.setattr(experts, "choose_experts_of_many", lambda layer: None)
+    monkeypatch.setattr(expert_kernels, "reason_against_plans", lambda layer: None)
+    monkeypatch.setattr(expert_kernels, "choose_experts_of_many", lambda layer: None)
     x, weights, ids, *rest = problem(MOST + 1)
     layer = Experts(*rest)
-    run_experts = experts.choose_experts(layer)
+    run_experts = expert_kernels.choose_expert_kernels(layer)
 
     def both(x, weights, ids):
         return run_experts(layer, x + 0, StandardTopKOutput(weights, ids, None)) * 1
@@ -307,13 +308,13 @@ def test_more_tokens_than_fit_in_a_pass_take_several_and_none_takes_none(engines
 
 def test_piecewise_graphs_hold_it_as_one_operator(engines_launches, monkeypatch):
     """Compiled with a symbol for the tokens, without a break."""
-    monkeypatch.setattr(experts, "is_in_piecewise_cuda_graph", lambda: True)
+    monkeypatch.setattr(expert_kernels, "is_in_piecewise_cuda_graph", lambda: True)
     x, weights, ids, *rest = problem(20)
     layer = Experts(*rest)
 
     def forward(x, weights, ids):
-        topk_output = StandardTopKOutput(weights, ids, None)
-        return experts.few_or_many_tokens(MOST, experts_prefill.experts_of_many_tokens, layer, x + 0, topk_output) * 1
+        topk_output, many = StandardTopKOutput(weights, ids, None), experts_prefill.experts_of_many_tokens
+        return expert_kernels.few_or_many_tokens(MOST, many, layer, x + 0, topk_output) * 1
 
     compiled, graphs = compile_whole(forward, monkeypatch)
     with torch.no_grad():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers import minimax_expert_kernels as kernels
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers import minimax_experts_prefill, minimax_log
 from sglang.srt.layers.moe.topk import StandardTopKOutput
@@ -72,12 +73,12 @@ def server(monkeypatch):
         enable_lora=None, lora_paths=None, enable_symm_mem=False, enable_deterministic_inference=False,
         enable_fused_moe_sum_all_reduce=False, cpu_offload_gb=0, offload_group_size=-1, moe_runner_backend="cutlass",
     )  # fmt: skip
-    monkeypatch.setattr(experts, "is_cuda", lambda: True)
+    monkeypatch.setattr(kernels, "is_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
-    monkeypatch.setattr(experts, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
-    monkeypatch.setattr(experts, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: False)
-    for module in (experts, minimax_experts_prefill):
+    monkeypatch.setattr(kernels, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: True))
+    monkeypatch.setattr(kernels, "should_use_flashinfer_cutlass_moe_fp4_allgather", lambda: False)
+    for module in (kernels, minimax_experts_prefill):
         monkeypatch.setattr(module, "get_global_server_args", lambda: arguments)
     minimax_log.log_once.cache_clear()
     yield arguments
@@ -88,14 +89,14 @@ def server(monkeypatch):
     ("on_this_rank", "of_many", "why"),
     [
         (256, minimax_experts_prefill.experts_of_many_tokens, "in two launches of ours"),
-        (64, experts.engine_experts, "routes to experts of other ranks"),
+        (64, kernels.engine_experts, "routes to experts of other ranks"),
     ],
 )
 def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypatch, on_this_rank, of_many, why):
     said = []
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
-    chosen = [experts.choose_experts(layer(num_local_experts=on_this_rank)) for _ in range(3)]
-    assert {(way.func, way.args) for way in chosen} == {(experts.few_or_many_tokens, (MOST, of_many))}
+    chosen = [kernels.choose_expert_kernels(layer(num_local_experts=on_this_rank)) for _ in range(3)]
+    assert {(way.func, way.args) for way in chosen} == {(kernels.few_or_many_tokens, (MOST, of_many))}
     assert len(said) == 2 and f"kernels up to {MOST} tokens" in said[0] and why in said[1]
 
 
@@ -118,7 +119,7 @@ def test_the_published_model_takes_the_kernels_and_says_so_once(server, monkeypa
 def test_other_experts_are_the_engines(server, monkeypatch, changes, reason):
     said = []
     monkeypatch.setattr(minimax_log, "log_info_on_rank0", lambda logger, text: said.append(text))
-    assert experts.choose_experts(layer(**changes)) is experts.engine_experts
+    assert kernels.choose_expert_kernels(layer(**changes)) is kernels.engine_experts
     assert len(said) == 1
     assert reason in said[0]
 
@@ -136,29 +137,29 @@ def test_other_experts_are_the_engines(server, monkeypatch, changes, reason):
     ],
 )
 def test_an_option_that_the_kernels_do_not_know_leaves_them_out(server, option, value, reason):
-    assert experts.reason_against_plans(layer()) is None
+    assert kernels.reason_against_plans(layer()) is None
     setattr(server, option, value)
-    assert reason in experts.reason_against_plans(layer())
+    assert reason in kernels.reason_against_plans(layer())
 
 
 def test_a_backend_without_a_runner_of_its_own_leaves_them_out(server):
     without = layer()
     del without.runner  # as the engine's cutlass experts have it
-    assert "--moe-runner-backend cutlass" in experts.reason_against_plans(without)
+    assert "--moe-runner-backend cutlass" in kernels.reason_against_plans(without)
 
 
 def test_other_hardware_and_a_dispatcher_leave_them_out(server, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
-        assert "9.0" in experts.reason_against_plans(layer())
+        assert "9.0" in kernels.reason_against_plans(layer())
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "is_cuda", lambda: False)
-        assert "NVIDIA" in experts.reason_against_plans(layer())
+        patch.setattr(kernels, "is_cuda", lambda: False)
+        assert "NVIDIA" in kernels.reason_against_plans(layer())
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_default_dtype", lambda: torch.float16)
-        assert "float16" in experts.reason_against_plans(layer())
-    monkeypatch.setattr(experts, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: False))
-    assert "dispatcher" in experts.reason_against_plans(layer())
+        assert "float16" in kernels.reason_against_plans(layer())
+    monkeypatch.setattr(kernels, "get_moe_a2a_backend", lambda: SimpleNamespace(is_none=lambda: False))
+    assert "dispatcher" in kernels.reason_against_plans(layer())
 
 
 @pytest.mark.parametrize(
@@ -173,8 +174,8 @@ def test_other_hardware_and_a_dispatcher_leave_them_out(server, monkeypatch):
 )
 def test_many_tokens_and_piecewise_graphs_are_the_engines(monkeypatch, tokens, piecewise, taken):
     calls = []
-    monkeypatch.setattr(experts, "is_in_piecewise_cuda_graph", lambda: piecewise)
-    monkeypatch.setattr(experts, "minimax_experts", lambda *given: calls.append(("ours", given[-1])))
+    monkeypatch.setattr(kernels, "is_in_piecewise_cuda_graph", lambda: piecewise)
+    monkeypatch.setattr(kernels, "minimax_experts", lambda *given: calls.append(("ours", given[-1])))
 
     class Layer(torch.nn.Module):
         w13_weight = w13_weight_scale_inv = w2_weight = w2_weight_scale_inv = None
@@ -184,7 +185,7 @@ def test_many_tokens_and_piecewise_graphs_are_the_engines(monkeypatch, tokens, p
             calls.append(("engine", None))
 
     topk_output = StandardTopKOutput(torch.empty(tokens, 8), torch.empty(tokens, 8, dtype=torch.int32), None)
-    experts.few_or_many_tokens(MOST, experts.engine_experts, Layer(), torch.empty(tokens, 256), topk_output)
+    kernels.few_or_many_tokens(MOST, kernels.engine_experts, Layer(), torch.empty(tokens, 256), topk_output)
     assert calls == [(taken, 192 if taken == "ours" else None)], "the fourth EP rank's experts begin at 192"
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sglang.srt.layers import minimax_experts, minimax_experts_prefill, minimax_log
+from sglang.srt.layers import minimax_expert_kernels, minimax_experts_prefill, minimax_log
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from sglang_minimax import adjustments, quantised_inputs
@@ -56,13 +56,13 @@ def test_what_is_not_known_is_left_to_the_engine(choose, experts, options, reaso
 @pytest.mark.parametrize(("tokens", "piecewise"), [(0, False), (65, False), (1, True), (300, True)])
 def test_above_the_plans_and_in_piecewise_graphs_it_is_what_runs(monkeypatch, tokens, piecewise):
     calls = []
-    monkeypatch.setattr(minimax_experts, "is_in_piecewise_cuda_graph", lambda: piecewise)
+    monkeypatch.setattr(minimax_expert_kernels, "is_in_piecewise_cuda_graph", lambda: piecewise)
     monkeypatch.setattr(minimax_experts_prefill, "minimax_experts_of_many", lambda *given: calls.append(given))
     names = "w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv"
     experts = SimpleNamespace(**{name: name for name in names})
     x, weights, ids = torch.empty(tokens, 256), torch.empty(tokens, 8), torch.empty(tokens, 8, dtype=torch.int32)
     many = minimax_experts_prefill.experts_of_many_tokens
-    minimax_experts.few_or_many_tokens(64, many, experts, x, StandardTopKOutput(weights, ids, None))
+    minimax_expert_kernels.few_or_many_tokens(64, many, experts, x, StandardTopKOutput(weights, ids, None))
     assert len(calls) == 1 and calls[0][3:] == names
     assert all(given is wanted for given, wanted in zip(calls[0], (x, weights, ids), strict=False))
 

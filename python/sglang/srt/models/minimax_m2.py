@@ -6,8 +6,9 @@ decoder layer, model, causal LM. The rest lies beside it:
     minimax_m2_moe.py                   the experts: routing, who sums their output, what layouts are refused
     minimax_m2_overlap.py               attention, layer and model as stages of two-batch overlap
     minimax_m2_weights.py, _files.py    loading a checkpoint, and accounting for every tensor of it
-    layers/minimax_experts.py           the experts of few tokens, in two or four launches
-    layers/minimax_experts_prefill.py   those of many, between whose GEMMs layers/minimax_fp8_quantise.py quantises
+    layers/minimax_expert_kernels.py    which kernels compute the experts: for few tokens layers/minimax_experts.py, in
+                                        two or four launches; for many layers/minimax_experts_prefill.py, between whose
+                                        GEMMs layers/minimax_fp8_quantise.py quantises
     layers/minimax_sharding.py          how heads, experts and layers are divided over ranks
     layers/minimax_qk_norm.py           QK norm in launches of its own
     layers/minimax_counterpart.py       its sums over two nodes, without a collective between these

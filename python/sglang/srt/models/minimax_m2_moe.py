@@ -19,7 +19,7 @@ from sglang.srt.eplb.expert_distribution import get_global_expert_distribution_r
 from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
 from sglang.srt.layers.communicator import LayerCommunicator
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.minimax_experts import choose_experts
+from sglang.srt.layers.minimax_expert_kernels import choose_expert_kernels
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_router import choose_route, choose_router_logits
 from sglang.srt.layers.minimax_sharding import expert_shape_of, reason_against_runner
@@ -116,7 +116,7 @@ class MiniMaxM2MoE(nn.Module):
             quant_config=quant_config,
             prefix=experts_prefix,
         )
-        self.run_experts = choose_experts(self.experts)
+        self.run_experts = choose_expert_kernels(self.experts)
 
     def forward(
         self,
