@@ -32,9 +32,9 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
+import expert_gemms as gemms
 import graph_timing
 import torch
-import tune_experts as tuner
 
 SHAPES, TOKENS, ROUTINGS = ["256:384", "256:768"], [16, 1, 64, 8, 4], ["uniform", "same"]
 LAYERS, WARM_UP, QUICK, REPLAYS, PAIRS = 16, 5, 15, 100, 4
@@ -106,7 +106,7 @@ def start_compiler(dry_run: bool) -> None:
 
     overlay.install()
     if dry_run:
-        tuner.engine_pretending_sm90()
+        gemms.engine_pretending_sm90()
     from sglang.srt.layers import minimax_experts as experts
 
     for name in [name for name in vars(experts) if name.endswith("_kernel")]:
@@ -114,7 +114,7 @@ def start_compiler(dry_run: bool) -> None:
     experts.has_programmatic_launch = lambda device: True
 
 
-def compile_one(shape: tuner.Shape, tokens: int, projection: str, candidate: Candidate) -> str | None:
+def compile_one(shape: gemms.Shape, tokens: int, projection: str, candidate: Candidate) -> str | None:
     """A failure's text, or None."""
     from sglang.srt.layers import minimax_experts as experts
 
@@ -122,19 +122,19 @@ def compile_one(shape: tuner.Shape, tokens: int, projection: str, candidate: Can
         return torch.empty(size, device="meta", dtype=dtype)
 
     plan = plan_of(candidate, candidate)
-    routes = tokens, tuner.TOP_K
+    routes = tokens, gemms.TOP_K
     routing = experts.Routing(meta(*routes, dtype=torch.int32), meta(*routes, dtype=torch.float32), 0, shape.experts)
-    stage = tuner.GATE_UP if projection == "gate_up" else tuner.DOWN
-    outputs, inputs = tuner.sizes_of(shape, stage)
+    stage = gemms.GATE_UP if projection == "gate_up" else gemms.DOWN
+    outputs, inputs = gemms.sizes_of(shape, stage)
     weight = meta(shape.experts, outputs, inputs, dtype=torch.float8_e4m3fn)
-    scale = meta(shape.experts, outputs // tuner.BLOCK, inputs // tuner.BLOCK, dtype=torch.float32)
-    x = meta(tokens, tuner.HIDDEN_SIZE, dtype=torch.bfloat16)
+    scale = meta(shape.experts, outputs // gemms.BLOCK, inputs // gemms.BLOCK, dtype=torch.float32)
+    x = meta(tokens, gemms.HIDDEN_SIZE, dtype=torch.bfloat16)
     try:
         work = experts.list_work(x, routing, plan) if plan.lists else None
-        if stage is tuner.GATE_UP:
+        if stage is gemms.GATE_UP:
             experts.gate_up(x, routing, work, weight, scale, plan)
         else:
-            activated = meta(tokens * tuner.TOP_K, inputs, dtype=torch.bfloat16)
+            activated = meta(tokens * gemms.TOP_K, inputs, dtype=torch.bfloat16)
             experts.down(activated, routing, work, weight, scale, plan)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]
@@ -173,15 +173,15 @@ class Compilation:
 class Batch:
     """``LAYERS`` routings of some tokens over one rank's experts."""
 
-    def __init__(self, problem: tuner.Problem, routing: str) -> None:
+    def __init__(self, problem: gemms.Problem, routing: str) -> None:
         self.problem, self.weights, tokens = problem, problem.weights, problem.tokens
         self.routings = problem.routings[:LAYERS]
         if routing == "same":
-            eight = torch.arange(tuner.TOP_K, device="cuda", dtype=torch.int32) * (tuner.EXPERTS // tuner.TOP_K)
+            eight = torch.arange(gemms.TOP_K, device="cuda", dtype=torch.int32) * (gemms.EXPERTS // gemms.TOP_K)
             ids = [(eight + layer).repeat(tokens, 1) for layer in range(LAYERS)]
             self.routings = [torch.where(one < problem.shape.experts, one, -1).to(torch.int32) for one in ids]
         self.x, self.topk_weights = problem.hidden, problem.topk_weights
-        self.w13, self.w2 = ((self.weights.b[s], self.weights.scale[s]) for s in tuner.STAGES)
+        self.w13, self.w2 = ((self.weights.b[s], self.weights.scale[s]) for s in gemms.STAGES)
         self.local = self.routings[0].flatten() >= 0
 
         self.works: dict[tuple, Any] = {}
@@ -229,7 +229,7 @@ class Batch:
         for expert in ids[ids >= 0].unique().tolist():
             token, choice = (ids == expert).nonzero(as_tuple=True)
             route = token * ids.shape[1] + choice
-            of_gate_up, of_down = (self.expert(stage, expert).T for stage in tuner.STAGES)
+            of_gate_up, of_down = (self.expert(stage, expert).T for stage in gemms.STAGES)
             for fp8 in x:
                 gate, up = (x[fp8][token] @ of_gate_up).chunk(2, dim=-1)
                 activated[fp8][route] = torch.nn.functional.silu(gate) * up
@@ -375,7 +375,7 @@ def print_candidates(key: str, row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="where to write all numbers")
-    parser.add_argument("--shapes", type=tuner.Shape.parse, nargs="+", default=[*map(tuner.Shape.parse, SHAPES)])
+    parser.add_argument("--shapes", type=gemms.Shape.parse, nargs="+", default=[*map(gemms.Shape.parse, SHAPES)])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("--time-limit", type=float, default=100, help="seconds, after which no other batch is begun")
@@ -394,7 +394,7 @@ def main() -> None:
         print(f"{len(failures)} of {len(compilation.jobs)} do not compile")
         compilation.close()
         return
-    kernels = tuner.engine()
+    kernels = gemms.engine()
     sum_as_served()
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "us_a_layer": {}}
     rows = results["us_a_layer"]
@@ -403,14 +403,14 @@ def main() -> None:
         for shape in options.shapes:
             if time.monotonic() > deadline:
                 break
-            weights = tuner.Weights(shape)
+            weights = gemms.Weights(shape)
             print(f"{shape}: {deadline - time.monotonic():.0f} s left", flush=True)
             for routing, tokens in itertools.product(options.routings, options.tokens):
                 if time.monotonic() > deadline:
                     print(f"the time limit came before {shape} {tokens} {routing}")
                     break
                 key = f"{shape} {tokens} {routing}"
-                rows[key] = measure(Batch(tuner.Problem(kernels, weights, tokens), routing), compilation)
+                rows[key] = measure(Batch(gemms.Problem(kernels, weights, tokens), routing), compilation)
                 print_candidates(key, rows[key])
                 if options.json:
                     with open(options.json, "w", encoding="utf-8") as stream:

@@ -48,20 +48,20 @@ def compiled_sums() -> list[dict]:
 
 
 def profile(order: list[int]) -> dict:
+    import expert_gemms as gemms
     import torch
-    import tune_experts as tuner
     from torch.profiler import ProfilerActivity
 
-    kernels = tuner.engine()
-    tuner.use_tables(None)
+    kernels = gemms.engine()
+    gemms.use_tables(None)
     from sglang.srt.layers.moe.fused_moe_triton.fused_moe import inplace_fused_experts
 
     torch.manual_seed(0)
     rows: dict = {}
     with torch.inference_mode():
-        weights = tuner.Weights(tuner.Shape(256, 384))
+        weights = gemms.Weights(gemms.Shape(256, 384))
         for tokens in order:
-            problem = tuner.Problem(kernels, weights, tokens)
+            problem = gemms.Problem(kernels, weights, tokens)
             problem.routings = problem.routings[:LAYERS]
             buffer = problem.hidden.clone()
 

@@ -64,10 +64,10 @@ def graph_time(function, arguments: list, replays: int = REPLAYS) -> float:
 
 def measure(backend: str, ranks: list[int], token_counts: list[int]) -> None:
     """Prints a row of JSON for each projection and number of tokens, as it comes."""
+    import expert_gemms as gemms
     import torch
-    import tune_experts as tuner
 
-    tuner.engine()
+    gemms.engine()
     from sglang.srt.layers.quantization import fp8_kernel, fp8_utils
 
     name, scales = BACKENDS[backend]
@@ -156,15 +156,15 @@ def cases(ranks: list[int], tokens: list[int]) -> list[tuple[int, str, int]]:
 
 def measure_plans(options: argparse.Namespace) -> None:
     """Times stock and plans case by case, until the time is up, and writes what there is after each."""
+    import expert_gemms as gemms
     import torch
     import triton
-    import tune_experts as tuner
 
     from sglang_minimax import overlay
 
     deadline = time.monotonic() + options.time_limit
     overlay.install()
-    tuner.engine()
+    gemms.engine()
     todo = cases(options.ranks or PLAN_RANKS, options.tokens or PLAN_TOKENS)
     workers = compilers()
     compiling: dict = {}

@@ -26,9 +26,9 @@ import json
 import time
 from typing import Any
 
+import expert_gemms as gemms
 import graph_timing
 import torch
-import tune_experts as tuner
 
 TOKENS, WARM_UP, REPLAYS, L2_BYTES = [2048, 8192, 512], 5, 50, 160_000_000
 HIDDEN_SIZE, WIDTH, PROJECTIONS = 3072, 384, {"qkv": (2048, 3072), "o": (3072, 1536)}  # outputs, inputs
@@ -154,10 +154,10 @@ def measure_experts(problem, routing: str) -> dict[str, Any]:
     from sglang.srt.layers.moe.fused_moe_triton.fused_moe import outplace_fused_experts
 
     if routing == "same":
-        eight = torch.arange(8, device=problem.hidden.device, dtype=torch.int32) * (tuner.EXPERTS // 8)
+        eight = torch.arange(8, device=problem.hidden.device, dtype=torch.int32) * (gemms.EXPERTS // 8)
         problem.routings = [eight.expand(problem.tokens, 8).contiguous() for _ in problem.routings]
     weights = problem.weights
-    of_experts = [part[stage] for stage in tuner.STAGES for part in (weights.b, weights.scale)]
+    of_experts = [part[stage] for stage in gemms.STAGES for part in (weights.b, weights.scale)]
 
     def engine(ids):
         return problem.whole_of(outplace_fused_experts, ids)
@@ -194,7 +194,7 @@ def main() -> None:
     from sglang_minimax import overlay
 
     overlay.install()
-    kernels = tuner.engine()
+    kernels = gemms.engine()
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "us": {}}
 
     def record(name: str, measure) -> None:
@@ -214,10 +214,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     with torch.inference_mode():
-        weights = tuner.Weights(tuner.Shape(tuner.EXPERTS, WIDTH))
+        weights = gemms.Weights(gemms.Shape(gemms.EXPERTS, WIDTH))
         for tokens in options.tokens:
             for routing in ("same", "uniform"):
-                problem = tuner.Problem(kernels, weights, tokens)
+                problem = gemms.Problem(kernels, weights, tokens)
                 record(f"experts {tokens} {routing}", lambda p=problem, r=routing: measure_experts(p, r))
             for name, shape in PROJECTIONS.items():
                 record(f"{name} {tokens}", lambda t=tokens, s=shape: measure_projection(t, *s))

@@ -118,20 +118,20 @@ def test_the_engines_expert_gemms_by_our_tables(kernels, monkeypatch):
     from sglang_minimax import expert_tables
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmark"))
-    import tune_experts as tuner
+    import expert_gemms as gemms
 
-    monkeypatch.setattr(server_args, "_global_server_args", tuner.NoServer())
+    monkeypatch.setattr(server_args, "_global_server_args", gemms.NoServer())
     monkeypatch.setattr(engine, "_is_cuda", True)
     monkeypatch.setattr(engine, "is_sm90_supported", lambda: True, raising=False)
     tables = sorted(Path(expert_tables.folder(), *expert_tables.FOLDER).glob("*/*.json"))
     assert tables
     seen = set()
     for path in tables:
-        shape = tuner.Shape(*map(int, re.match(r"E=(\d+),N=(\d+),", path.name).groups()))
-        stage = tuner.DOWN if path.stem.endswith("_down") else tuner.GATE_UP
+        shape = gemms.Shape(*map(int, re.match(r"E=(\d+),N=(\d+),", path.name).groups()))
+        stage = gemms.DOWN if path.stem.endswith("_down") else gemms.GATE_UP
         for tokens, block in json.loads(path.read_text()).items():
-            args, options = tuner.launch_arguments(engine, shape, stage, int(tokens), block)
-            if (kernel := tuner.specialisation(args, options)) in seen:
+            args, options = gemms.launch_arguments(engine, shape, stage, int(tokens), block)
+            if (kernel := gemms.specialisation(args, options)) in seen:
                 continue
             seen.add(kernel)
             engine.fused_moe_kernel.warmup(*args, grid=(1,), **options)
