@@ -258,7 +258,7 @@ def fused_and_separate(rank: int, world: int, port: int) -> None:
         whole = torch.randn(norm.hidden_size, generator=torch.Generator().manual_seed(norm.hidden_size))
         norm.weight_loader(norm.weight, (1 + 0.2 * whole).bfloat16().cuda())
     torch.set_default_dtype(torch.bfloat16)
-    fused = inputs.fuse(*norms, rope, HEAD_DIM, 1)
+    fused = inputs.choose_inputs(*norms, rope, HEAD_DIM, 1)
     assert fused is not None and fused.stores and fused.operator._run.__name__ in ("_run_alone", "_run_exchange")
     operator = fused.operator
     pools = [

@@ -147,7 +147,7 @@ def test_the_reason_for_separate_launches_is_logged_once(arguments, caplog):
     with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr("sglang.srt.distributed.get_tensor_model_parallel_rank", lambda: 0)
-        assert [inputs.fuse(norm, norm, rope, 32, layer_id) for layer_id in range(3)] == [None] * 3
+        assert [inputs.choose_inputs(norm, norm, rope, 32, layer_id) for layer_id in range(3)] == [None] * 3
     said = [line for line in caplog.messages if "separate launches" in line]
     assert len(said) == 1 and "NVIDIA GPUs" in said[0]
 
@@ -275,16 +275,16 @@ def test_a_layer_on_a_gpu_is_built_with_the_way_that_the_rules_say(
         weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
         return SimpleNamespace(weight=weight, shards=SimpleNamespace(num_heads=heads), variance_epsilon=1e-5)
 
-    fused = inputs.fuse(norm(48), norm(16), rope, 32, layer_id=7)
+    fused = inputs.choose_inputs(norm(48), norm(16), rope, 32, layer_id=7)
     operator = fused.operator
     assert operator._run.__name__ == way and len(asked) == (way == "_run_exchange")
     assert (operator.layer_id, operator.eps, operator.num_heads, operator.rotary_dim) == (7, 1e-5, 48 // ranks, 16)
     assert operator.num_kv_heads == 16 // ranks
     assert fused.stores
     arguments.attn_cp_size = 2
-    assert not inputs.fuse(norm(48), norm(16), rope, 32, layer_id=7).stores
+    assert not inputs.choose_inputs(norm(48), norm(16), rope, 32, layer_id=7).stores
     arguments.attn_cp_size, arguments.attention_backend = 1, "dual_chunk_flash_attn"
-    assert not inputs.fuse(norm(48), norm(16), rope, 32, layer_id=7).stores
+    assert not inputs.choose_inputs(norm(48), norm(16), rope, 32, layer_id=7).stores
 
 
 @pytest.mark.parametrize(

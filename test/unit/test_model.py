@@ -310,7 +310,7 @@ def test_without_tokens_nothing_is_routed_by_a_kernel(at_once):
         raise AssertionError("launched for no tokens")
 
     topk = type("TopK", (), {"__call__": fails, "empty_topk_output": lambda self, device: f"none on {device}"})()
-    moe = SimpleNamespace(topk=topk, route_at_once=fails if at_once else None, gate=None, _router_logits=fails)
+    moe = SimpleNamespace(topk=topk, route_at_once=fails if at_once else None, gate=None, router_logits=fails)
     route = minimax_m2_moe.MiniMaxM2MoE._route
     assert route(moe, torch.empty(0, 8), None, ExpertReduction.MODEL) == "none on cpu"
     # And in the stages of two-batch overlap.

@@ -22,7 +22,7 @@ from torch import nn
 
 
 class FusedAttentionInputs:
-    """QK norm over all ranks, RoPE and KV-cache store of one layer in one kernel; made by :func:`fuse`."""
+    """QK norm over all ranks, RoPE and KV-cache store of one layer in one kernel; made by :func:`choose_inputs`."""
 
     def __init__(self, operator: QKNormRope, q_norm: nn.Module, k_norm: nn.Module, rotary_emb, stores: bool) -> None:
         self.operator, self.q_norm, self.k_norm, self.rotary_emb = operator, q_norm, k_norm, rotary_emb
@@ -44,7 +44,7 @@ class FusedAttentionInputs:
         return q, k, v, cache is not None
 
 
-def fuse(
+def choose_inputs(
     q_norm: nn.Module, k_norm: nn.Module, rotary_emb, head_dim: int, layer_id: int, node=None
 ) -> FusedAttentionInputs | None:
     """The one kernel for a layer's norms and rotary embedding, or None where the separate launches are taken.

@@ -58,7 +58,8 @@ def few_or_many_tokens(
     in_parts: bool = False,
 ) -> torch.Tensor | Parts:
     """The kernels of few tokens up to ``limit``, for which there are plans, and ``many`` above."""
-    # Piecewise graphs are traced for any number of tokens. --enable-torch-compile has this traced, plan_for not.
+    # Piecewise graphs are traced for any number of tokens. --enable-torch-compile traces this too, but not plan_for,
+    # which is behind the operator.
     if is_in_piecewise_cuda_graph() or not 0 < hidden_states.shape[0] <= limit:
         return many(experts, hidden_states, topk_output)
     assert TopKOutputChecker.format_is_standard(topk_output), f"the chosen experts as numbers, not {type(topk_output)}"

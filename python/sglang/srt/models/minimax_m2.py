@@ -45,7 +45,7 @@ from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
-from sglang.srt.layers.minimax_attention_inputs import fuse
+from sglang.srt.layers.minimax_attention_inputs import choose_inputs
 from sglang.srt.layers.minimax_counterpart import build_qkv_proj, choose_counterpart
 from sglang.srt.layers.minimax_decode_attention import choose_decode_attention
 from sglang.srt.layers.minimax_fp8_linear import Fp8Linear, choose_projection
@@ -195,7 +195,7 @@ class MiniMaxM2Attention(AttentionStages):
             base=rope_theta,
             rope_scaling=rope_scaling,
         )
-        self.fused_inputs = fuse(self.q_norm, self.k_norm, self.rotary_emb, head_dim, layer_id, self.node)
+        self.fused_inputs = choose_inputs(self.q_norm, self.k_norm, self.rotary_emb, head_dim, layer_id, self.node)
         self.attn = RadixAttention(
             num_heads=shards.q.heads_per_rank,
             head_dim=head_dim,

@@ -138,13 +138,8 @@ class MiniMaxM2MoE(nn.Module):
             return self.topk.empty_topk_output(hidden_states.device)
         if self.route_at_once is not None:
             return self.route_at_once(hidden_states, self.gate, self.topk)
-        return self.topk(
-            hidden_states, self._router_logits(hidden_states), **self._routing_info(forward_batch, reduction)
-        )
-
-    def _router_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[tokens, num_local_experts] float32."""
-        return self.router_logits(hidden_states, self.gate)
+        router_logits = self.router_logits(hidden_states, self.gate)
+        return self.topk(hidden_states, router_logits, **self._routing_info(forward_batch, reduction))
 
     def _routing_info(self, forward_batch: ForwardBatch, reduction: ExpertReduction) -> dict:
         """Where EPLB has put the experts; and how many of my own tokens are padding, which a dispatcher must not send.
@@ -178,7 +173,8 @@ class MiniMaxM2MoE(nn.Module):
     def op_gate(self, state) -> None:
         hidden_states = state.hidden_states_mlp_input
         # An idle batch may hold padding, which is routed as well: the dispatcher takes as many routes as tokens.
-        state.router_logits = self._router_logits(hidden_states) if hidden_states.shape[0] != 0 else None
+        is_empty = hidden_states.shape[0] == 0
+        state.router_logits = None if is_empty else self.router_logits(hidden_states, self.gate)
 
     def op_select_experts(self, state) -> None:
         router_logits, hidden_states = state.pop("router_logits"), state.hidden_states_mlp_input
