@@ -10,7 +10,7 @@ server's arguments are read, :mod:`sglang_minimax.node_address` for how nodes fi
 :mod:`sglang_minimax.eagle3` for the layers that a draft model names, :mod:`sglang_minimax.kv_transfer` for KV heads
 that go to another server, :mod:`sglang_minimax.expert_tables` for the tuning of expert GEMMs,
 :mod:`sglang_minimax.expert_sum` for the sum after them, :mod:`sglang_minimax.quantised_inputs` for what goes into them,
-:mod:`sglang_minimax.serving` for what a running server says of itself, :mod:`sglang_minimax.cpu_host` for a host
+:mod:`sglang_minimax.server_report` for what a running server says of itself, :mod:`sglang_minimax.cpu_host` for a host
 without a GPU.
 """
 
@@ -41,7 +41,7 @@ def for_this_host() -> Iterator[Adjustment]:
         request_checks,
         request_mends,
         server_arguments,
-        serving,
+        server_report,
     )
 
     yield from server_arguments.ADJUSTMENTS
@@ -55,7 +55,7 @@ def for_this_host() -> Iterator[Adjustment]:
     yield from expert_tables.ADJUSTMENTS
     yield from expert_sum.ADJUSTMENTS
     yield from quantised_inputs.ADJUSTMENTS
-    yield from serving.ADJUSTMENTS
+    yield from server_report.ADJUSTMENTS
     if cpu_host.has_no_accelerator():
         cpu_host.prepare_environment()
         yield from cpu_host.ADJUSTMENTS

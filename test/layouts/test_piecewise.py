@@ -14,7 +14,7 @@ from layouts.matrix import Oracles
 from layouts.rows import NUM_LAYERS, STEPS, TOLERANCE
 from sglang.srt.layers import minimax_router
 
-from sglang_minimax import serving
+from sglang_minimax import server_report
 
 SIZES = [8, 16, 64, 128]  # tokens of the graphs: above 64 projections and experts are those for many
 OPERATORS = {
@@ -48,7 +48,7 @@ def watch_graphs(runner):
         return replay(forward_batch, **kwargs)
 
     graphs.replay = watched
-    said = {path.name: path.taken for path in serving.chosen_paths(runner)}
+    said = {path.name: path.taken for path in server_report.chosen_paths(runner)}
     return lambda: (compilation_counter.num_graphs_seen, simulations.operators_compiled, prefills, said)
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.server_process import Server, free_port
-from sglang_minimax.serving import BLOCK_BEGINS
+from sglang_minimax.server_report import BLOCK_BEGINS
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
 

@@ -20,7 +20,7 @@ from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.reference import Reference
 from sglang_minimax.server_process import Server, SessionProcess, free_port
-from sglang_minimax.serving import BLOCK_BEGINS
+from sglang_minimax.server_report import BLOCK_BEGINS
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
 

@@ -17,7 +17,7 @@ from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.overlay import ENGINE_VERSION
 from sglang_minimax.reference import Reference
 from sglang_minimax.server_process import Server, free_port
-from sglang_minimax.serving import BLOCK_BEGINS
+from sglang_minimax.server_report import BLOCK_BEGINS
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 16

@@ -10,7 +10,7 @@ import pytest
 from layouts import simulations, spies
 from layouts.harness import run_layout
 
-from sglang_minimax import serving
+from sglang_minimax import server_report
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.plan import paths as planned
@@ -40,7 +40,7 @@ def checkpoint(tmp_path_factory):
 def said_and_done(runner):
     """A probe: the paths and ranks that the server would name, what this rank's modules hold, and its passes."""
     passes = spies.watch_passes(runner)
-    info = serving.server_info(runner)
+    info = server_report.server_info(runner)
     layer = runner.model.model.layers[runner.model.start_layer]
     attention, experts = layer.self_attn, layer.block_sparse_moe.experts
     held = {
@@ -49,7 +49,7 @@ def said_and_done(runner):
         "experts": experts.num_local_experts,
         "expert_columns": experts.intermediate_size_per_partition,
     }
-    return lambda: (info, serving.log_block(runner), held, passes())
+    return lambda: (info, server_report.log_block(runner), held, passes())
 
 
 APART = "; RoPE and KV store in launches of their own"
@@ -110,13 +110,13 @@ def check_who_sums(path: dict, passes: list[dict], layout: dict) -> None:
 def test_one_kernel_for_qk_norm_is_named(stores, reason, taken):
     norm = SimpleNamespace(shards=SimpleNamespace(num_ranks=4))
     fused = SimpleNamespace(stores=stores, operator=SimpleNamespace(reason_against_exchange=reason))
-    path = serving.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=fused, node=None))
+    path = server_report.qk_norm_path(SimpleNamespace(q_norm=norm, fused_inputs=fused, node=None))
     assert path.taken == taken
     assert path.why == (reason or "NVLink peers swap two float32 sums of squares a token in it")
 
 
 def test_a_model_without_qk_norm_says_so():
-    assert serving.qk_norm_path(SimpleNamespace(q_norm=None)).taken == "none"
+    assert server_report.qk_norm_path(SimpleNamespace(q_norm=None)).taken == "none"
 
 
 def test_a_running_server_under_dp_attention_takes_the_paths_that_were_planned(checkpoint):
@@ -158,5 +158,5 @@ def test_another_model_is_served_and_described_as_by_stock(tmp_path):
     (said,) = [json.loads(line.split("INFO ", 1)[1]) for line in text.splitlines() if line.startswith("INFO {")]
     assert len(said["answer"]["output_ids"]) == 4
     assert said["info"]["version"] and len(said["info"]["internal_states"]) == 1
-    assert serving.KEY not in said["info"] and serving.KEY not in said["info"]["internal_states"][0]
-    assert serving.BLOCK_BEGINS not in text and "Loaded weights: " not in text
+    assert server_report.KEY not in said["info"] and server_report.KEY not in said["info"]["internal_states"][0]
+    assert server_report.BLOCK_BEGINS not in text and "Loaded weights: " not in text

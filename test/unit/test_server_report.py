@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from sglang.srt.models.minimax_m2 import MiniMaxM2ForCausalLM
 
-from sglang_minimax import serving
+from sglang_minimax import server_report
 from sglang_minimax.checkpoints import SmallModel
 from sglang_minimax.plan.report import divided
 from sglang_minimax.sharding import ExpertShape, shard_attention
@@ -41,10 +41,10 @@ class EngineScheduler:
 @pytest.fixture
 def scheduler(monkeypatch):
     """The class as the adjustment leaves it; what it would read from a real model is put in its place."""
-    monkeypatch.setattr(serving, "log_block", lambda runner: f"block of {runner.name}")
-    monkeypatch.setattr(serving, "server_info", lambda runner: OURS)
+    monkeypatch.setattr(server_report, "log_block", lambda runner: f"block of {runner.name}")
+    monkeypatch.setattr(server_report, "server_info", lambda runner: OURS)
     module = SimpleNamespace(Scheduler=type("Scheduler", (EngineScheduler,), dict(vars(EngineScheduler))))
-    serving.speak_for_scheduler(module)
+    server_report.speak_for_scheduler(module)
     return module.Scheduler
 
 
@@ -89,12 +89,12 @@ def test_for_other_models_nothing_is_said(scheduler, caplog, architecture, model
     answer = other.get_internal_state(None)
     assert answer.internal_state is EngineScheduler.state
     info = {"version": "0.5.10.post1", "internal_states": [answer.internal_state]}
-    assert serving.lifted(info) == info
+    assert server_report.lifted(info) == info
 
 
 def test_the_first_answer_is_on_top_and_the_engines_fields_stay():
     states = [{"a": 1}, {"sglang_minimax": OURS}, {"sglang_minimax": {"version": "another"}}]
-    info = serving.lifted({"version": "0.5.10.post1", "internal_states": states})
+    info = server_report.lifted({"version": "0.5.10.post1", "internal_states": states})
     assert info == {"version": "0.5.10.post1", "internal_states": states, "sglang_minimax": OURS}
 
 
@@ -139,14 +139,14 @@ def test_a_program_without_http_gets_it_too():
             return {"internal_states": [{"sglang_minimax": OURS}]}
 
     module = SimpleNamespace(Engine=Engine)
-    serving.speak_for_engine(module)
+    server_report.speak_for_engine(module)
     assert module.Engine().get_server_info()["sglang_minimax"] == OURS
 
 
 # --- Ranks ---------------------------------------------------------------------------------------------------
 
 
-def layout(**changes) -> serving.Division:
+def layout(**changes) -> server_report.Division:
     """The published model at TP16 EP4, or what ``changes`` make of it."""
     fields = {
         "tp_size": 16, "pp_size": 1, "ep_size": 4, "dp_size": 1, "enable_dp_attention": False,
@@ -156,11 +156,11 @@ def layout(**changes) -> serving.Division:
         num_hidden_layers=62, num_attention_heads=48, num_key_value_heads=8, num_local_experts=256,
         intermediate_size=1536,
     )  # fmt: skip
-    return serving.division(SimpleNamespace(config=shape), SimpleNamespace(**(fields | changes)))
+    return server_report.division(SimpleNamespace(config=shape), SimpleNamespace(**(fields | changes)))
 
 
 def test_the_words_of_tp16():
-    words = serving.in_words(layout())
+    words = server_report.in_words(layout())
     assert words[:3] == [
         "ranks: TP 16, PP 1; attention over 16 ranks for all requests",
         "heads a rank: 3 of 48 q heads, 1 of 8 KV heads; each KV head is on 2 ranks",
@@ -170,7 +170,7 @@ def test_the_words_of_tp16():
 
 
 def test_the_words_of_dp_attention_over_two_stages():
-    words = serving.in_words(layout(tp_size=8, dp_size=2, enable_dp_attention=True, pp_size=2))
+    words = server_report.in_words(layout(tp_size=8, dp_size=2, enable_dp_attention=True, pp_size=2))
     assert words[0] == "ranks: TP 8, PP 2; attention over 4 ranks in each of 2 groups of requests"
     assert words[1] == "heads a rank: 12 of 48 q heads, 2 of 8 KV heads; no KV head is replicated"
     assert words[3] == "layers: stage 0 has 0-30, stage 1 has 31-61"
@@ -178,9 +178,9 @@ def test_the_words_of_dp_attention_over_two_stages():
 
 def test_the_words_of_copies_of_the_server_and_of_context_parallelism():
     """--dp without DP attention divides nothing, and context parallelism divides attention alone."""
-    assert "attention over 8 ranks for all requests" in serving.in_words(layout(tp_size=8, dp_size=2))[0]
+    assert "attention over 8 ranks for all requests" in server_report.in_words(layout(tp_size=8, dp_size=2))[0]
     own = layout(tp_size=8, ep_size=2, attn_cp_size=2, moe_dp_size=2, ep_num_redundant_experts=4)
-    words = serving.in_words(own)
+    words = server_report.in_words(own)
     assert "attention over 4 ranks" in words[0] and "12 of 48 q heads" in words[1]
     assert words[2] == "experts a rank: 130 of 260, 768 of the 1536 columns of each"
     assert [rank.q_heads for rank in own.ranks] == [(0, 11), (12, 23), (24, 35), (36, 47)] * 2
@@ -191,9 +191,9 @@ def test_the_words_of_copies_of_the_server_and_of_context_parallelism():
 
 def test_the_block_counts_the_ranks_of_all_stages(monkeypatch):
     for name in ("division", "in_words", "chosen_paths"):
-        monkeypatch.setattr(serving, name, lambda *_: [])
+        monkeypatch.setattr(server_report, name, lambda *_: [])
     runner = SimpleNamespace(model=None, server_args=SimpleNamespace(tp_size=4, pp_size=2))
-    assert serving.log_block(runner).startswith("MiniMaxM2ForCausalLM on 8 ranks, by sglang-minimax ")
+    assert server_report.log_block(runner).startswith("MiniMaxM2ForCausalLM on 8 ranks, by sglang-minimax ")
 
 
 def test_copies_of_the_experts_and_context_parallelism_divide_tp_as_the_engine_does():
