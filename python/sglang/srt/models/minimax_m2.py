@@ -6,17 +6,18 @@ decoder layer, model, causal LM. The rest lies beside it:
     minimax_m2_moe.py                   the experts: routing, who sums their output, what layouts are refused
     minimax_m2_overlap.py               attention, layer and model as stages of two-batch overlap
     minimax_m2_weights.py, _files.py    loading a checkpoint, and accounting for every tensor of it
-    layers/minimax_expert_kernels.py    which kernels compute the experts: for few tokens layers/minimax_experts.py, in
-                                        two or four launches; for many layers/minimax_experts_prefill.py, between whose
-                                        GEMMs layers/minimax_fp8_quantise.py quantises
+    layers/minimax_router.py            the router's logits and the choice of experts, in two launches
+    layers/minimax_expert_kernels.py    what computes the experts: for few tokens layers/minimax_experts.py, for many
+                                        ..._experts_prefill.py, between whose GEMMs ..._fp8_quantise.py quantises
     layers/minimax_sharding.py          how heads, experts and layers are divided over ranks
     layers/minimax_qk_norm.py           QK norm in launches of its own
     layers/minimax_counterpart.py       its sums over two nodes, without a collective between these
     layers/minimax_attention_inputs.py  whether QK norm, RoPE and KV store are one kernel instead; it is in
                                         layers/minimax_qk_norm_rope.py, its exchange between GPUs in
                                         layers/minimax_sum_exchange.py, the rules in layers/minimax_qk_norm_paths.py
+    layers/minimax_decode_attention.py  attention of a decode step, in one launch
     layers/minimax_fp8_linear.py        attention's projections in FP8 for few tokens, quantised in the same launch
-    layers/minimax_parts.py             rows that are left in parts, which that kernel adds up
+    layers/minimax_parts.py             rows that are left in parts, which a later kernel adds up
     layers/minimax_layer_communicator.py  whether all-reduce, residual add and norm are one kernel; it is in
                                         layers/minimax_all_reduce_norm.py, its exchange between GPUs in
                                         layers/minimax_row_exchange.py, the rules in ..._all_reduce_norm_paths.py
