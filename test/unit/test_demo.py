@@ -238,8 +238,10 @@ def fake(tmp_path):
 def test_every_process_is_gone_after_stop_orphans_too(fake):
     server, seen = fake("--ranks", "4"), []
     server.wait_until_ready(60, seen.append)
-    members = server.members()
-    assert len(members) == 5  # four ranks whose parents are gone, and the server
+    deadline = time.monotonic() + 20
+    while len(members := server.members()) != 5:  # four ranks, once their parents are gone, and the server
+        assert time.monotonic() < deadline, [process.cmdline() for process in members]
+        time.sleep(0.1)
     server.stop()
     assert server.members() == []
     assert not [process for process in members if is_alive(process)]
