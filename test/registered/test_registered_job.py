@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
-from sglang_minimax.server_process import SessionProcess
+from sglang_minimax.server_process import SessionProcess, free_port
 
 JOB = Path(__file__).parent / "8-gpu-models" / "test_minimax_m25.py"
 
@@ -59,6 +60,32 @@ def test_on_cpu_ranks_it_answers_as_transformers(tmp_path):
     assert all(0 < float(difference) <= 1e-4 for _, difference in compared)
     assert re.search(r"Ran 3 tests in .*\n\nOK \(skipped=2\)", log), "the variants for GPUs are skipped, no other"
     assert list(work.glob("results_*TP8+EP8*.json")) and list(work.glob("performance_profiles_minimax_m25/*"))
+
+
+@pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator")
+def test_on_cpu_ranks_its_two_nodes_answer_as_transformers(tmp_path):
+    """Both on this host: test/layouts/test_two_hosts.py has two."""
+    shape = SmallModel(num_hidden_layers=2, num_attention_heads=48, num_key_value_heads=8, head_dim=32)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", shape)
+    variables = environment(
+        MINIMAX_M2_MODEL=str(checkpoint), MINIMAX_M2_HEAD=f"127.0.0.1:{free_port()}",
+        GLOO_SOCKET_IFNAME="lo", PYTHONUNBUFFERED="1",
+    )  # fmt: skip
+    logs = [tmp_path / f"node{rank}.log" for rank in range(2)]
+    with contextlib.ExitStack() as running:
+        nodes = [
+            running.enter_context(
+                SessionProcess([sys.executable, str(JOB)], log, environment=variables | {"MINIMAX_M2_NODE_RANK": rank})
+            )
+            for rank, log in zip("01", logs, strict=True)
+        ]
+        codes = [node.wait(300) for node in nodes]
+    texts = [log.read_text(errors="replace") for log in logs]
+    assert codes == [0, 0], "\n".join(text[-4000:] for text in texts)
+    [difference] = re.findall(r"^TP16: answers as transformers, largest difference (\S+) nats", texts[0], re.MULTILINE)
+    assert 0 < float(difference) <= 1e-4
+    for text in texts:
+        assert re.search(r"Ran 3 tests in .*\n\nOK \(skipped=2\)", text), "the variants of one node are skipped"
 
 
 @pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator")
