@@ -20,8 +20,6 @@ class Gpu:
     architecture: "hopper", "blackwell" or "cdna3".
     memory_mib: what the driver reports (nvidia-smi, rocm-smi); that is what the engine divides.
     hbm_gb_per_s, link_gb_per_s: 10^9 bytes a second; the link is what one GPU sends to its node's others.
-    network_gb_per_s: what one GPU sends out of its node: one 400 Gb/s port a GPU, as in DGX H100; an assumption, since
-        it is the cluster's and not the GPU's.
     fp8_tflops: 10^12 operations a second of dense FP8.
     source: the vendor's document; memory_source: where the driver's figure can be seen.
     """
@@ -34,7 +32,6 @@ class Gpu:
     fp8_tflops: float
     source: str
     memory_source: str
-    network_gb_per_s: float = 50.0
 
     @property
     def is_hopper_or_blackwell(self) -> bool:
