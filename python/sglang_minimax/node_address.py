@@ -7,6 +7,7 @@ other nodes then wait for ever. The address from which this node reaches the fir
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import logging
@@ -24,7 +25,8 @@ ADDRESS = "SGLANG_HOST_IP"
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """Gloo's, for the interface on which its groups meet."""
 
-_ANYWHERE = "192.0.2.1"  # of TEST-NET-1, RFC 5737: it is nobody's, so the route to it is the default one
+# Of the networks for documentation, RFC 5737 and RFC 3849: they are nobody's, so the route to them is the default one.
+_ANYWHERE = ("192.0.2.1", "2001:db8::1")
 
 
 def name_this_node(engine: EngineModule) -> None:
@@ -33,7 +35,8 @@ def name_this_node(engine: EngineModule) -> None:
 
     @functools.wraps(set_envs_and_config)
     def with_address(server_args: EngineObject) -> Any:
-        if server_args.nnodes > 1 and is_minimax(server_args.get_model_config()):
+        # Without an address of the first node, Ray tells the ranks of one, or an orchestrator by the environment.
+        if server_args.nnodes > 1 and server_args.dist_init_addr and is_minimax(server_args.get_model_config()):
             _name_this_node(server_args)
         return set_envs_and_config(server_args)
 
@@ -48,8 +51,9 @@ def _name_this_node(server_args: EngineObject) -> None:
     if address is None:
         if not _is_loopback(first_node):
             logger.warning(
-                "--dist-init-addr %s is this host alone to itself, and no route leads from it: other nodes will not "
-                "reach this one. Give the first node's address on the network between the nodes instead of its name.",
+                "By --dist-init-addr %s this node has no address that others could use, and no default route leads "
+                "from it: they will not reach this one. Give the first node's address on the network between the "
+                "nodes, not its name and no link-local one.",
                 server_args.dist_init_addr,
             )
         return
@@ -72,13 +76,14 @@ def address_towards(host: str) -> str | None:
 
     A name that is this host itself to itself, as the first node's is in many installations, says nothing of the others:
     then that of the default route. None where that fails too, and for a loopback address, where all nodes are here.
+    A link-local address of IPv6 is none either: it is nothing without its interface.
     """
     if _is_loopback(host):
         return None
-    for target in (host, _ANYWHERE):
-        address = _source_address(target)
-        if address is not None and not _is_loopback(address):
-            return address
+    for target in (host, *_ANYWHERE):
+        for address in _source_addresses(target):
+            if not _is_loopback(address) and not _is_link_local(address):
+                return address
     return None
 
 
@@ -92,15 +97,18 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def _source_address(target: str) -> str | None:
-    """Of packets to ``target``, by the kernel's routes."""
+def _source_addresses(target: str) -> list[str]:
+    """Of packets to ``target``, by the kernel's routes; a name may stand for several addresses."""
     try:
-        family, kind, protocol, _, to = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(to)
-            return str(probe.getsockname()[0])
+        found = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)
     except OSError:
-        return None
+        return []
+    sources = []
+    for family, kind, protocol, _, to in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.connect(to)
+            sources.append(str(probe.getsockname()[0]))
+    return sources
 
 
 def _own_name_is_loopback() -> bool:
@@ -110,11 +118,9 @@ def _own_name_is_loopback() -> bool:
     except OSError:
         return True  # Gloo's fallback
     for family, kind, protocol, _, address in found:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.bind(address)
-            except OSError:
-                continue
+        # A host may know addresses of a family that its kernel does not have.
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
             return _is_loopback(str(address[0]))
     return True
 
@@ -125,6 +131,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_link_local(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    return parsed.version == 6 and parsed.is_link_local
 
 
 ADJUSTMENTS = [("sglang.srt.entrypoints.engine", name_this_node)]

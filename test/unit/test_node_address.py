@@ -14,6 +14,7 @@ from sglang_minimax import node_address
 from sglang_minimax.server_arguments import ARCHITECTURE
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "SGLANG_HOST_IP", "HOST_IP", "SGLANG_LOCAL_IP_NIC")
+ANYWHERE, ANYWHERE_IPV6 = "192.0.2.1", "2001:db8::1"
 NETWORK = {"lo": ["127.0.0.1", "::1"], "docker0": ["172.17.0.1"], "ib0": ["10.0.0.1", "fe80::1%ib0"]}
 
 
@@ -27,8 +28,8 @@ def network(monkeypatch):
         "net_if_addrs",
         lambda: {name: [SimpleNamespace(address=one) for one in addresses] for name, addresses in NETWORK.items()},
     )
-    routes = {"10.0.0.2": "10.0.0.1", "other": "10.0.0.1", "me": "127.0.1.1", node_address._ANYWHERE: "172.17.0.1"}
-    monkeypatch.setattr(node_address, "_source_address", routes.get)
+    routes = {"10.0.0.2": ["10.0.0.1"], "other": ["10.0.0.1"], "me": ["127.0.1.1"], ANYWHERE: ["172.17.0.1"]}
+    monkeypatch.setattr(node_address, "_source_addresses", lambda target: routes.get(target, []))
     monkeypatch.setattr(node_address, "_own_name_is_loopback", lambda: True)
     return routes
 
@@ -44,7 +45,7 @@ def settings_after(nnodes=2, first_node="10.0.0.2", architecture=ARCHITECTURE, m
     engine._set_envs_and_config(
         SimpleNamespace(
             nnodes=nnodes,
-            dist_init_addr=f"{first_node}:50000" if nnodes > 1 else None,
+            dist_init_addr=f"{first_node}:50000" if nnodes > 1 and first_node else None,
             disaggregation_mode=mode,
             get_model_config=lambda: model_config,
         )
@@ -65,9 +66,9 @@ class TestWhatIsSet:
         assert settings_after(first_node="me") == {"SGLANG_HOST_IP": "172.17.0.1", "GLOO_SOCKET_IFNAME": "docker0"}
 
     def test_without_a_default_route_either_it_is_told_what_to_give(self, network, caplog):
-        del network[node_address._ANYWHERE]
+        del network[ANYWHERE]
         assert settings_after(first_node="me") == {}
-        assert "--dist-init-addr me:50000 is this host alone to itself" in caplog.text
+        assert "By --dist-init-addr me:50000 this node has no address that others could use" in caplog.text
         assert "Give the first node's address" in caplog.text
 
     @pytest.mark.parametrize("first_node", ["127.0.0.1", "localhost", "[::1]", "127.0.1.1"])
@@ -98,6 +99,22 @@ class TestWhatIsSet:
     def test_what_other_servers_reach_this_one_by_is_left_alone(self, mode):
         assert settings_after(mode=mode) == {"GLOO_SOCKET_IFNAME": "ib0"}
 
+    @pytest.mark.parametrize(
+        ("leads", "address"),
+        [
+            ({"me": ["127.0.1.1", "10.0.0.1"]}, "10.0.0.1"),  # two lines of /etc/hosts
+            ({"me": ["fe80::1", "10.0.0.1"]}, "10.0.0.1"),
+            ({"me": ["fe80::1"]}, "172.17.0.1"),
+            ({"me": [], ANYWHERE: [], ANYWHERE_IPV6: ["fd00::1"]}, "fd00::1"),
+        ],
+    )
+    def test_the_first_that_others_can_use_is_taken(self, leads, address, network):
+        network.update(leads)
+        assert settings_after(first_node="me")["SGLANG_HOST_IP"] == address
+
+    def test_without_a_first_node_whoever_starts_the_ranks_tells_them(self):
+        assert settings_after(first_node=None) == {}
+
     def test_one_node_and_other_models_are_left_alone(self):
         assert settings_after(nnodes=1) == {}
         assert settings_after(architecture="LlamaForCausalLM") == {}
@@ -113,11 +130,24 @@ class TestWhatIsSet:
 
 class TestThisHost:
     def test_the_way_to_itself_is_an_address_of_its_own(self):
-        assert node_address._source_address("127.0.0.1") == "127.0.0.1"
+        assert node_address._source_addresses("127.0.0.1") == ["127.0.0.1"]
         assert node_address.interface_of("127.0.0.1") in psutil.net_if_addrs()
 
     def test_a_name_that_nobody_has_leads_nowhere(self):
-        assert node_address._source_address("nobody.invalid") is None
+        assert node_address._source_addresses("nobody.invalid") == []
+
+    def test_addresses_of_a_family_that_the_kernel_lacks_are_passed_over(self, monkeypatch):
+        """As where IPv6 is switched off, and /etc/hosts or a name server has an address of it."""
+        kinds = {"::1": (999, "::1"), "127.0.0.1": (socket.AF_INET, "127.0.0.1")}  # no kernel knows the first family
+
+        def getaddrinfo(host, port, type):
+            return [(family, type, 0, "", (address, port or 0)) for family, address in kinds.values()]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        assert node_address._source_addresses("other") == ["127.0.0.1"]
+        assert node_address._own_name_is_loopback()
+        del kinds["127.0.0.1"]
+        assert node_address._own_name_is_loopback()
 
     @pytest.mark.parametrize(
         ("addresses", "is_loopback"),
