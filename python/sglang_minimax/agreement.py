@@ -117,10 +117,12 @@ def _differences(everyone: Sequence[dict[str, str]]) -> Iterator[str]:
         for rank, facts in enumerate(everyone):
             ranks_by_value.setdefault(facts.get(name, "not known"), []).append(rank)
         if len(ranks_by_value) > 1:
-            yield f"{name}: " + ", ".join(f"{value} on {_spans(ranks)}" for value, ranks in ranks_by_value.items())
+            yield f"{name}: " + ", ".join(
+                f"{value} on {ranks_in_words(ranks)}" for value, ranks in ranks_by_value.items()
+            )
 
 
-def _spans(ranks: Sequence[int]) -> str:
+def ranks_in_words(ranks: Sequence[int]) -> str:
     """[0, 1, 2, 5] as "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in ranks:

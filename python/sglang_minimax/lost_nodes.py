@@ -1,51 +1,70 @@
 """A node that is gone while no request runs ends the server, instead of leaving the next request to wait for it.
 
-Ranks of several nodes meet in every turn of their event loops, to hear of requests, also where there are none. A node
-without power or network closes no connection, so the others wait there: the engine's watchdog looks at batches that
-run, and the group's own timeout is half an hour.
+A node without power or network closes no connection. Ranks of several nodes meet in every turn of their event loops, to
+hear of requests, and there the others would wait for it: the engine's watchdog looks at batches that run, and the
+group's own timeout is half an hour.
+
+That a rank waits there says little, however: the others may take longer to load the weights that all were told to
+load, and a later stage of a pipeline hears of those only once the one before it has them. So each rank says every two
+seconds that it lives, from a thread of its own, in the store by which torch.distributed connected them.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from typing import Any
 
 from sglang_minimax.adjustments import EngineModule, EngineObject
+from sglang_minimax.agreement import ranks_in_words
 from sglang_minimax.server_arguments import is_minimax
 
-
-class Turns:
-    """How often an event loop has come around, and whether it must come around soon."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.must_go_on = False
-
-    def receive(self, engine_receives: Any) -> Any:
-        """``Scheduler.recv_requests``, with which a turn begins."""
-
-        @functools.wraps(engine_receives)
-        def recv_requests() -> Any:
-            self.count += 1
-            self.must_go_on = True
-            return engine_receives()
-
-        return recv_requests
-
-    def process(self, engine_processes: Any) -> Any:
-        """``Scheduler.process_input_requests``, which may take as long as it likes: it loads weights, for one."""
-
-        @functools.wraps(engine_processes)
-        def process_input_requests(requests: Any) -> Any:
-            self.must_go_on = False
-            engine_processes(requests)
-            self.count += 1
-            self.must_go_on = True
-
-        return process_input_requests
+BEAT_SECONDS = 2.0
+"""From one time that a rank says so to the next: the same on all nodes, whatever watchdog's time each was given."""
 
 
-def watch_event_loops(scheduler_module: EngineModule) -> None:
+class Heartbeats:
+    """What this rank has heard of the others.
+
+    Args:
+        store: a client of torch.distributed's store that is used here alone. On a host that is lost it waits for ever.
+        rank: this one, of the ``num_ranks`` of the server.
+    """
+
+    def __init__(self, store: Any, rank: int, num_ranks: int) -> None:
+        self._store, self._rank = store, rank
+        self._heard = [0] * num_ranks
+        self.rounds = 0
+        """Looks, so far, at which every rank had been heard of anew."""
+        self.silent: list[int] | None = None
+        """The ranks that had not been, at the last look. None while it lasts, and where the store is gone."""
+
+    def keep(self) -> None:
+        """Beats until the store is gone."""
+        while True:
+            try:
+                self.beat()
+            except RuntimeError:  # its host closed the connection; the watchdog ends what that does not end at once
+                return
+            time.sleep(BEAT_SECONDS)
+
+    def beat(self) -> None:
+        """Says that this rank lives, and looks which others do. One that has yet to say so for the first time loads."""
+        self.silent = None
+        self._add(self._rank, 1)
+        heard = [self._add(rank, 0) for rank in range(len(self._heard))]
+        silent = [rank for rank, beats in enumerate(heard) if beats and beats == self._heard[rank]]
+        if not silent:
+            self._heard = heard
+            self.rounds += 1
+        self.silent = silent
+
+    def _add(self, rank: int, beats: int) -> int:
+        return int(self._store.add(f"sglang-minimax/beats/{rank}", beats))
+
+
+def watch_other_nodes(scheduler_module: EngineModule) -> None:
     """Gives the ranks of several nodes a watchdog more; runs once, after the engine's scheduler was imported."""
     scheduler_class = scheduler_module.Scheduler
     engine = scheduler_class.init_watch_dog_memory_saver_input_blocker
@@ -60,21 +79,29 @@ def watch_event_loops(scheduler_module: EngineModule) -> None:
 
 
 def _watch(scheduler: EngineObject) -> None:
+    import torch.distributed as dist
     from sglang.srt.utils.watchdog import WatchdogRaw
 
-    turns, seconds = Turns(), scheduler.server_args.watchdog_timeout
-    scheduler.recv_requests = turns.receive(scheduler.recv_requests)
-    scheduler.process_input_requests = turns.process(scheduler.process_input_requests)
+    seconds = scheduler.server_args.watchdog_timeout
+    store = dist.distributed_c10d._get_default_store().clone()
+    heartbeats = Heartbeats(store, dist.get_rank(), dist.get_world_size())
+
+    def explanation() -> str:
+        who = ranks_in_words(heartbeats.silent) if heartbeats.silent else "the first node"
+        return (
+            f"Nothing was heard of {who} for over {seconds:.0f} s (--watchdog-timeout): a node, or the network to it, "
+            "is gone, or a process is stopped. The server ends; start it on all nodes."
+        )
+
+    threading.Thread(target=heartbeats.keep, daemon=True).start()
     scheduler.watchdog_of_nodes = WatchdogRaw(
         debug_name="Nodes",
-        get_counter=lambda: turns.count,
-        is_active=lambda: turns.must_go_on,
+        get_counter=lambda: heartbeats.rounds,
+        # Not by the clock alone: where all hosts stood still, as virtual machines do at times, nobody is lost.
+        is_active=lambda: heartbeats.silent != [],
         watchdog_timeout=seconds,
-        dump_info=lambda: (
-            f"This rank has waited for the other ranks for over {seconds:.0f} s (--watchdog-timeout): a node, or the "
-            "network to it, is gone, or a rank hangs. The server ends; start it on all nodes."
-        ),
+        dump_info=explanation,
     )
 
 
-ADJUSTMENTS = [("sglang.srt.managers.scheduler", watch_event_loops)]
+ADJUSTMENTS = [("sglang.srt.managers.scheduler", watch_other_nodes)]

@@ -85,7 +85,7 @@ def test_a_node_without_the_package_is_not_waited_for(said_by):
     [([3], "rank 3"), ([0, 1], "ranks 0-1"), ([0, 2], "ranks 0, 2"), ([0, 1, 2, 5, 7, 8], "ranks 0-2, 5, 7-8")],
 )
 def test_ranks_in_words(ranks, words):
-    assert agreement._spans(ranks) == words
+    assert agreement.ranks_in_words(ranks) == words
 
 
 @pytest.fixture
