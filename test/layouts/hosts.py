@@ -21,6 +21,7 @@ from sglang_minimax.server_process import ServerError, SessionProcess
 _NAMESPACES = ("--net", "--uts", "--ipc", "--mount")
 _INTERFACE = "eth0"
 _SETUP_SECONDS = 20
+_LONGEST_SECONDS = 3600  # a host's life, where whoever made it was killed
 _CLONE_NEWNET = 0x40000000  # of <sched.h>
 
 
@@ -75,7 +76,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             known.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{other}\n")
             setup = (
                 f"mount -t tmpfs tmpfs /dev/shm && mount --bind {known} /etc/hosts && hostname {name} && "
-                "ip link set lo up && echo ready && exec sleep infinity"
+                f"ip link set lo up && echo ready && exec sleep {_LONGEST_SECONDS}"
             )
             holder = SessionProcess(["unshare", *_NAMESPACES, "sh", "-ec", setup], folder / f"{name}.log")
             running.enter_context(holder)
