@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pprint import saferepr  # repr, with keys in one order: a checkpoint that was saved anew may have them in another
 from typing import Any
 
 from sglang_minimax import __version__
@@ -60,8 +61,8 @@ def facts_of(server_args: EngineObject) -> dict[str, str]:
     """What must be the same on every rank, in words, by its name."""
     config = server_args.get_model_config().hf_config
     facts = {"sglang-minimax": f"{__version__} ({_digest()})"}
-    facts |= {f"--{name.replace('_', '-')}": repr(getattr(server_args, name)) for name in FLAGS}
-    return facts | {f"{name} of config.json": repr(getattr(config, name, None)) for name in CONFIG}
+    facts |= {f"--{name.replace('_', '-')}": saferepr(getattr(server_args, name)) for name in FLAGS}
+    return facts | {f"{name} of config.json": saferepr(getattr(config, name, None)) for name in CONFIG}
 
 
 @functools.cache

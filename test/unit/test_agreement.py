@@ -100,6 +100,11 @@ def arguments(checkpoint: Path, *flags: str) -> ServerArgs:
 
 def test_what_a_node_has_for_itself_is_no_difference(checkpoint, tmp_path_factory):
     elsewhere = shutil.copytree(checkpoint, tmp_path_factory.mktemp("node1") / "model")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    config["quantization_config"] = dict(reversed(config["quantization_config"].items()))
+    (elsewhere / "config.json").write_text(json.dumps(config))
     common = ["--tp", "4", "--nnodes", "2", "--dist-init-addr", "127.0.0.1:5000"]
     first = arguments(checkpoint, *common, "--node-rank", "0", "--host", "0.0.0.0", "--port", "31000")
     second = arguments(elsewhere, *common, "--node-rank", "1", "--log-level", "warning", "--random-seed", "7")
