@@ -72,7 +72,8 @@ def watch_other_nodes(scheduler_module: EngineModule) -> None:
     @functools.wraps(engine)
     def init_watch_dog_memory_saver_input_blocker(self: EngineObject) -> None:
         engine(self)
-        if self.server_args.nnodes > 1 and is_minimax(self.model_config):
+        goes_on_without_ranks = self.server_args.elastic_ep_backend not in (None, "none")
+        if self.server_args.nnodes > 1 and not goes_on_without_ranks and is_minimax(self.model_config):
             _watch(self)
 
     scheduler_class.init_watch_dog_memory_saver_input_blocker = init_watch_dog_memory_saver_input_blocker

@@ -99,10 +99,10 @@ def other_ranks(monkeypatch, store):
     return [Heartbeats(store, rank, 4) for rank in (1, 2, 3)]
 
 
-def started_scheduler(nnodes: int = 2, architecture: str = ARCHITECTURE):
+def started_scheduler(nnodes: int = 2, architecture: str = ARCHITECTURE, elastic: str | None = None):
     class Scheduler:
         def __init__(self):
-            self.server_args = SimpleNamespace(nnodes=nnodes, watchdog_timeout=300)
+            self.server_args = SimpleNamespace(nnodes=nnodes, watchdog_timeout=300, elastic_ep_backend=elastic)
             self.model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
             self.did = []
 
@@ -163,7 +163,13 @@ def test_a_store_that_does_not_answer_is_the_first_nodes(watchdogs, store):
         assert "Nothing was heard of the first node for over 300 s (--watchdog-timeout)" in watchdog.dump_info()
 
 
-@pytest.mark.parametrize(("nnodes", "architecture"), [(1, ARCHITECTURE), (2, "LlamaForCausalLM")])
-def test_one_node_and_other_models_are_left_alone(nnodes, architecture, watchdogs):
-    scheduler = started_scheduler(nnodes, architecture)
+@pytest.mark.parametrize(
+    ("nnodes", "architecture", "elastic"),
+    [(1, ARCHITECTURE, None), (2, "LlamaForCausalLM", None), (2, ARCHITECTURE, "mooncake")],
+)
+@pytest.mark.usefixtures("other_ranks")
+def test_one_node_other_models_and_servers_that_go_on_without_ranks_are_left_alone(
+    nnodes, architecture, elastic, watchdogs
+):
+    scheduler = started_scheduler(nnodes, architecture, elastic)
     assert scheduler.did == ["the engine's own"] and not watchdogs and not hasattr(scheduler, "watchdog_of_nodes")
