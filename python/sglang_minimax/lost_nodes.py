@@ -5,8 +5,8 @@ hear of requests, and there the others would wait for it: the engine's watchdog 
 group's own timeout is half an hour.
 
 That a rank waits there says little, however: the others may take longer to load the weights that all were told to
-load, and a later stage of a pipeline hears of those only once the one before it has them. So each rank says every two
-seconds that it lives, from a thread of its own, in the store by which torch.distributed connected them.
+load, and a later stage of a pipeline hears of those only once the one before it has them. So each rank says every
+second that it lives, from a thread of its own, in the store by which torch.distributed connected them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from sglang_minimax.adjustments import EngineModule, EngineObject
 from sglang_minimax.agreement import ranks_in_words
 from sglang_minimax.server_arguments import is_minimax
 
-BEAT_SECONDS = 2.0
+BEAT_SECONDS = 1.0
 """From one time that a rank says so to the next: the same on all nodes, whatever watchdog's time each was given."""
+SILENT_LOOKS = 3
+"""Looks in a row at which there was nothing new of a rank. At one or two, its clock and this one's may have drifted."""
 
 
 class Heartbeats:
@@ -35,10 +37,11 @@ class Heartbeats:
     def __init__(self, store: Any, rank: int, num_ranks: int) -> None:
         self._store, self._rank = store, rank
         self._heard = [0] * num_ranks
-        self.rounds = 0
-        """Looks, so far, at which every rank had been heard of anew."""
+        self._looks_without = [0] * num_ranks
+        self.good_looks = 0
+        """Those, so far, at which no rank was silent."""
         self.silent: list[int] | None = None
-        """The ranks that had not been, at the last look. None while it lasts, and where the store is gone."""
+        """The ranks that were at the last look. None while it lasts, and where the store is gone."""
 
     def keep(self) -> None:
         """Beats until the store is gone."""
@@ -53,11 +56,11 @@ class Heartbeats:
         """Says that this rank lives, and looks which others do. One that has yet to say so for the first time loads."""
         self.silent = None
         self._add(self._rank, 1)
-        heard = [self._add(rank, 0) for rank in range(len(self._heard))]
-        silent = [rank for rank, beats in enumerate(heard) if beats and beats == self._heard[rank]]
-        if not silent:
-            self._heard = heard
-            self.rounds += 1
+        for rank, before in enumerate(self._heard):
+            beats = self._heard[rank] = self._add(rank, 0)
+            self._looks_without[rank] = self._looks_without[rank] + 1 if beats and beats == before else 0
+        silent = [rank for rank, looks in enumerate(self._looks_without) if looks >= SILENT_LOOKS]
+        self.good_looks += not silent
         self.silent = silent
 
     def _add(self, rank: int, beats: int) -> int:
@@ -88,7 +91,8 @@ def _watch(scheduler: EngineObject) -> None:
     heartbeats = Heartbeats(store, dist.get_rank(), dist.get_world_size())
 
     def explanation() -> str:
-        who = ranks_in_words(heartbeats.silent) if heartbeats.silent else "the first node"
+        silent = heartbeats.silent  # once: the thread writes it
+        who = ranks_in_words(silent) if silent else "the first node"
         return (
             f"Nothing was heard of {who} for over {seconds:.0f} s (--watchdog-timeout): a node, or the network to it, "
             "is gone, or a process is stopped. The server ends; start it on all nodes."
@@ -97,7 +101,7 @@ def _watch(scheduler: EngineObject) -> None:
     threading.Thread(target=heartbeats.keep, daemon=True).start()
     scheduler.watchdog_of_nodes = WatchdogRaw(
         debug_name="Nodes",
-        get_counter=lambda: heartbeats.rounds,
+        get_counter=lambda: heartbeats.good_looks,
         # Not by the clock alone: where all hosts stood still, as virtual machines do at times, nobody is lost.
         is_active=lambda: heartbeats.silent != [],
         watchdog_timeout=seconds,
