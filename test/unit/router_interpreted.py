@@ -109,6 +109,18 @@ def test_the_experts_are_those_of_float64(splits, experts, top_k, biased):
     check_choice(router.choose_experts(partials, bias, top_k, 4), partials, bias, top_k)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_weights_are_of_scores_that_are_lost_beside_their_bias(splits):
+    """Of 1e-9 and less, where the last bit of a choice is worth 1e-6. The bias alone chooses, in any place of a row."""
+    generator = torch.Generator().manual_seed(7)
+    partials = (torch.randn(splits, 6, 256, generator=generator) * 0.5 - 24) / splits
+    bias = 8 + torch.randperm(256, generator=generator) / 256
+    _, weights, ids = router.choose_experts(partials, bias, 8, 4)
+    expected_weights, expected_ids = chosen(partials.double().sum(dim=0), bias, 8)
+    assert torch.equal(ids.long(), expected_ids)
+    torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("shift", [0.0, 8.0, -3.0])
 def test_of_equal_choices_the_lower_expert_is_first(shift):
     """Logits of three values and biases of three, far apart: dozens of experts are equal, in any place of a row."""

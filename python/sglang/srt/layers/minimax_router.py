@@ -1,9 +1,9 @@
 """The router of MiniMax-M2: bfloat16 activations, float32 weights, products and sums.
 
     logits = x.float() @ weight.T                       # [tokens, experts]
-    choice = sigmoid(logits) + bias
-    ids = the top k of choice, of equal ones the lowest
-    weights = choice[ids] - bias[ids], divided by their sum
+    scores = sigmoid(logits)
+    ids = the top k of scores + bias, of equal ones the lowest
+    weights = scores[ids], divided by their sum
 
 For few tokens the engine runs a cast, an SGEMM, a split-K pass and a kernel that chooses, though all that must be done
 is to read 3 MB of weights. Here a first kernel reads x and weights once and leaves sums over parts of the hidden size,
@@ -279,8 +279,6 @@ def minimax_route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The experts of any number of tokens.
 
-    A score is read back as choice - bias, as the engine's kernel does: beside a large bias it has been rounded.
-
     Args:
         x: [tokens, hidden_size] bfloat16, rows at any stride.
         weight: [experts, hidden_size] float32, contiguous and finite.
@@ -497,17 +495,16 @@ def _choose_experts_kernel(
         expert = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
         place = partials_ptr + (split * tokens + token) * experts + expert
         parts = parts + (tl.load(place, mask=(split < SPLITS) & (expert < experts), other=0.0),)
-    logits, choices = (), ()
+    logits, scores, choices = (), (), ()
     for chunk in tl.static_range(CHUNKS):
         expert = chunk * CHUNK + tl.arange(0, CHUNK)
         logits = logits + (tl.sum(parts[chunk], axis=0),)
-        choice = _ordered((tl.sigmoid(logits[chunk]) + biases[chunk]).to(tl.int32, bitcast=True))
+        scores = scores + (tl.sigmoid(logits[chunk]),)
+        choice = _ordered((scores[chunk] + biases[chunk]).to(tl.int32, bitcast=True))
         choices = choices + (tl.where(expert < experts, choice, LOWEST),)
 
     slot = tl.arange(0, BLOCK_TOP_K)
     ids = tl.zeros((BLOCK_TOP_K,), tl.int32)
-    weights = tl.zeros((BLOCK_TOP_K,), tl.float32)
-    total = 0.0
     for rank in tl.static_range(TOP_K):
         largest = choices[0]
         for chunk in tl.static_range(1, CHUNKS):
@@ -523,13 +520,13 @@ def _choose_experts_kernel(
             expert = chunk * CHUNK + tl.arange(0, CHUNK)
             rest = rest + (tl.where(expert == chosen, LOWEST, choices[chunk]),)
         choices = rest
-        score = _ordered(best).to(tl.float32, bitcast=True)
-        if bias_ptr is not None:
-            score -= tl.load(bias_ptr + chosen)
-        total += score
         ids = tl.where(slot == rank, chosen, ids)
-        weights = tl.where(slot == rank, score, weights)
-    tl.store(weights_ptr + token * TOP_K + slot, weights * (1.0 / total), mask=slot < TOP_K)
+    # Not read back as choice - bias, in which a score has been rounded beside the bias, or is lost.
+    weights = tl.zeros((BLOCK_TOP_K,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        score = tl.gather(scores[chunk], ids % CHUNK, 0)
+        weights = tl.where((slot < TOP_K) & (ids // CHUNK == chunk), score, weights)
+    tl.store(weights_ptr + token * TOP_K + slot, weights * (1.0 / tl.sum(weights, axis=0)), mask=slot < TOP_K)
     tl.store(ids_ptr + token * TOP_K + slot, ids, mask=slot < TOP_K)
     if SPLITS > 1:  # last, since it takes a turn through shared memory that nobody waits for
         for chunk in tl.static_range(CHUNKS):
