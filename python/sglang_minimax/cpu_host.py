@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sglang_minimax.adjustments import EngineModule, EngineObject
+from sglang_minimax.node_address import interface_of
 
 if TYPE_CHECKING:
     import torch
@@ -202,21 +203,12 @@ def share_cores_and_loopback(model_runner: EngineModule) -> None:
 
     @functools.wraps(engine_init)
     def init_torch_distributed(self: EngineObject) -> Any:
-        if self.server_args.nnodes == 1 and (loopback := _loopback_interface()):
+        if self.server_args.nnodes == 1 and (loopback := interface_of("127.0.0.1")):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         return engine_init(self)
 
     runner.init_threads_binding = init_threads_binding
     runner.init_torch_distributed = init_torch_distributed
-
-
-def _loopback_interface() -> str | None:
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == "127.0.0.1" for address in addresses):
-            return str(name)
-    return None
 
 
 def let_the_controller_wait(data_parallel_controller: EngineModule) -> None:
