@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -12,6 +13,7 @@ import torch
 from sglang.srt.distributed.parallel_state import GroupCoordinator
 from sglang.srt.layers import minimax_layer_communicator
 from sglang.srt.layers.communicator import FUSE_ALLREDUCE_MAX_BATCH_SIZE
+from sglang.srt.layers.minimax_sharding import reason_against_runner
 from sglang.srt.layers.moe import cutlass_moe
 from sglang.srt.layers.moe.cutlass_moe_params import CutlassMoEParams, CutlassMoEType
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
@@ -447,9 +449,9 @@ def test_the_engines_nvfp4_kernels_want_the_experts_of_all_ranks_on_each(monkeyp
 )
 def test_mxfp8_experts_name_the_kernels_that_are_left(runner, ep, refused):
     said = f"not with --ep {ep} in {runner}: .* Add --moe-runner-backend flashinfer_trtllm_routed"
-    with pytest.raises(ValueError, match=said) if refused else contextlib.nullcontext():
-        minimax_m2_moe._check_mxfp8_experts("mxfp8", runner, ep)
-    minimax_m2_moe._check_mxfp8_experts("fp8", runner, ep)
+    reason = reason_against_runner("mxfp8", runner, 4, ep, blackwell=True)
+    assert re.search(said, reason) if refused else reason is None
+    assert "mxfp8" not in (reason_against_runner("fp8", runner, 4, ep, blackwell=True) or "")
 
 
 @pytest.mark.parametrize(

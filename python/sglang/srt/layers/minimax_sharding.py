@@ -250,9 +250,9 @@ RUNNERS_WITHOUT_FP8 = ("flashinfer_cutlass", "flashinfer_cutedsl")
 def reason_against_runner(
     method: str | None, runner: str, tp_size: int, ep_size: int, blackwell: bool, a2a: str = "none"
 ) -> str | None:
-    """Why the engine's kernels for the experts would end the server, or sum rows that nobody wrote, or None.
+    """Why the engine's kernels would end the server, choose other experts, or sum rows that nobody wrote, or None.
 
-    The latter: a rank marks routes to other ranks' experts, and cutlass kernels leave such a route's place among the
+    The last: a rank marks routes to other ranks' experts, and cutlass kernels leave such a route's place among the
     rows as it was allocated. The engine refuses it for FP8 itself, but only where the command line names the
     quantisation, and ends at an assertion for NVFP4, in the first step.
 
@@ -263,6 +263,12 @@ def reason_against_runner(
         blackwell: the GPUs are.
         a2a: ``--moe-a2a-backend``, which sends a rank its own routes only.
     """
+    if method == "mxfp8" and runner != "flashinfer_trtllm_routed" and (runner != "cutlass" or ep_size > 1):
+        return (
+            f"mxfp8 experts run in flashinfer_trtllm_routed, or without --ep in cutlass, and not with --ep {ep_size} "
+            f"in {runner}: flashinfer_trtllm, which the engine takes for --quantization mxfp8 where neither is given, "
+            f"chooses the experts by rules other than MiniMax-M2's. Add --moe-runner-backend flashinfer_trtllm_routed"
+        )
     if method == "fp8" and runner in RUNNERS_WITHOUT_FP8:
         return (
             f"--moe-runner-backend {runner} has no kernels for FP8 experts, and the engine would end the server at its "

@@ -259,25 +259,13 @@ def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
             f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
             f"--moe-a2a-backend, or leave the redundant experts out."
         )
-    runner = get_moe_runner_backend().value
-    _check_mxfp8_experts(method, runner, ep_size)
     against_runner = reason_against_runner(
-        method, runner, tp_size, ep_size, is_blackwell_supported(), get_moe_a2a_backend().value
+        method, get_moe_runner_backend().value, tp_size, ep_size, is_blackwell_supported(), get_moe_a2a_backend().value
     )
     if against_runner is not None:
         raise ValueError(f"{against_runner}.")
     stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     _check_4_bit_experts(method, stored, tp_size, ep_size, server_args.moe_dp_size)
-
-
-def _check_mxfp8_experts(method: str | None, runner: str, ep_size: int) -> None:
-    """Refuses kernels that know no MXFP8, and the one among those that do which the engine takes by itself."""
-    if method == "mxfp8" and runner != "flashinfer_trtllm_routed" and (runner != "cutlass" or ep_size > 1):
-        raise ValueError(
-            f"mxfp8 experts run in flashinfer_trtllm_routed, or without --ep in cutlass, and not with --ep {ep_size} "
-            f"in {runner}: flashinfer_trtllm, which the engine takes for --quantization mxfp8 where neither is given, "
-            f"chooses the experts by rules other than MiniMax-M2's. Add --moe-runner-backend flashinfer_trtllm_routed."
-        )
 
 
 def _check_4_bit_experts(method: str | None, stored: str | None, tp_size: int, ep_size: int, moe_dp_size: int) -> None:
