@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Times decode attention at MiniMax-M2's heads: the engine's Triton kernels, FlashAttention-3, and ours by plan.
 
-    python benchmark/decode_attention.py --json out.json [--layouts 12:2 24:4] [--requests 1 16 64] [--contexts 512]
+    python benchmark/decode_attention.py --json out.json [--layouts 12:2 24:4] [--requests 1 16 64] [--contexts 516]
     python benchmark/decode_attention.py --plans --json out.json --seconds 120     all plans worth it
-    python benchmark/decode_attention.py --plans 64/8/5/2/64 128/8/5/1/128         these
+    python benchmark/decode_attention.py --plans 64/8/5/2/64/64                     these
 
 A layout is q heads : KV heads of a rank, so 12:2 is TP4 of the published model. Each request has as many cached tokens
-as ``--contexts`` says, in slots at random, and ``mixed`` is one request of 32768 tokens among others of 512. A CUDA
+as ``--contexts`` says, in slots at random. ``mixed`` is one request of 32768 tokens among others of 512, ``spread:N``
+requests of N / 4 to 7/4 N. A multiple of 64 shows a division at its best, which a step in a hundred has. A CUDA
 graph has 8 layers with caches of their own and, before each, a copy of q, which stands for the launch that attention
 waits for; the time of a graph of these copies is subtracted. 10 replays to warm up, then 60, each between two events;
 with ``--plans`` 20, and 60 for the best and for the one that a server has. Reported: the median, in microseconds a
@@ -26,8 +27,9 @@ import graph_timing
 
 LAYERS, WARM_UP, REPLAYS, QUICK, BEST = 8, 10, 60, 20, 4
 LONG, SHORT = 32768, 512  # tokens of a mixed batch's requests
-CONTEXTS = ["512", "4096", "32768", "mixed"]
-MOST_TOKENS = 64 * 4096  # in a cache of one layer
+CONTEXTS = ["516", "4100", "32768", "mixed", "spread:512", "spread:4096"]
+SPREAD = "spread:"
+MOST_TOKENS = 65 * 4224  # in a cache of one layer
 
 
 def main() -> int:
@@ -36,7 +38,9 @@ def main() -> int:
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 4, 16, 64, 256])
     parser.add_argument("--contexts", nargs="+", default=CONTEXTS)
     parser.add_argument(
-        "--plans", nargs="*", help="block/warps/stages/CTAs a multiprocessor/tokens of a part, at least"
+        "--plans",
+        nargs="*",
+        help="block/warps/stages/CTAs a multiprocessor/tokens of a part, at least/parts of a request, at most",
     )
     parser.add_argument("--seconds", type=float, default=300, help="no case is begun after these")
     parser.add_argument("--json", type=Path)
@@ -69,7 +73,15 @@ def main() -> int:
 
 def lengths_of(context: str, requests: int) -> list[int] | None:
     """Cached tokens of each request, or None for more than a case may have."""
-    lengths = [LONG] + [SHORT] * (requests - 1) if context == "mixed" else [int(context)] * requests
+    if context.startswith(SPREAD):
+        middle = int(context.removeprefix(SPREAD))
+        shortest, longest = middle // 4, middle // 4 + middle * 3 // 2
+        places = [i * 37 % requests for i in range(requests)]  # neither the longest nor the shortest first
+        lengths = [shortest + (longest - shortest) * place // max(requests - 1, 1) for place in places]
+    elif context == "mixed":
+        lengths = [LONG] + [SHORT] * (requests - 1)
+    else:
+        lengths = [int(context)] * requests
     return lengths if sum(lengths) <= MOST_TOKENS and (context != "mixed" or requests > 1) else None
 
 
@@ -77,9 +89,9 @@ def candidates() -> list:
     from sglang.srt.layers.minimax_decode_attention import Plan
 
     found: list = []
-    for block, warps, stages in ((32, 4, 5), (32, 4, 7), (64, 4, 5), (64, 4, 7), (64, 8, 5), (128, 8, 5)):
-        for ctas, shortest in product((1, 2, 4), (64, 128)):
-            plan = Plan(block, warps, stages, ctas, max(shortest, block))
+    for block, warps, stages in ((32, 4, 5), (64, 4, 4), (64, 4, 5), (64, 8, 4), (64, 8, 5), (128, 8, 4), (128, 8, 5)):
+        for ctas, shortest, most in product((1, 2, 3, 4), (64, 128), (64, 1024)):
+            plan = Plan(block, warps, stages, ctas, max(shortest, block), most)
             found += [plan] if plan not in found else []
     return found
 

@@ -15,7 +15,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
 from sglang.srt.layers.minimax_decode_attention import PLAN_OF_MORE, PLANS, Plan, decode_attention, plan_for  # noqa: E402
 from unit.decode_batches import batch, check  # noqa: E402
 
-TRIED = [*PLANS.values(), PLAN_OF_MORE, Plan(32, 4, 7, 4, 64), Plan(64, 4, 3, 1, 256)]
+TRIED = [*PLANS.values(), PLAN_OF_MORE, Plan(32, 4, 7, 4, 64, 1024), Plan(64, 4, 3, 1, 256, 8)]
 LENGTHS = [
     [1], [63], [64], [65], [3000], [70000], [1] * 64, [513] * 16, [0, 7, 0, 900], list(range(1, 257)),
     [40000] + [9] * 63, [300] * 1024,

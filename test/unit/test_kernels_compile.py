@@ -89,15 +89,17 @@ def test_the_projections_of_few_tokens(kernels, shape, tokens):
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
 @pytest.mark.parametrize("ragged", [True, False], ids=["triton", "fa3"])
-@pytest.mark.parametrize("requests", [1, 64, attention.MAX_REQUESTS])
+@pytest.mark.parametrize("requests", [1, 16, 64, attention.MAX_REQUESTS])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (12, 2), (48, 8)])
 def test_decode_attention(kernels, heads, kv_heads, requests, ragged, dtype):
     slots = meta(1 << 20, dtype=torch.int64) if ragged else meta(requests, 4096, dtype=INT32)
     cached = attention.CachedTokens(meta(requests + ragged, dtype=INT32), slots, ragged)
     cache = meta(1 << 20, kv_heads, attention.HEAD_DIM, dtype=dtype)
     q, counters = meta(requests, heads * attention.HEAD_DIM, dtype=dtype), meta(requests * kv_heads, dtype=INT32)
-    attention.decode_attention(q, cache, cache, cached, counters, attention.plan_for(requests, kv_heads))
+    plan = attention.plan_for(requests, kv_heads)
+    attention.decode_attention(q, cache, cache, cached, counters, plan)
     assert_runs(kernels, "_decode_attention_kernel")
+    assert kernels[0].ctas_of_sm() >= plan.ctas_per_sm, f"{kernels[0]}: {plan.ctas_per_sm} are to run at once"
 
 
 @pytest.mark.parametrize("quantise", [fp8_quantise.quantise, fp8_quantise.quantise_activated])

@@ -3,12 +3,13 @@
     scores = q @ k.T * head_dim**-0.5              # of a request's cached tokens, for each head
     out = softmax(scores) @ v                      # float32 sums, weights in the dtype of v
 
-A request's tokens are divided into parts, and a CTA takes a part for all q heads of a KV head. How long a part is
-follows from the tokens of all requests together, so that there is about as much work for every multiprocessor whether
-one request is long or many are short; the CTAs read it from the batch, whose graph was captured for any lengths. Each
-CTA has a maximum, a sum and weighted values; the last of a request's CTAs to come scales and adds those of all, in the
-order of the tokens (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; the division of one
-request is that of Flash-Decoding). Which one is last changes nothing: the same batch gives the same bits.
+A request's tokens are divided into parts alike, and a CTA takes a part for all q heads of a KV head. How many parts a
+request has follows from its share of the tokens of all requests, so that there is about as much work for every
+multiprocessor whether one request is long or many are short, and so that all parts run at once; the CTAs read it from
+the batch, whose graph was captured for any lengths. Each CTA has a maximum, a sum and weighted values; the last of a
+request's CTAs to come scales and adds those of all, in the order of the tokens (Milakov and Gimelshein, "Online
+normalizer calculation for softmax", 2018; the division of one request is that of Flash-Decoding). Which one is last
+changes nothing: the same batch gives the same bits.
 
 Which part a CTA has does not depend on the launch before, and is found before the wait for it (programmatic dependent
 launch). So whatever writes the lengths must be done two launches earlier, as it is in a model.
@@ -44,10 +45,11 @@ SWITCH = "SGLANG_MINIMAX_DECODE_ATTENTION"  # 0: the attention backend attends
 class Plan(NamedTuple):
     """How the work is divided.
 
-    ``block``: tokens that a CTA multiplies at once; a part is a multiple of it.
+    ``block``: tokens that a CTA multiplies at once.
     ``stages``: of the pipeline of loads; slots come before keys and values and take their share of them.
-    ``ctas_per_sm``: into so many parts for each multiprocessor the work is divided, about.
-    ``shortest``: tokens of a part, at least.
+    ``ctas_per_sm``: into so many parts for each multiprocessor the work is divided, about; so many run at once.
+    ``shortest``: for each so many tokens, and for the rest of them, a request has one part at most.
+    ``most``: parts of a request, which one CTA adds.
     """
 
     block: int
@@ -55,11 +57,12 @@ class Plan(NamedTuple):
     stages: int
     ctas_per_sm: int
     shortest: int
+    most: int
 
 
 # Up to so many KV heads of all requests. Measured on one H200, benchmark/results/decode_attention_h200.json.
-PLANS = {128: Plan(128, 8, 5, 1, 128), 384: Plan(64, 8, 5, 2, 64)}
-PLAN_OF_MORE = Plan(32, 4, 5, 2, 64)
+PLANS = {8: Plan(128, 8, 5, 1, 128, 64), 32: Plan(128, 8, 4, 2, 128, 64), 192: Plan(64, 4, 5, 3, 64, 64)}
+PLAN_OF_MORE = Plan(64, 4, 4, 4, 64, 64)
 
 
 def plan_for(requests: int, num_kv_heads: int) -> Plan:
@@ -220,14 +223,14 @@ def decode_attention(
     assert 0 < requests <= MAX_REQUESTS and counters.numel() >= requests * num_kv_heads, f"{requests} requests"
     out = torch.empty_like(q)
     aim = max(1, plan.ctas_per_sm * num_multiprocessors(q.device) // num_kv_heads)
-    grid = (aim + requests, num_kv_heads)  # each request's last part may be a short one
+    grid = (aim + requests, num_kv_heads)  # a request has a part more than its share at most
     values = torch.empty(*grid, group, HEAD_DIM, dtype=torch.float32, device=q.device)
     scales = torch.empty(*grid, 2, MAX_GROUP, dtype=torch.float32, device=q.device)
     pdl = has_programmatic_launch(q.device)
     options = {"launch_pdl": True} if pdl else {}
     _decode_attention_kernel[grid](
         q, k_cache, v_cache, out, cached.bounds, cached.slots, values, scales, counters, k_cache.stride(0),
-        v_cache.stride(0), 0 if cached.ragged else cached.slots.stride(0), requests, aim, plan.shortest,
+        v_cache.stride(0), 0 if cached.ragged else cached.slots.stride(0), requests, aim, plan.shortest, plan.most,
         HEAD_DIM**-0.5 * LOG2_E, RAGGED=cached.ragged, GROUP=group, KV_HEADS=num_kv_heads, DIM=HEAD_DIM, ROWS=MAX_GROUP,
         BLOCK=plan.block, PDL=pdl, REQUESTS_BLOCK=max(16, triton.next_power_of_2(requests)), num_warps=plan.warps,
         num_stages=plan.stages, **options,
@@ -237,7 +240,7 @@ def decode_attention(
 
 @triton.jit
 def _my_part(
-    cta, bounds_ptr, requests, aim, shortest, RAGGED: tl.constexpr, BLOCK: tl.constexpr, REQUESTS_BLOCK: tl.constexpr
+    cta, bounds_ptr, requests, aim, shortest, most, RAGGED: tl.constexpr, REQUESTS_BLOCK: tl.constexpr
 ):  # fmt: skip
     """(request, where its slots start in a ragged list, its tokens [begin, end), the first CTA of its parts, how many
     parts there are); a request of ``requests`` or more: there is nothing for this CTA."""
@@ -245,31 +248,41 @@ def _my_part(
     is_request = number < requests
     bound = tl.load(bounds_ptr + number, mask=is_request, other=0)
     lengths = tl.load(bounds_ptr + number + 1, mask=is_request, other=0) - bound if RAGGED else bound
-    part = tl.cdiv(tl.cdiv(tl.sum(lengths), aim), BLOCK) * BLOCK
-    part = tl.maximum(part, shortest)
-    # A request without tokens has a part too, which writes its zeros.
-    parts = tl.where(is_request, tl.maximum(tl.cdiv(lengths, part), 1), 0)
-    upto = tl.cumsum(parts)
+    total = tl.maximum(tl.sum(lengths), 1)
+    # As many parts as are nearest to a request's share, of somewhat fewer, unless these would be more than run at once:
+    # what waits for a place runs when all others are done. Then its share, cut off.
+    fewer = aim - aim // 16
+    is_nearest = tl.sum((2 * lengths * fewer + total) // (2 * total)) <= aim
+    aim, half = tl.where(is_nearest, fewer, aim), tl.where(is_nearest, total, 0)
+    upto = tl.cumsum(tl.where(is_request, _num_parts(lengths, total, aim, half, shortest, most), 0))
     request = tl.sum((upto <= cta).to(tl.int32))
     first = tl.sum(tl.where(number == request - 1, upto, 0))
     # Read again, from the cache: a sum over all threads would take longer.
     start = tl.load(bounds_ptr + request, mask=request < requests, other=0)
     length = tl.load(bounds_ptr + request + 1, mask=request < requests, other=0) - start if RAGGED else start
-    begin = (cta - first) * part
-    return request, start, begin, tl.minimum(begin + part, length), first, tl.maximum(tl.cdiv(length, part), 1)
+    parts, part = _num_parts(length, total, aim, half, shortest, most), cta - first
+    return request, start, length * part // parts, length * (part + 1) // parts, first, parts
 
 
-@triton.jit(do_not_specialize=["requests", "aim", "shortest"])
+@triton.jit
+def _num_parts(length, total, aim, half, shortest, most):
+    """A request's share of ``aim`` parts: cut off where ``half`` is 0, the nearest where it is ``total``. A request
+    without tokens has a part too, which writes its zeros. For up to 2**30 / aim tokens, in 32 bits."""
+    share = (2 * length * aim + half) // (2 * total)
+    return tl.maximum(tl.minimum(tl.minimum(share, most), tl.cdiv(length, shortest)), 1)
+
+
+@triton.jit(do_not_specialize=["requests", "aim", "shortest", "most"])
 def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, bounds_ptr, slots_ptr, values_ptr, scales_ptr, counters_ptr, k_stride, v_stride,
-    slots_stride, requests, aim, shortest, scale, RAGGED: tl.constexpr, GROUP: tl.constexpr, KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    slots_stride, requests, aim, shortest, most, scale, RAGGED: tl.constexpr, GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     REQUESTS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """CTA (c, h): part c of all requests' parts, KV head h. ``scale`` is for exponents of 2."""
     cta, kv_head = tl.program_id(0), tl.program_id(1)
     request, start, begin, end, first, parts = _my_part(
-        cta, bounds_ptr, requests, aim, shortest, RAGGED, BLOCK, REQUESTS_BLOCK
+        cta, bounds_ptr, requests, aim, shortest, most, RAGGED, REQUESTS_BLOCK
     )
     if request >= requests:
         return
