@@ -60,14 +60,12 @@ def candidates(tokens: int) -> dict[str, list[Candidate]]:
         return Candidate(routes, Projection(*how))
 
     gate_up = [
-        tensor(16, "float8", 32, 4, 7, 3), tensor(16, "float8", 32, 4, 7, 3, 4), tensor(16, "float8", 32, 4, 7, 3, 8),
-        tensor(16, "float8", 32, 4, 10, 2), tensor(16, "float8", 32, 4, 4, 5), tensor(16, "float8", 32, 4, 4, 5, 4),
-        tensor(16, "float8", 64, 4, 4, 3), tensor(16, "float8", 64, 4, 4, 3, 4),
+        tensor(16, "float8", 32, 4, 7, 3), tensor(16, "float8", 32, 4, 10, 2), tensor(16, "float8", 32, 4, 4, 5),
+        tensor(16, "float8", 64, 4, 4, 3),
     ]  # fmt: skip
     down = [
-        tensor(16, "float8", 128, 4, 3, 3), tensor(16, "float8", 128, 4, 3, 3, 3),
-        tensor(16, "float8", 128, 4, 3, 2, 3), tensor(16, "float8", 128, 4, 4, 2),
-        tensor(16, "float8", 64, 4, 4, 4), tensor(16, "float8", 64, 4, 3, 5, 3), tensor(16, "float8", 128, 8, 4, 2),
+        tensor(16, "float8", 128, 4, 3, 3), tensor(16, "float8", 128, 4, 4, 2), tensor(16, "float8", 64, 4, 4, 4),
+        tensor(16, "float8", 128, 8, 4, 2),
     ]  # fmt: skip
     if tokens <= 4:
         gate_up = [Candidate(16, Projection("float32", columns, columns // 2)) for columns in (8, 4)] + gate_up

@@ -29,7 +29,6 @@ PLANS = {
     "float32": Plan(16, Projection("float32", 64, 4), Projection("float32", 128, 4)),
     "float8": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float8", 128, 4, 2, 1)),
     "float8, 64 routes": Plan(64, Projection("float8", 64, 4, 2, 1), Projection("float8", 64, 4, 2, 3)),
-    "float8, ahead": Plan(16, Projection("float8", 32, 4, 2, 1, 2), Projection("float8", 128, 4, 2, 1, 1)),
     "float32, float8": Plan(32, Projection("float32", 32, 4), Projection("float8", 64, 4, 2, 2)),
     "float8, float32": Plan(16, Projection("float8", 32, 4, 2, 2), Projection("float32", 64, 4)),
 }

@@ -54,8 +54,6 @@ class Projection(NamedTuple):
         warps: of a CTA.
         stages: blocks of 128 inputs that are in flight; with float32 all are.
         ctas: of an SM, which go through the list.
-        ahead: blocks of 128 inputs of a CTA's next tile that are asked into the L2 cache while it works on this one; if
-            any, the list too is read ahead. Not timed yet, so no plan has it.
     """
 
     activations: str
@@ -63,7 +61,6 @@ class Projection(NamedTuple):
     warps: int
     stages: int = 1
     ctas: int = 1
-    ahead: int = 0
 
 
 class Plan(NamedTuple):
@@ -209,7 +206,7 @@ def gate_up(
     assert work is not None, "tensor cores want a list of work: list_work"
     _gate_up_kernel[(_ctas(work, tiles, how),)](
         work.x, work.x_scale, work.items, w13, w13_scale, activated, work.x.stride(0), top_k, hidden_size, width,
-        plan.routes, how.columns, how.stages, how.ahead, pdl, num_warps=how.warps, **_options(pdl),
+        plan.routes, how.columns, how.stages, pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     return activated
 
@@ -236,7 +233,7 @@ def down(
     parts = torch.empty(tokens * top_k, hidden_size, dtype=torch.float32, device=activated.device)
     _down_kernel[(_ctas(work, tiles, how),)](
         activated, weights, work.items, w2, w2_scale, parts, hidden_size, width, plan.routes, how.columns, how.stages,
-        how.ahead, pdl, num_warps=how.warps, **_options(pdl),
+        pdl, num_warps=how.warps, **_options(pdl),
     )  # fmt: skip
     if in_parts:
         return Parts(parts.view(tokens, top_k, hidden_size).transpose(0, 1), ids, first_expert, experts)
@@ -342,20 +339,6 @@ def _item(items_ptr, item, ROUTES: tl.constexpr):
 
 
 @triton.jit
-def _item_of_tile(items_ptr, tile, tiles, TILES: tl.constexpr, ROUTES: tl.constexpr):
-    """The item of a tile, or of the last one if there are no more; without any tile anything."""
-    return _item(items_ptr, tl.maximum(tl.minimum(tile, tiles - 1), 0) // TILES, ROUTES)
-
-
-@triton.jit
-def _first_two_items(items_ptr, tiles, TILES: tl.constexpr, ROUTES: tl.constexpr):
-    """The expert and routes of a CTA's first tile, and of its second."""
-    expert, route = _item_of_tile(items_ptr, tl.program_id(0), tiles, TILES, ROUTES)
-    next_expert, next_route = _item_of_tile(items_ptr, tl.program_id(0) + tl.num_programs(0), tiles, TILES, ROUTES)
-    return expert, route, next_expert, next_route
-
-
-@triton.jit
 def _silu_and_up(sums, COLUMNS: tl.constexpr, ROUTES: tl.constexpr):
     """silu(gate) * up [ROUTES, COLUMNS] of sums [ROUTES, 2 * COLUMNS], of gate and up in turn."""
     gate, up = tl.split(tl.reshape(sums, (ROUTES, COLUMNS, 2)))
@@ -366,7 +349,7 @@ def _silu_and_up(sums, COLUMNS: tl.constexpr, ROUTES: tl.constexpr):
 def _gate_up_kernel(
     x_ptr, x_scale_ptr, items_ptr, weight_ptr, scale_ptr, activated_ptr, x_stride, TOP_K: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr, WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """CTAs take tiles of silu(gate) * up in turn, those of one item after each other."""
     if PDL:
@@ -378,19 +361,8 @@ def _gate_up_kernel(
     row = tl.arange(0, 2 * COLUMNS)
     is_up = row % 2
     k = tl.arange(0, 128)
-    tiles, step = tl.load(items_ptr) * TILES, tl.num_programs(0)
-    if AHEAD:
-        expert, route, next_expert, next_route = _first_two_items(items_ptr, tiles, TILES, ROUTES)
-    for tile in range(tl.program_id(0), tiles, step):
-        if AHEAD:
-            after_expert, after_route = _item_of_tile(items_ptr, tile + 2 * step, tiles, TILES, ROUTES)
-            if PDL and tile + step < tiles:
-                next_column = (tile + step) % TILES * COLUMNS
-                rows = next_expert * (2 * WIDTH) + next_column + row // 2 + is_up * WIDTH
-                for block in tl.static_range(AHEAD):
-                    _prefetch(weight_ptr + rows * HIDDEN_SIZE + block * 128)
-        else:
-            expert, route = _item(items_ptr, tile // TILES, ROUTES)
+    for tile in range(tl.program_id(0), tl.load(items_ptr) * TILES, tl.num_programs(0)):
+        expert, route = _item(items_ptr, tile // TILES, ROUTES)
         is_route = route >= 0
         column = tile % TILES * COLUMNS
         rows = expert * (2 * WIDTH) + column + row // 2 + is_up * WIDTH
@@ -409,8 +381,6 @@ def _gate_up_kernel(
         activated = _silu_and_up(tl.trans(sums), COLUMNS, ROUTES)
         place = activated_ptr + route[:, None] * WIDTH + column + tl.arange(0, COLUMNS)[None, :]
         tl.store(place, activated.to(activated_ptr.dtype.element_ty), mask=is_route[:, None])
-        if AHEAD:
-            expert, route, next_expert, next_route = next_expert, next_route, after_expert, after_route
 
 
 @triton.jit
@@ -461,34 +431,24 @@ def _gate_up_by_route_kernel(
 @triton.jit
 def _down_kernel(
     activated_ptr, topk_weights_ptr, items_ptr, weight_ptr, scale_ptr, parts_ptr, HIDDEN_SIZE: tl.constexpr,
-    WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    WIDTH: tl.constexpr, ROUTES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """CTAs take tiles of the routes' outputs in turn, those of one item after each other."""
     TILES: tl.constexpr = HIDDEN_SIZE // COLUMNS
     GROUPS: tl.constexpr = WIDTH // 128
     row = tl.arange(0, COLUMNS)
     k = tl.arange(0, 128)
-    tiles, step = tl.load(items_ptr) * TILES, tl.num_programs(0)
-    if AHEAD:
-        expert, route, next_expert, next_route = _first_two_items(items_ptr, tiles, TILES, ROUTES)
+    tiles = tl.load(items_ptr) * TILES
     if PDL:
         gdc_launch_dependents()
         if tl.program_id(0) < tiles:  # the first tile's weights into the L2 cache, while gate and up still run
-            first_expert, _ = _item(items_ptr, tl.program_id(0) // TILES, ROUTES)
-            rows = first_expert * HIDDEN_SIZE + tl.program_id(0) % TILES * COLUMNS + row
+            expert, _ = _item(items_ptr, tl.program_id(0) // TILES, ROUTES)
+            rows = expert * HIDDEN_SIZE + tl.program_id(0) % TILES * COLUMNS + row
             for block in tl.static_range(GROUPS):
                 _prefetch(weight_ptr + rows * WIDTH + block * 128)
         gdc_wait()
-    for tile in range(tl.program_id(0), tiles, step):
-        if AHEAD:
-            after_expert, after_route = _item_of_tile(items_ptr, tile + 2 * step, tiles, TILES, ROUTES)
-            if PDL and tile + step < tiles:
-                rows = next_expert * HIDDEN_SIZE + (tile + step) % TILES * COLUMNS + row
-                for block in tl.static_range(AHEAD):
-                    _prefetch(weight_ptr + rows * WIDTH + block * 128)
-        else:
-            expert, route = _item(items_ptr, tile // TILES, ROUTES)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert, route = _item(items_ptr, tile // TILES, ROUTES)
         is_route = route >= 0
         column = tile % TILES * COLUMNS
         weight_rows = weight_ptr + (expert * HIDDEN_SIZE + column + row)[:, None] * WIDTH + k[None, :]
@@ -504,8 +464,6 @@ def _down_kernel(
             sums += tl.dot(weight, tl.trans(x)) * (tl.trans(x_scale) * scale)
         place = parts_ptr + route[:, None] * HIDDEN_SIZE + column + row[None, :]
         tl.store(place, tl.trans(sums) * routing_weight[:, None], mask=is_route[:, None])
-        if AHEAD:
-            expert, route, next_expert, next_route = next_expert, next_route, after_expert, after_route
 
 
 @triton.jit(do_not_specialize=["first_expert", "experts"])
