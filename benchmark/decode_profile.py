@@ -5,7 +5,9 @@
     python benchmark/decode_profile.py FOLDER --layers 16 [--rows 20] [--stage decode]
 
 Microseconds a layer: the kernels of a whole step over the number of layers, so that what runs once a step (embedding,
-language-model head, sampling) is in it as well, with fewer launches a layer than one.
+language-model head, sampling) is in it as well, with fewer launches a layer than one. Before that, what a kernel adds:
+its time after the last of those that started before it has ended. A kernel that starts early waits for the one before,
+and its own time has that wait in it.
 """
 
 from __future__ import annotations
@@ -39,18 +41,22 @@ def table(trace: Path, layers: int, rows: int) -> list[str]:
     launches = kernels(trace)
     if not launches:
         return [f"{trace.name}: no kernel"]
-    spent, count = collections.Counter[str](), collections.Counter[str]()
+    spent, added, count = collections.Counter[str](), collections.Counter[str](), collections.Counter[str]()
+    latest_end = launches[0]["ts"]
     for launch in launches:
+        end = launch["ts"] + launch["dur"]
         spent[launch["name"]] += launch["dur"]
+        added[launch["name"]] += max(0.0, end - max(latest_end, launch["ts"]))
         count[launch["name"]] += 1
+        latest_end = max(latest_end, end)
     lines = [
-        f"{trace.name}: {len(launches)} launches, {sum(spent.values()) / layers:.1f} us a layer in kernels, "
-        f"{idle(launches) / layers:.1f} between them"
+        f"{trace.name}: {len(launches)} launches, kernels add {sum(added.values()) / layers:.1f} us a layer and take "
+        f"{sum(spent.values()) / layers:.1f}, {idle(launches) / layers:.1f} between them"
     ]
-    for name, microseconds in spent.most_common(rows):
-        each = microseconds / count[name]
+    for name, microseconds in added.most_common(rows):
+        each = spent[name] / count[name]
         lines.append(
-            f"{microseconds / layers:8.2f} us a layer = {count[name] / layers:5.2f} x {each:6.2f}  {name[:90]}"
+            f"{microseconds / layers:8.2f} us a layer of {count[name] / layers:5.2f} x {each:6.2f}  {name[:90]}"
         )
     return lines
 
