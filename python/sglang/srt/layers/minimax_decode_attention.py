@@ -5,11 +5,12 @@
 
 A request's tokens are divided into parts alike, and a CTA takes a part for all q heads of a KV head. How many parts a
 request has follows from its share of the tokens of all requests, so that there is about as much work for every
-multiprocessor whether one request is long or many are short, and so that all parts run at once; the CTAs read it from
-the batch, whose graph was captured for any lengths. Each CTA has a maximum, a sum and weighted values; the last of a
-request's CTAs to come scales and adds those of all, in the order of the tokens (Milakov and Gimelshein, "Online
-normalizer calculation for softmax", 2018; the division of one request is that of Flash-Decoding). Which one is last
-changes nothing: the same batch gives the same bits.
+multiprocessor whether one request is long or many are short, and so that all parts run at once, but for what many
+requests far below the average add, as each has a part; the CTAs read it from the batch, whose graph was captured for
+any lengths. Each CTA has a maximum, a sum and weighted values; the last of a request's CTAs to come scales and adds
+those of all, in the order of the tokens (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; the
+division of one request is that of Flash-Decoding). Which one is last changes nothing: the same batch gives the same
+bits.
 
 Which part a CTA has does not depend on the launch before, and is found before the wait for it (programmatic dependent
 launch). So whatever writes the lengths must be done two launches earlier, as it is in a model.
@@ -47,9 +48,10 @@ class Plan(NamedTuple):
 
     ``block``: tokens that a CTA multiplies at once.
     ``stages``: of the pipeline of loads; slots come before keys and values and take their share of them.
-    ``ctas_per_sm``: into so many parts for each multiprocessor the work is divided, about; so many run at once.
-    ``shortest``: for each so many tokens, and for the rest of them, a request has one part at most.
-    ``most``: parts of a request, which one CTA adds.
+    ``ctas_per_sm``: CTAs that run at once on a multiprocessor; the work is divided into about as many parts.
+    ``shortest``: tokens; a request has no more parts than its tokens / ``shortest``, rounded up, so that none of
+        several has fewer than half of it.
+    ``most``: parts that a request has at most, since one CTA adds them.
     """
 
     block: int
@@ -223,7 +225,7 @@ def decode_attention(
     assert 0 < requests <= MAX_REQUESTS and counters.numel() >= requests * num_kv_heads, f"{requests} requests"
     out = torch.empty_like(q)
     aim = max(1, plan.ctas_per_sm * num_multiprocessors(q.device) // num_kv_heads)
-    grid = (aim + requests, num_kv_heads)  # a request has a part more than its share at most
+    grid = (aim + requests, num_kv_heads)  # no request has more than one part above its share of aim
     values = torch.empty(*grid, group, HEAD_DIM, dtype=torch.float32, device=q.device)
     scales = torch.empty(*grid, 2, MAX_GROUP, dtype=torch.float32, device=q.device)
     pdl = has_programmatic_launch(q.device)
@@ -249,8 +251,9 @@ def _my_part(
     bound = tl.load(bounds_ptr + number, mask=is_request, other=0)
     lengths = tl.load(bounds_ptr + number + 1, mask=is_request, other=0) - bound if RAGGED else bound
     total = tl.maximum(tl.sum(lengths), 1)
-    # As many parts as are nearest to a request's share, of somewhat fewer, unless these would be more than run at once:
-    # what waits for a place runs when all others are done. Then its share, cut off.
+    # No more than aim parts, so that none waits until others are done; requests whose share rounds to 0 come on top.
+    # Shares rounded to the nearest can add up to more than is shared, so 15 of 16 are shared. Where that is too many
+    # still, all are, and the shares are rounded down.
     fewer = aim - aim // 16
     is_nearest = tl.sum((2 * lengths * fewer + total) // (2 * total)) <= aim
     aim, half = tl.where(is_nearest, fewer, aim), tl.where(is_nearest, total, 0)
@@ -266,8 +269,9 @@ def _my_part(
 
 @triton.jit
 def _num_parts(length, total, aim, half, shortest, most):
-    """A request's share of ``aim`` parts: cut off where ``half`` is 0, the nearest where it is ``total``. A request
-    without tokens has a part too, which writes its zeros. For up to 2**30 / aim tokens, in 32 bits."""
+    """A request's share of ``aim`` parts: rounded down where ``half`` is 0, to the nearest where it is ``total``. One
+    at least, since a request without tokens too has zeros to write. 32 bits hold requests of fewer than 2**30 / aim
+    tokens: two million, where 528 parts are shared."""
     share = (2 * length * aim + half) // (2 * total)
     return tl.maximum(tl.minimum(tl.minimum(share, most), tl.cdiv(length, shortest)), 1)
 
