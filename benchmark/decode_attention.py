@@ -7,11 +7,13 @@
 
 A layout is q heads : KV heads of a rank, so 12:2 is TP4 of the published model. Each request has as many cached tokens
 as ``--contexts`` says, in slots at random. ``mixed`` is one request of 32768 tokens among others of 512, ``spread:N``
-requests of N / 4 to 7/4 N. A multiple of 64 shows a division at its best, which a step in a hundred has. A CUDA
-graph has 8 layers with caches of their own and, before each, a copy of q, which stands for the launch that attention
-waits for; the time of a graph of these copies is subtracted. 10 replays to warm up, then 60, each between two events;
-with ``--plans`` 20, and 60 for the best and for the one that a server has. Reported: the median, in microseconds a
-layer, and the root mean square of the differences from float64, by that of the result.
+requests of N / 4 to 7/4 N tokens, N on average; a single one has N / 4. A length that is a multiple of a plan's tile
+may show a division at its best, so better 516 than 512. A case of more than 274560 tokens is left out.
+
+A CUDA graph has 8 layers with caches of their own and, before each, a copy of q, which stands for the launch that
+attention waits for; the time of a graph of these copies is subtracted. 10 replays to warm up, then 60, each between two
+events; with ``--plans`` 20, and 60 for the best and for the one that a server has. Reported: the median, in
+microseconds a layer, and the root mean square of the differences from float64, by that of the result.
 """
 
 from __future__ import annotations
@@ -36,12 +38,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", default=["12:2"])
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 4, 16, 64, 256])
-    parser.add_argument("--contexts", nargs="+", default=CONTEXTS)
-    parser.add_argument(
-        "--plans",
-        nargs="*",
-        help="block/warps/stages/CTAs a multiprocessor/tokens of a part, at least/parts of a request, at most",
-    )
+    parser.add_argument("--contexts", nargs="+", type=context_named, default=CONTEXTS)
+    parser.add_argument("--plans", nargs="*", help="block/warps/stages/ctas_per_sm/shortest/most, as in the class Plan")
     parser.add_argument("--seconds", type=float, default=300, help="no case is begun after these")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -58,11 +56,15 @@ def main() -> int:
     started, rows = time.monotonic(), {}
     with torch.inference_mode():
         for context, layout, requests in product(options.contexts, options.layouts, options.requests):
+            name = f"{layout} {requests} x {context}"
             lengths = lengths_of(context, requests)
-            if lengths is None or time.monotonic() - started > options.seconds:
+            if lengths is None:
+                print(f"{name}: left out, of {MOST_TOKENS} tokens at most, and mixed of two requests at least")
+                continue
+            if time.monotonic() - started > options.seconds:
+                print(f"{name}: left out, --seconds {options.seconds:g} are over")
                 continue
             heads, kv_heads = map(int, layout.split(":"))
-            name = f"{layout} {requests} x {context}"
             rows[name] = case(lengths, heads, kv_heads, plans)
             print(name, {way: f"{row['us']:.2f}" for way, row in rows[name].items()}, flush=True)
     if options.json:
@@ -71,8 +73,16 @@ def main() -> int:
     return 0
 
 
+def context_named(text: str) -> str:
+    """``text``, if it is one of ``--contexts``."""
+    tokens = text.removeprefix(SPREAD)
+    if text != "mixed" and not (tokens.isdecimal() and int(tokens) >= (1 if tokens == text else 4)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens, mixed, or {SPREAD}N with N of 4 or more")
+    return text
+
+
 def lengths_of(context: str, requests: int) -> list[int] | None:
-    """Cached tokens of each request, or None for more than a case may have."""
+    """Cached tokens of each request, or None for more than a case may have, or a mixed batch of one."""
     if context.startswith(SPREAD):
         middle = int(context.removeprefix(SPREAD))
         shortest, longest = middle // 4, middle // 4 + middle * 3 // 2

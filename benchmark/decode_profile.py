@@ -4,10 +4,12 @@
     SGLANG_TORCH_PROFILER_DIR=FOLDER python -m sglang.bench_one_batch ... --profile --profile-stage decode
     python benchmark/decode_profile.py FOLDER --layers 16 [--rows 20] [--stage decode]
 
-Microseconds a layer: the kernels of a whole step over the number of layers, so that what runs once a step (embedding,
-language-model head, sampling) is in it as well, with fewer launches a layer than one. Before that, what a kernel adds:
-its time after the last of those that started before it has ended. A kernel that starts early waits for the one before,
-and its own time has that wait in it.
+Of each kernel, in the order of the first: the microseconds that it adds to a layer, its launches a layer, and the
+microseconds of a launch. All are of a whole step over the number of layers, so that what runs once a step (embedding,
+language-model head, sampling) is there as well, with fewer launches a layer than one.
+
+A launch that starts early waits for the one before it, and its own time has that wait in it. What it adds is only the
+time after all launches that started before it have ended.
 """
 
 from __future__ import annotations

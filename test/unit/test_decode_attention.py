@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -88,12 +90,22 @@ def test_each_reason_leaves_attention_to_the_backend(chosen, option, reason):
     )
 
 
-def test_every_batch_has_a_plan_of_whole_tiles():
+def test_the_benchmark_takes_contexts_and_refuses_others(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmark"))
+    import decode_attention as benchmark
+
+    for context in ("1", "516", "mixed", "spread:4", *benchmark.CONTEXTS):
+        assert benchmark.context_named(context) == context and min(benchmark.lengths_of(context, 2)) > 0
+    for context in ("0", "-5", "5.5", "mix", "spread", "spread:", "spread:x", "spread:3", "spread:mixed"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no number of tokens"):
+            benchmark.context_named(context)
+
+
+def test_every_batch_has_the_plan_of_its_kv_heads():
     limits, plans = list(decode.PLANS), [*decode.PLANS.values(), decode.PLAN_OF_MORE]
     assert limits == sorted(limits)
     assert [decode.plan_for(limit, 1) for limit in limits] == plans[:-1]
     assert decode.plan_for(limits[-1] // 8 + 1, 8) == decode.plan_for(decode.MAX_REQUESTS, 8) == plans[-1]
-    assert all(plan.shortest % plan.block == 0 for plan in plans)
 
 
 def made(kind, **attributes):
