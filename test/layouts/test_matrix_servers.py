@@ -136,21 +136,26 @@ def test_a_server_that_answers_wrongly_is_a_fault(wrong, said, oracles, monkeypa
     assert wrong != "end" or faults == [said, "out of memory"]
 
 
+@pytest.fixture(scope="module")
+def on_gpus(tmp_path_factory):
+    """What servers on GPUs are held against, here computed on a CPU."""
+    return Oracles(tmp_path_factory.mktemp("checkpoints"), dataclasses.replace(GPUS, name="cpu", arguments={}))
+
+
 @pytest.mark.parametrize("parts", [False, True], ids=["numbers", "tokens"])
 @pytest.mark.parametrize(("wrong_in", "sets", "holds"), [((), 1, True), ((0,), 5, True), (range(5), 5, False)])
-def test_a_server_on_gpus_that_leaves_a_doubt_is_asked_for_more(wrong_in, sets, holds, parts, tmp_path, monkeypatch):
+def test_a_server_on_gpus_that_leaves_a_doubt_is_asked_for_more(wrong_in, sets, holds, parts, on_gpus, monkeypatch):
     """One prompt of five may have met a near tie of the router; if the same one of every five is off, it is a fault."""
-    oracles = Oracles(tmp_path, dataclasses.replace(GPUS, name="cpu", arguments={}))
-    fives, shape = [oracles.prompts, *oracles.more_prompts], ROWS["tp4_kv2"].shape
+    fives, shape = [on_gpus.prompts, *on_gpus.more_prompts], ROWS["tp4_kv2"].shape
     wrong = [fives[number][1] for number in wrong_in]
 
     def change(prompt, steps):
         for step in steps if prompt in wrong else ():
             step[0], step[1] = step[0] + 3, step[1] + parts
 
-    server = Answering([*oracles.of(shape)[2], *oracles.more(shape)[0]], change)
+    server = Answering([*on_gpus.of(shape)[2], *on_gpus.more(shape)[0]], change)
     monkeypatch.setattr(servers, "_started", lambda *_: contextlib.nullcontext(server))
-    outcome = run_server(ROWS["tp4_kv2"], oracles)
+    outcome = run_server(ROWS["tp4_kv2"], on_gpus)
     assert server.asked == [prompts for five in fives[:sets] for prompts in (five, five, five[:1])]
     # A wrong prompt is asked twice, and nothing of it is compared behind its first step if that parts.
     assert outcome.compared == sets * 11 * STEPS - parts * len(wrong) * 2 * (STEPS - 1)
@@ -158,18 +163,17 @@ def test_a_server_on_gpus_that_leaves_a_doubt_is_asked_for_more(wrong_in, sets, 
 
 
 @pytest.mark.parametrize(("share", "sets"), [(0.25, 1), (0.75, 5)])
-def test_a_server_that_only_just_holds_is_asked_for_more(share, sets, tmp_path, monkeypatch):
-    oracles = Oracles(tmp_path, dataclasses.replace(GPUS, name="cpu", arguments={}))
-    fives, shape = [oracles.prompts, *oracles.more_prompts], ROWS["tp4_kv2"].shape
-    off = share * oracles.tolerance(shape, chosen_only=True).limit
+def test_a_server_that_only_just_holds_is_asked_for_more(share, sets, on_gpus, monkeypatch):
+    fives, shape = [on_gpus.prompts, *on_gpus.more_prompts], ROWS["tp4_kv2"].shape
+    off = share * on_gpus.tolerance(shape, chosen_only=True).limit
 
     def change(prompt, steps):
         for step in steps if prompt == fives[0][1] else ():
             step[0] += off
 
-    server = Answering([*oracles.of(shape)[2], *oracles.more(shape)[0]], change)
+    server = Answering([*on_gpus.of(shape)[2], *on_gpus.more(shape)[0]], change)
     monkeypatch.setattr(servers, "_started", lambda *_: contextlib.nullcontext(server))
-    outcome = run_server(ROWS["tp4_kv2"], oracles)
+    outcome = run_server(ROWS["tp4_kv2"], on_gpus)
     assert len(server.asked) == 3 * sets and not outcome.faults
 
 
