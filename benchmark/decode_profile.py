@@ -30,15 +30,6 @@ def kernels(trace: Path) -> list[dict]:
     return sorted((event for event in events if event.get("cat") in ON_GPU), key=lambda event: event["ts"])
 
 
-def idle(launches: list[dict]) -> float:
-    """Microseconds between the first start and the last end in which no kernel ran."""
-    waited, end = 0.0, launches[0]["ts"]
-    for launch in launches:
-        waited += max(0.0, launch["ts"] - end)
-        end = max(end, launch["ts"] + launch["dur"])
-    return waited
-
-
 def table(trace: Path, layers: int, rows: int) -> list[str]:
     launches = kernels(trace)
     if not launches:
@@ -51,9 +42,11 @@ def table(trace: Path, layers: int, rows: int) -> list[str]:
         added[launch["name"]] += max(0.0, end - max(latest_end, launch["ts"]))
         count[launch["name"]] += 1
         latest_end = max(latest_end, end)
+    busy = sum(added.values())
+    idle = latest_end - launches[0]["ts"] - busy
     lines = [
-        f"{trace.name}: {len(launches)} launches, kernels add {sum(added.values()) / layers:.1f} us a layer and take "
-        f"{sum(spent.values()) / layers:.1f}, {idle(launches) / layers:.1f} between them"
+        f"{trace.name}: {len(launches)} launches, kernels add {busy / layers:.1f} us a layer and take "
+        f"{sum(spent.values()) / layers:.1f}, {idle / layers:.1f} between them"
     ]
     for name, microseconds in added.most_common(rows):
         each = spent[name] / count[name]
