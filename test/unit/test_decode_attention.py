@@ -106,6 +106,7 @@ def test_every_batch_has_the_plan_of_its_kv_heads():
     assert limits == sorted(limits)
     assert [decode.plan_for(limit, 1) for limit in limits] == plans[:-1]
     assert decode.plan_for(limits[-1] // 8 + 1, 8) == decode.plan_for(decode.MAX_REQUESTS, 8) == plans[-1]
+    assert all(plan.shortest % plan.block == 0 for plan in plans), "a part of so many tokens has whole tiles"
 
 
 def made(kind, **attributes):
