@@ -233,9 +233,10 @@ def decode_attention(
     _decode_attention_kernel[grid](
         q, k_cache, v_cache, out, cached.bounds, cached.slots, values, scales, counters, k_cache.stride(0),
         v_cache.stride(0), 0 if cached.ragged else cached.slots.stride(0), requests, aim, plan.shortest, plan.most,
-        HEAD_DIM**-0.5 * LOG2_E, RAGGED=cached.ragged, GROUP=group, KV_HEADS=num_kv_heads, DIM=HEAD_DIM, ROWS=MAX_GROUP,
-        BLOCK=plan.block, PDL=pdl, REQUESTS_BLOCK=max(16, triton.next_power_of_2(requests)), num_warps=plan.warps,
-        num_stages=plan.stages, **options,
+        HEAD_DIM**-0.5 * LOG2_E, RAGGED=cached.ragged, GROUP=group, GROUP_ROWS=triton.next_power_of_2(group),
+        KV_HEADS=num_kv_heads, DIM=HEAD_DIM, ROWS=MAX_GROUP, BLOCK=plan.block, PDL=pdl,
+        REQUESTS_BLOCK=max(16, triton.next_power_of_2(requests)), num_warps=plan.warps, num_stages=plan.stages,
+        **options,
     )  # fmt: skip
     return out
 
@@ -280,8 +281,8 @@ def _num_parts(length, total, aim, half, shortest, most):
 def _decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, bounds_ptr, slots_ptr, values_ptr, scales_ptr, counters_ptr, k_stride, v_stride,
     slots_stride, requests, aim, shortest, most, scale, RAGGED: tl.constexpr, GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    REQUESTS_BLOCK: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr, REQUESTS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """CTA (c, h): part c of all requests' parts, KV head h. ``scale`` is for exponents of 2."""
     cta, kv_head = tl.program_id(0), tl.program_id(1)
@@ -316,60 +317,70 @@ def _decode_attention_kernel(
         values = values * fewer[:, None] + tl.dot(weights.to(v.dtype), v)
         total = total * fewer + tl.sum(weights, 1)
         largest = larger
-    is_last = parts == 1
-    if parts > 1:
+    if parts == 1:
+        _store_result(out_ptr, values, total[:, None], request, kv_head, GROUP, KV_HEADS, DIM, ROWS)
+    else:
         place = cta * KV_HEADS + kv_head
         tl.store(values_ptr + (place * GROUP + row[:, None]) * DIM + dim[None, :], values, mask=is_row[:, None])
         tl.store(scales_ptr + (place * 2 + 0) * ROWS + row, largest)
         tl.store(scales_ptr + (place * 2 + 1) * ROWS + row, total)
         tl.debug_barrier()  # all threads have stored before one of them says so
         counter = counters_ptr + request * KV_HEADS + kv_head
-        is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1
-        if is_last:
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == parts - 1:
             tl.store(counter, 0)
-            values, total = _add_parts(values_ptr, scales_ptr, first, parts, kv_head, GROUP, KV_HEADS, DIM, ROWS)
-    if is_last:
-        values = values / tl.where(total > 0, total, 1.0)[:, None]  # without tokens all of it is zero
-        tl.store(out_ptr + q_place, values.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+            values_of_all, total_of_all = _add_parts(
+                values_ptr, scales_ptr, first, parts, kv_head, GROUP, GROUP_ROWS, KV_HEADS, DIM, ROWS
+            )
+            _store_result(out_ptr, values_of_all, total_of_all, request, kv_head, GROUP, KV_HEADS, DIM, GROUP_ROWS)
 
 
 @triton.jit
 def _add_parts(
-    values_ptr, scales_ptr, first, parts, kv_head, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-    ROWS: tl.constexpr,
+    values_ptr, scales_ptr, first, parts, kv_head, GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The values and sums of all ``parts`` CTAs of a request, from ``first``, scaled to one maximum.
+    """The values, and [GROUP_ROWS, 1] the sums, of all ``parts`` CTAs of a request, from ``first``, scaled to one
+    maximum.
 
     They are read from the L2 cache, where other multiprocessors put them, past this one's own."""
-    TOGETHER: tl.constexpr = 4  # parts under way at once
-    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM)
-    is_row = row < GROUP
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    values = tl.zeros([ROWS, DIM], tl.float32)
+    TOGETHER: tl.constexpr = 8  # parts under way at once
+    row, dim = tl.arange(0, GROUP_ROWS)[:, None], tl.arange(0, DIM)[None, :]
+    # Maxima and sums are columns from their load on, so that each lies with the threads that have its row of values.
+    largest = tl.full([GROUP_ROWS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_ROWS, 1], tl.float32)
+    values = tl.zeros([GROUP_ROWS, DIM], tl.float32)
     for begin in range(0, parts, TOGETHER):
         loaded = ()
         for i in tl.static_range(TOGETHER):
             place, is_part = (first + begin + i) * KV_HEADS + kv_head, begin + i < parts
-            part_largest = tl.load(
-                scales_ptr + (place * 2 + 0) * ROWS + row, mask=is_part, other=float("-inf"), cache_modifier=".cg"
-            )
-            part_total = tl.load(
-                scales_ptr + (place * 2 + 1) * ROWS + row, mask=is_part, other=0.0, cache_modifier=".cg"
-            )
+            scales = scales_ptr + place * 2 * ROWS + row
+            part_largest = tl.load(scales, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+            part_total = tl.load(scales + ROWS, mask=is_part, other=0.0, cache_modifier=".cg")
             part_values = tl.load(
-                values_ptr + (place * GROUP + row[:, None]) * DIM + dim[None, :], mask=is_row[:, None] & is_part,
-                other=0.0, cache_modifier=".cg",
+                values_ptr + (place * GROUP + row) * DIM + dim, mask=(row < GROUP) & is_part, other=0.0,
+                cache_modifier=".cg",
             )  # fmt: skip
             loaded = loaded + ((part_largest, part_total, part_values),)
         larger = largest
         for i in tl.static_range(TOGETHER):
             larger = tl.maximum(larger, loaded[i][0])
         fewer = tl.exp2(largest - larger)
-        values, total = values * fewer[:, None], total * fewer
+        values, total = values * fewer, total * fewer
         for i in tl.static_range(TOGETHER):
             weight = tl.exp2(loaded[i][0] - larger)
-            values += loaded[i][2] * weight[:, None]
+            values += loaded[i][2] * weight
             total += loaded[i][1] * weight
         largest = larger
     return values, total
+
+
+@triton.jit
+def _store_result(
+    out_ptr, values, total, request, kv_head, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """``values`` [ROWS, DIM] over ``total`` [ROWS, 1], for the q heads of a KV head."""
+    row, dim = tl.arange(0, ROWS)[:, None], tl.arange(0, DIM)[None, :]
+    place = (request.to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + row) * DIM + dim
+    values = values / tl.where(total > 0, total, 1.0)  # without tokens all of it is zero
+    tl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=row < GROUP)
