@@ -99,7 +99,7 @@ def candidates() -> list:
     from sglang.srt.layers.minimax_decode_attention import Plan
 
     found: list = []
-    for block, warps, stages in ((32, 4, 5), (64, 4, 4), (64, 4, 5), (64, 8, 4), (64, 8, 5), (128, 8, 4), (128, 8, 5)):
+    for block, warps, stages in ((32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 8, 2), (128, 8, 3)):
         for ctas, shortest, most in product((1, 2, 3, 4), (64, 128), (64, 1024)):
             plan = Plan(block, warps, stages, ctas, max(shortest, block), most)
             found += [plan] if plan not in found else []

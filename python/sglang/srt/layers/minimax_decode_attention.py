@@ -12,8 +12,9 @@ those of all, in the order of the tokens (Milakov and Gimelshein, "Online normal
 division of one request is that of Flash-Decoding). Which one is last changes nothing: the same batch gives the same
 bits.
 
-Which part a CTA has does not depend on the launch before, and is found before the wait for it (programmatic dependent
-launch). So whatever writes the lengths must be done two launches earlier, as it is in a model.
+Which part a CTA has, and which slots its first tile, does not depend on the launch before, and is found before the wait
+for it (programmatic dependent launch). So whatever writes lengths and slots must be done two launches earlier, as it is
+in a model.
 """
 
 # ruff: noqa: RUF005  a Triton function cannot unpack a tuple into another
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
     """How the work is divided.
 
     ``block``: tokens that a CTA multiplies at once.
-    ``stages``: of the pipeline of loads; slots come before keys and values and take their share of them.
+    ``stages``: of the pipeline of loads; shared memory holds the keys and values of one tile fewer.
     ``ctas_per_sm``: CTAs that run at once on a multiprocessor; the work is divided into about as many parts.
     ``shortest``: tokens; a request has no more parts than its tokens / ``shortest``, rounded up, so that none of
         several has fewer than half of it.
@@ -63,8 +64,8 @@ class Plan(NamedTuple):
 
 
 # Up to so many KV heads of all requests. Measured on one H200, benchmark/results/decode_attention_h200.json.
-PLANS = {8: Plan(128, 8, 5, 1, 128, 64), 32: Plan(128, 8, 4, 2, 128, 64), 192: Plan(64, 4, 5, 3, 64, 64)}
-PLAN_OF_MORE = Plan(64, 4, 4, 4, 64, 64)
+PLANS = {16: Plan(128, 8, 3, 1, 128, 64), 256: Plan(64, 4, 3, 3, 64, 64)}
+PLAN_OF_MORE = Plan(64, 4, 2, 4, 64, 64)
 
 
 def plan_for(requests: int, num_kv_heads: int) -> Plan:
@@ -76,7 +77,7 @@ class CachedTokens(NamedTuple):
 
     bounds: int32; ragged: [requests + 1], request i has ``slots[bounds[i]:bounds[i + 1]]``; else [requests], how many
         of row i of ``slots``.
-    slots: int32 or int64; ragged: [tokens of all requests, or more]; else [requests, longest, or more].
+    slots: int32 or int64, below 2**31; ragged: [tokens of all requests, or more]; else [requests, longest, or more].
     """
 
     bounds: torch.Tensor
@@ -295,6 +296,9 @@ def _decode_attention_kernel(
     token, dim = tl.arange(0, BLOCK), tl.arange(0, DIM)
     k_ptr += kv_head * DIM
     v_ptr += kv_head * DIM
+    # A tile's slots are loaded while the one before is multiplied, into registers. In a pipeline with the keys and
+    # values that they lead to they would take stages of it, and a CTA with one tile would wait for those of all stages.
+    slot = tl.load(my_slots + begin + token, mask=begin + token < end, other=0).to(tl.int32)
     if PDL:
         gdc_wait()  # before the first read of q and of the new token, and the first write
         gdc_launch_dependents()
@@ -307,13 +311,14 @@ def _decode_attention_kernel(
     total = tl.zeros([ROWS], tl.float32)
     values = tl.zeros([ROWS, DIM], tl.float32)
     for at in range(begin, end, BLOCK):
-        inside = at + token < end
-        slot = tl.load(my_slots + at + token, mask=inside, other=0).to(tl.int64)
-        k = tl.load(k_ptr + slot[None, :] * k_stride + dim[:, None], mask=inside[None, :], other=0.0)
-        scores = tl.where(inside[None, :], tl.dot(q, k) * scale, float("-inf"))
+        inside, place = at + token < end, slot.to(tl.int64)[:, None]
+        following = at + BLOCK + token
+        slot = tl.load(my_slots + following, mask=following < end, other=0).to(tl.int32)
+        k = tl.load(k_ptr + place * k_stride + dim[None, :], mask=inside[:, None], other=0.0)
+        scores = tl.where(inside[None, :], tl.dot(q, k.T) * scale, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         weights, fewer = tl.exp2(scores - larger[:, None]), tl.exp2(largest - larger)
-        v = tl.load(v_ptr + slot[:, None] * v_stride + dim[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(v_ptr + place * v_stride + dim[None, :], mask=inside[:, None], other=0.0)
         values = values * fewer[:, None] + tl.dot(weights.to(v.dtype), v)
         total = total * fewer + tl.sum(weights, 1)
         largest = larger
