@@ -4,6 +4,9 @@ Run by path, in a contestant's environment, with the tool's own arguments: any c
 such may then load at once, and have the GPUs for themselves while they are measured. In ``SGLANG_MINIMAX_BENCH_TURN``
 is a path: a file of that name and ``.ready`` says that this one waits, one and ``.turn`` that it may go on. Ranks that
 wait sleep, and leave the GPUs alone.
+
+A rank's launches are measured on the same core in all contestants: short steps wait for the host, and of two processes
+of the same code one took 1.2 times as long as the other where the system chose their cores.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ def latency_test(server_args: Any, port_args: Any, bench_args: Any, gpu_id: int,
     def run_in_turn(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 1:  # the first was the warm-up
             _wait(says_so=tp_rank == 0)
+            _stay_on_core(tp_rank, server_args.tp_size)
         return run_once(*args, **kwargs)
 
     tool.latency_test_run_once = run_in_turn
@@ -45,6 +49,14 @@ def _wait(says_so: bool) -> None:
         Path(f"{path}.ready").touch()
     while not os.path.exists(f"{path}.turn"):
         time.sleep(_POLL_SECONDS)
+
+
+def _stay_on_core(rank: int, ranks: int) -> None:
+    """Keeps this thread, which launches, where that of this rank is in every contestant; its other threads move."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= 2 * ranks:  # else it would wait for them
+        apart = len(cores) // ranks
+        os.sched_setaffinity(0, {cores[rank * apart + apart - 1]})
 
 
 if __name__ == "__main__":
