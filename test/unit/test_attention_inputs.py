@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo
 from sglang.srt import server_args as engine
+from sglang.srt.compilation.piecewise_context_manager import set_forward_context
 from sglang.srt.layers import minimax_attention_inputs as inputs
 from sglang.srt.layers import minimax_log, minimax_qk_norm_rope
 from sglang.srt.layers.minimax_qk_norm_paths import (
@@ -18,6 +21,7 @@ from sglang.srt.layers.minimax_qk_norm_paths import (
 from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MHATokenToKVPoolFP4
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 PUBLISHED = dict(has_norms=True, cuda=True, head_dim=128, rotary_dim=64, dtype_bytes=2)
 
@@ -230,6 +234,50 @@ def test_a_compiled_graph_leaves_the_store_to_attention_which_runs_outside_of_it
     assert stored_in_graph == [False] and not any(buffer.any() for buffer in pool.k_buffer + pool.v_buffer)
     *want, stored = fused(qkv.clone(), positions, batch)
     assert stored and all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_a_piece_of_piecewise_graphs_stores_to_the_slots_of_the_batch_that_it_is_called_for(monkeypatch, contiguous):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # a host without a GPU sets it to 1
+    torch._dynamo.reset()  # what another case compiled of the same function
+    torch.manual_seed(0)
+    operator = QKNormRope(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, 1e-6, None, START_LAYER + 1, "cpu")
+    rope = SimpleNamespace(cos_sin_cache=torch.randn(8, ROTARY_DIM))
+    norms = [SimpleNamespace(weight=torch.rand(heads * HEAD_DIM)) for heads in (HEADS, KV_HEADS)]
+    fused = inputs.FusedAttentionInputs(operator, *norms, rope, stores=True, contiguous=contiguous)
+    positions, pools = torch.tensor([1, 7, 3, 0]), [pool_of(torch.bfloat16) for _ in range(4)]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(row, batch):
+        q, k, v, stored = fused(row * 1.0, positions, batch)
+        return q + 0, k + 0, v + 0, (stored, k.is_contiguous(), v.is_contiguous())
+
+    def batch_of(pool, slots):
+        return SimpleNamespace(
+            token_to_kv_pool=pool, out_cache_loc=torch.tensor(slots), forward_mode=ForwardMode.EXTEND
+        )
+
+    for slots, pool, want_pool in (([5, 16, 2, 0], *pools[:2]), ([1, 3, 9, 4], *pools[2:])):
+        row = torch.randn(4, (HEADS + 2 * KV_HEADS) * HEAD_DIM).bfloat16()
+        batch = batch_of(pool, slots)
+        one_graph = torch._dynamo.config.patch(error_on_recompile=True)  # of both batches
+        with one_graph, set_forward_context(batch, [], None, [], []):
+            *got, of_graph = compiled(row, batch)
+        assert of_graph == (True, contiguous, contiguous)
+        *want, _ = fused(row.clone(), positions, batch_of(want_pool, slots))
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+        for ours, theirs in zip(pool.k_buffer + pool.v_buffer, want_pool.k_buffer + want_pool.v_buffer, strict=True):
+            assert torch.equal(ours, theirs)
+        assert pool.k_buffer[1][slots].any() and pool.v_buffer[1][slots].any()
+
+
+@pytest.mark.parametrize("what", ["fp8", "decode", "no context"])
+def test_what_is_no_piece_that_can_store_leaves_the_store_to_attention(what):
+    pool = pool_of(torch.float8_e4m3fn if what == "fp8" else torch.bfloat16)
+    mode = ForwardMode.DECODE if what == "decode" else ForwardMode.EXTEND
+    batch = SimpleNamespace(token_to_kv_pool=pool, forward_mode=mode)
+    with contextlib.nullcontext() if what == "no context" else set_forward_context(batch, [], None, [], []):
+        assert not inputs.is_piece_of_graphs(batch, torch.bfloat16)
 
 
 def test_a_projection_leaves_parts_but_in_a_compiled_graph_whose_operator_takes_none(monkeypatch):

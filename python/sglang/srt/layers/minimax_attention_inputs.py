@@ -7,6 +7,7 @@ are turned into what those two know.
 from __future__ import annotations
 
 import torch
+from sglang.srt.compilation.piecewise_context_manager import get_forward_context
 from sglang.srt.layers.dp_attention import get_attention_tp_group
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_parts import Parts
@@ -18,15 +19,27 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import is_cuda
+from sglang.srt.utils.custom_op import register_custom_op
 from torch import nn
 
 
 class FusedAttentionInputs:
     """QK norm over all ranks, RoPE and KV-cache store of one layer in one kernel; made by :func:`choose_inputs`."""
 
-    def __init__(self, operator: QKNormRope, q_norm: nn.Module, k_norm: nn.Module, rotary_emb, stores: bool) -> None:
+    def __init__(
+        self,
+        operator: QKNormRope,
+        q_norm: nn.Module,
+        k_norm: nn.Module,
+        rotary_emb,
+        stores: bool,
+        contiguous: bool = False,
+    ) -> None:
+        """``stores``: where it can. ``contiguous``: prefill's attention copies k and v that are views of qkv."""
         self.operator, self.q_norm, self.k_norm, self.rotary_emb = operator, q_norm, k_norm, rotary_emb
-        self.stores = stores
+        self.stores, self.contiguous = stores, contiguous
+        self._handle = len(_layers)
+        _layers.append(self)
 
     def adds_parts(self) -> bool:
         """Whether the projection may leave its output in parts."""
@@ -37,11 +50,37 @@ class FusedAttentionInputs:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """From the output of the qkv projection, [tokens, (heads + 2 KV heads) a rank * head_dim] and a counterpart's q
         and k if there is one, which is overwritten, to q, k, v and whether k and v are in the KV cache already."""
+        if self.stores and torch.compiler.is_compiling() and is_piece_of_graphs(forward_batch, qkv.dtype):
+            return *self._of_piece(qkv, positions), True
         cache = kv_cache_of(forward_batch, self.operator.layer_id, qkv.dtype) if self.stores else None
-        q, k, v = self.operator(
-            qkv, self.q_norm.weight, self.k_norm.weight, positions, self.rotary_emb.cos_sin_cache, *(cache or ())
-        )
+        q, k, v = self.operator(qkv, *self._weights(positions), *(cache or ()))
         return q, k, v, cache is not None
+
+    def _weights(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q_norm.weight, self.k_norm.weight, positions, self.rotary_emb.cos_sin_cache
+
+    def _of_piece(self, qkv: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attention between two pieces would launch is in the piece before it, where a launch costs no host."""
+        q = qkv.new_empty(qkv.shape[0], self.operator.sizes[0])
+        minimax_stored_attention_inputs(self._handle, qkv, q, positions)
+        _, k, v, *_ = qkv.split(self.operator.row_sizes, dim=-1)
+        return (q, k.contiguous(), v.contiguous()) if self.contiguous else (q, k, v)
+
+
+_layers: list[FusedAttentionInputs] = []  # a compiled graph names a layer by its place here
+
+
+@register_custom_op(mutates_args=["qkv", "q"])
+def minimax_stored_attention_inputs(layer: int, qkv: torch.Tensor, q: torch.Tensor, positions: torch.Tensor) -> None:
+    """A layer's q, its k in ``qkv``, and k and v in the KV cache of the batch whose forward pass this is.
+
+    For piecewise CUDA graphs, whose batches all have their slots at one address. The caches are no arguments, since
+    those of all layers would be inputs of the graphs, to be compared at each call."""
+    inputs, context = _layers[layer], get_forward_context()
+    assert context is not None, "this graph was compiled as a piece, and is called as none"
+    cache = kv_cache_of(context.forward_batch, inputs.operator.layer_id, qkv.dtype)
+    assert cache is not None, "this graph was compiled to store to the KV cache, which is of another kind now"
+    inputs.operator.run(qkv, q, *inputs._weights(positions), *cache)
 
 
 def choose_inputs(
@@ -67,7 +106,8 @@ def choose_inputs(
         layer_id, q_norm.weight.device, shares_gpu=server_args.enable_two_batch_overlap,
         node=node,
     )  # fmt: skip
-    return FusedAttentionInputs(operator, q_norm, k_norm, rotary_emb, against_store is None)
+    copies = server_args.get_attention_backends()[0] == "triton"
+    return FusedAttentionInputs(operator, q_norm, k_norm, rotary_emb, against_store is None, contiguous=copies)
 
 
 def reason_against_fusing(q_norm: nn.Module | None, rotary_emb, head_dim: int) -> str | None:
@@ -103,14 +143,27 @@ def kv_cache_of(
     """(k_cache, v_cache, out_cache_loc) for a kernel that stores what ``set_kv_buffer`` would, or None.
 
     None: a cache of another dtype (FP8, with or without scales), one that is laid out or addressed in another way
-    (sliding windows, double sparsity, FP4), or a compiled graph. That is piecewise CUDA graphs, whose attention runs
-    outside the graphs: it stores, and the caches of all layers need not be inputs of the graphs.
+    (sliding windows, double sparsity, FP4), or a compiled graph, of which the caches of all layers would be inputs;
+    pieces of graphs have :func:`minimax_stored_attention_inputs`.
 
     Padding stores to slot 0, which belongs to nobody, as it does in the engine's own store. The public
     ``get_kv_buffer`` is not called: it waits until the layer's keys of a prefix are back from the host (HiCache), which
     is for those who read. Attention does, and waits then.
     """
     pool = forward_batch.token_to_kv_pool
-    if torch.compiler.is_compiling() or type(pool) is not MHATokenToKVPool or pool.store_dtype != dtype:
+    if torch.compiler.is_compiling() or not _is_plain(pool, dtype):
         return None
     return pool._get_key_buffer(layer_id), pool._get_value_buffer(layer_id), forward_batch.out_cache_loc
+
+
+def is_piece_of_graphs(forward_batch: ForwardBatch, dtype: torch.dtype) -> bool:
+    """Whether a prefill is being compiled for piecewise CUDA graphs, on a KV cache to which a kernel can store."""
+    return (
+        get_forward_context() is not None
+        and forward_batch.forward_mode.is_extend()
+        and _is_plain(forward_batch.token_to_kv_pool, dtype)
+    )
+
+
+def _is_plain(pool, dtype: torch.dtype) -> bool:
+    return type(pool) is MHATokenToKVPool and pool.store_dtype == dtype
