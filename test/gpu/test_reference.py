@@ -144,20 +144,21 @@ OURS = [
     Case("TP4 DP4 EP4, 4 experts twice", 4, DP4 + " --ep 4" + TWICE),
     Case("TP4 DP4, the head on each rank", 4, DP4 + " --enable-dp-lm-head"),
     Case("TP4 DP2, the head on two ranks", 4, "--tp 4 --dp 2 --enable-dp-attention --enable-dp-lm-head"),
-    Case("TP3 of 24 heads on three nodes", 2, "--tp 3", model="24 heads", nodes=3),
-    Case("TP2 on two nodes", 2, "--tp 2", nodes=2),
-    Case("TP2 on two nodes without graphs", 2, "--tp 2" + NO_GRAPHS, nodes=2),
-    Case("TP2 of one KV head on two nodes", 2, "--tp 2", model="1 KV head", nodes=2),
-    Case("TP2 FP8 on two nodes, EP chosen", 2, "--tp 2", model="FP8", nodes=2),
+    Case("TP3 of 24 heads on three nodes", 1, "--tp 3", model="24 heads", nodes=3),
+    Case("TP2 on two nodes", 1, "--tp 2", nodes=2),
+    Case("TP2 on two nodes without graphs", 1, "--tp 2" + NO_GRAPHS, nodes=2),
+    Case("TP2 of one KV head on two nodes", 1, "--tp 2", model="1 KV head", nodes=2),
+    Case("TP2 FP8 on two nodes, EP chosen", 1, "--tp 2", model="FP8", nodes=2),
     Case("TP4 on two nodes", 2, "--tp 4", nodes=2, ranks_per_node=2),
     Case("TP4 on two nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=2, ranks_per_node=2),
-    Case("TP4 on four nodes", 2, "--tp 4", nodes=4),
-    Case("TP4 on four nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=4),
-    Case("TP4 FP8 on four nodes, EP chosen", 2, "--tp 4", model="FP8", nodes=4),
-    Case("TP4 DP4 on four nodes", 2, DP4, nodes=4),
-    Case("TP4 DP4 on four nodes without graphs", 2, DP4 + NO_GRAPHS, nodes=4),
-    Case("TP16 on sixteen nodes", 2, "--tp 16", model="8 KV heads", nodes=16),
-    Case("TP4 with an EAGLE3 draft on four nodes", 2, "--tp 4" + EAGLE3, nodes=4),
+    Case("TP4 on four nodes", 1, "--tp 4", nodes=4),
+    Case("TP4 on four nodes without graphs", 1, "--tp 4" + NO_GRAPHS, nodes=4),
+    Case("TP4 FP8 on four nodes, EP chosen", 1, "--tp 4", model="FP8", nodes=4),
+    Case("TP4 DP4 on four nodes", 1, DP4, nodes=4),
+    Case("TP4 DP4 on four nodes without graphs", 1, DP4 + NO_GRAPHS, nodes=4),
+    Case("TP16 on sixteen nodes", 1, "--tp 16", model="8 KV heads", nodes=16),
+    Case("TP4 with an EAGLE3 draft on four nodes", 1, "--tp 4" + EAGLE3, nodes=4),
+    Case("TP2 DP2 with an EAGLE3 draft on two nodes", 1, DP2 + EAGLE3, nodes=2),
     Case("TP2 DP2 with an EAGLE3 draft", 2, DP2 + EAGLE3),
 ]
 STOCK_RIGHT = [
@@ -168,15 +169,15 @@ STOCK_RIGHT = [
 STOCK_WRONG = [
     Case("stock TP2 of one KV head", 2, "--tp 2", model="1 KV head", stock=True),
     Case("stock TP4", 4, "--tp 4", stock=True),
-    Case("stock TP4 on four nodes", 2, "--tp 4", stock=True, nodes=4),
+    Case("stock TP4 on four nodes", 1, "--tp 4", stock=True, nodes=4),
 ]
 STOCK_CRASHES = [
     Case("stock TP2 DP2", 2, DP2, stock=True),
     Case("stock TP2 DP2 without graphs", 2, DP2 + NO_GRAPHS, stock=True),
     Case("stock TP4 DP4", 4, DP4, stock=True),
     Case("stock TP4 DP4 without graphs", 4, DP4 + NO_GRAPHS, stock=True),
-    Case("stock TP4 DP4 on four nodes", 2, DP4, stock=True, nodes=4),
-    Case("stock TP4 DP4 on four nodes without graphs", 2, DP4 + NO_GRAPHS, stock=True, nodes=4),
+    Case("stock TP4 DP4 on four nodes", 1, DP4, stock=True, nodes=4),
+    Case("stock TP4 DP4 on four nodes without graphs", 1, DP4 + NO_GRAPHS, stock=True, nodes=4),
 ]
 
 
