@@ -18,7 +18,7 @@ def watch_passes(runner):
     "places": for each layer, the places of experts on this rank that had tokens, numbered through all ranks.
     """
     watch = _Watch()
-    watch.install()
+    watch.install(runner.model)
     return lambda: watch.passes
 
 
@@ -36,7 +36,7 @@ class _Watch:
         self.layer: int | None = None
         self.summing = False
 
-    def install(self) -> None:
+    def install(self, model) -> None:
         from sglang.srt.distributed.parallel_state import GroupCoordinator
         from sglang.srt.layers import flashinfer_comm_fusion
         from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
@@ -57,6 +57,9 @@ class _Watch:
             (minimax_m2.MiniMaxM2Attention, "forward_core"),
         ):
             _wrap(owner, name, self._on_attention)
+        for module in model.modules():
+            if isinstance(module, minimax_m2_moe.MiniMaxM2MoE):
+                _wrap(module, "run_experts", self._on_experts_of_ours)
         _wrap(minimax_m2_moe.MiniMaxM2MoE, "forward", self._on_routed)
         _wrap(minimax_m2_moe.MiniMaxM2MoE, "op_experts", self._on_stage)
         _wrap(minimax_m2.MiniMaxM2Model, "forward", self._on_pass)
@@ -79,12 +82,25 @@ class _Watch:
         return output
 
     def _on_experts(self, run_moe_core, experts, dispatch_output):
-        self.layer = experts.layer_id
-        self.current["reduced"][self.layer][0] += 1
         first = experts.moe_ep_rank * experts.num_local_experts
         own = dispatch_output.topk_output.topk_ids.unique().tolist()
-        self.current["places"][self.layer] |= {first + place for place in own if place >= 0}
+        self._ran(experts, {first + place for place in own if place >= 0})
         return run_moe_core(experts, dispatch_output)
+
+    def _on_experts_of_ours(self, run_experts, experts, hidden_states, topk_output, *rest):
+        """Our kernels take the places of all ranks' experts, and do not come through the engine's layer."""
+        before = self.current["reduced"][experts.layer_id][0]
+        output = run_experts(experts, hidden_states, topk_output, *rest)
+        if self.current["reduced"][experts.layer_id][0] == before:
+            first = experts.moe_ep_rank * experts.num_local_experts
+            places = set(topk_output.topk_ids.unique().tolist())
+            self._ran(experts, places & set(range(first, first + experts.num_local_experts)))
+        return output
+
+    def _ran(self, experts, places: set[int]) -> None:
+        self.layer = experts.layer_id
+        self.current["reduced"][self.layer][0] += 1
+        self.current["places"][self.layer] |= places
 
     def _on_sum_of_group(self, method, group, *args, **kwargs):
         if group.world_size == 1:  # nothing to sum

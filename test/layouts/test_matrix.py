@@ -76,6 +76,14 @@ def test_row_whose_router_also_chooses(name, oracles):
     assert outcome.compared > 0
 
 
+@pytest.mark.parametrize("name", ["tp4_ep2_fp8", "tp4_dp2_fp8"])
+def test_row_whose_experts_take_kernels_of_ours(name, oracles):
+    """As on a GPU, where the engine's layer of experts is not called, and what sums them is counted all the same."""
+    outcome = run_row(dataclasses.replace(ROWS[name], simulation=simulations.fp8_kernels), oracles)
+    assert not outcome.faults, "\n".join(outcome.faults)
+    assert outcome.compared > 0
+
+
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_the_ranks_of_an_attention_group_exchange_the_same_rows_in_the_same_order(oracles, monkeypatch, overlapped):
     """Else one of them would wait for sums that nobody sends. In two-batch overlap, and else with a DP rank that idles
