@@ -148,10 +148,10 @@ def exchange_in_order(monkeypatch) -> None:
     stages_in_order(monkeypatch)
 
 
-def one_kernel(monkeypatch, stores: bool = True) -> None:
+def one_kernel(monkeypatch) -> None:
     """QK norm, RoPE and KV store as where one kernel does all three, by that operator's plain torch.
 
-    What would run otherwise fails: the norm of its own and, if the kernel ``stores``, the store by attention.
+    What would run otherwise fails: the norm of its own and the store by attention.
     """
 
     def unexpected(*args, **kwargs):
@@ -159,8 +159,7 @@ def one_kernel(monkeypatch, stores: bool = True) -> None:
 
     monkeypatch.setattr(minimax_attention_inputs, "reason_against_one_kernel", lambda **_: None)
     monkeypatch.setattr(minimax_m2.MiniMaxM2RMSNormTP, "forward_qk", unexpected)
-    if stores:
-        monkeypatch.setattr(MHATokenToKVPool, "set_kv_buffer", unexpected)
+    monkeypatch.setattr(MHATokenToKVPool, "set_kv_buffer", unexpected)
 
 
 def route_at_once(monkeypatch) -> None:

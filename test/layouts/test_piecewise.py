@@ -19,7 +19,7 @@ from sglang_minimax import server_report
 SIZES = [8, 16, 64, 128]  # tokens of the graphs: above 64 projections and experts are those for many
 OPERATORS = {
     "minimax_fp8_linear": 2 * NUM_LAYERS,
-    "minimax_qk_norm_rope": NUM_LAYERS,
+    "minimax_stored_attention_inputs": NUM_LAYERS,
     "unified_attention_with_output": NUM_LAYERS,
     "minimax_all_reduce_norm": 2 * NUM_LAYERS - 1,  # behind the last experts comes the engine's
     "minimax_route": NUM_LAYERS,
@@ -58,7 +58,7 @@ def test_prompts_of_the_fp8_checkpoint_in_one_graph_for_all_sizes(tmp_path, monk
     simulations.piecewise_graphs(monkeypatch)
     simulations.fp8_kernels(monkeypatch)
     simulations.all_reduce_norm(monkeypatch)
-    simulations.one_kernel(monkeypatch, stores=False)
+    simulations.one_kernel(monkeypatch)
     result = run_layout(
         checkpoint, tp=2, prompts_by_dp_rank=[oracles.prompts], steps=STEPS, probe=watch_graphs,
         forced_tokens=[[completion.tokens for completion in completions]],
