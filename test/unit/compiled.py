@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 REGISTERS_OF_SM = 65536
 # Compute capability: bytes of shared memory of a multiprocessor, of which one CTA may have all but RESERVED and every
 # CTA takes RESERVED more. CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -32,11 +33,27 @@ class Kernel(NamedTuple):
     shared: int
     registers: int
     spilled: int
+    cubin: Path
 
     def ctas_of_sm(self) -> int:
         """How many fit on a multiprocessor; 0: the GPU refuses the launch."""
         by_registers = REGISTERS_OF_SM // (self.threads * -(-self.registers // 8) * 8)
         return min(SHARED_OF_SM[self.capability] // (self.shared + RESERVED), by_registers, 2048 // self.threads)
+
+    def loops(self) -> list[list[str]]:
+        """The instructions of each loop, by name, in their order: HMMA multiplies, LDG loads, LDGSTS copies to shared
+        memory."""
+        found = subprocess.run([BINARIES / "nvdisasm", "-c", self.cubin], capture_output=True, text=True, check=True)
+        names, begins, loops = [], {}, []
+        for line in found.stdout.splitlines():
+            if label := re.match(r"\.(L_x_\d+):", line):
+                begins[label[1]] = len(names)
+            elif instruction := re.search(r"\*/ +(?:@!?U?P\w+ +)?([A-Z]\w*)", line):
+                names.append(instruction[1])
+                back = re.search(r"BRA `\(\.(L_x_\d+)\)", line)
+                if back and back[1] in begins:
+                    loops.append(names[begins[back[1]] :])
+        return loops
 
 
 class _Driver:
@@ -78,11 +95,13 @@ def compiling_for(capability: int, monkeypatch) -> Iterator[list[Kernel]]:
 
 
 def _taken(name: str, capability: int, binary) -> Kernel:
-    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cubin = Path(binary.metadata_group[f"{binary.metadata.name}.cubin"])
-    found = subprocess.run([path, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        [BINARIES / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", found)}
-    return Kernel(name, capability, 32 * binary.metadata.num_warps, binary.metadata.shared, used["REG"], used["STACK"])
+    threads = 32 * binary.metadata.num_warps
+    return Kernel(name, capability, threads, binary.metadata.shared, used["REG"], used["STACK"], cubin)
 
 
 def meta(*size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ whose assembly is looked at too, have such a test in their own files.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -100,6 +101,13 @@ def test_decode_attention(kernels, heads, kv_heads, requests, ragged, dtype):
     attention.decode_attention(q, cache, cache, cached, counters, plan)
     assert_runs(kernels, "_decode_attention_kernel")
     assert kernels[0].ctas_of_sm() >= plan.ctas_per_sm, f"{kernels[0]}: {plan.ctas_per_sm} are to run at once"
+    (tiles,) = (loop for loop in kernels[0].loops() if "HMMA" in loop)
+    memory = [name for name in tiles if name in ("LDG", "LDGSTS")]
+    between = sum(pair == ("LDGSTS", "LDG") for pair in itertools.pairwise(memory))
+    assert memory.count("LDG") and memory.count("LDGSTS")
+    assert not ragged or between <= 1, (
+        f"slots are loaded one by one between copies of keys, 1.4 times as slow: {memory}"
+    )
 
 
 @pytest.mark.parametrize("quantise", [fp8_quantise.quantise, fp8_quantise.quantise_activated])
