@@ -45,8 +45,8 @@ _LESS_KV = "less what HBM takes to read the keys and values"
 # (13.77 - 2.13) ms / 16 layers / (65536 - 4096) tokens. The Triton backend divides a request into 8 parts.
 _TRITON_NS = 11.8
 _SLOPE = f"and {_TRITON_NS} ns for each token more, from steps of ours with one request of 4096 and 65536 tokens"
-_DECODE_ATTENTION = {1: 8.7, 16: 9.2, 64: 11.2, 256: 12.7}
-_DECODE_ATTENTION_NS = 0.5  # (25.35 - 8.86) us / (32768 - 516) tokens, of benchmark/results/decode_attention_h200.json
+_DECODE_ATTENTION = {1: 6.1, 16: 8.3, 64: 8.6, 256: 10.4}
+_DECODE_ATTENTION_NS = 0.5  # (22.57 - 6.21) us / (32768 - 516) tokens, of benchmark/results/decode_attention_h200.json
 _LESS_EXPERTS = "less the 6.6 us in which HBM reads 8 experts"
 
 PROJECTIONS = "qkv and o projections, quantisation"
