@@ -52,7 +52,9 @@ def _wait(says_so: bool) -> None:
 
 
 def _stay_on_core(rank: int, ranks: int) -> None:
-    """Keeps this thread, which launches, where that of this rank is in every contestant; its other threads move."""
+    """Keeps this thread, which launches, where that of this rank is in every contestant; the other threads move.
+
+    Threads that it starts from now on stay with it."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= 2 * ranks:  # else it would wait for them
         apart = len(cores) // ranks

@@ -5,7 +5,7 @@ FAILS_AT    the batch size at which two ranks die, as a process a rank reports i
 COMPILES    milliseconds that the first prefill of each shape takes longer
 SKIPS       the tokens of a batch, as `16 x 128`, that the cache does not hold
 HANGS       nothing is printed after the warm-up
-ENTERS      a file that gets a line when the tool loads, and one when it measures
+ENTERS      a file that gets a line when the tool loads, and one when it measures, with the cores that it may run on
 """
 
 import argparse
@@ -22,7 +22,7 @@ class ServerArgs:
     def add_cli_args(parser):
         parser.add_argument("--tp", type=int)
 
-    from_cli_args = staticmethod(lambda given: SimpleNamespace(log_level="error"))
+    from_cli_args = staticmethod(lambda given: SimpleNamespace(log_level="error", tp_size=given.tp))
 
 
 class BenchArgs:
@@ -42,7 +42,7 @@ class BenchArgs:
 def enter(what: str) -> None:
     if "ENTERS" in os.environ:
         with open(os.environ["ENTERS"], "a") as stream:
-            stream.write(f"{os.environ['MS']} {what}\n")
+            stream.write(f"{os.environ['MS']} {what} on {sorted(os.sched_getaffinity(0))}\n")
 
 
 def latency_test_run_once(batch_size: int, input_len: int, options) -> None:
