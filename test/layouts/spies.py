@@ -18,7 +18,7 @@ def watch_passes(runner):
     "places": for each layer, the places of experts on this rank that had tokens, numbered through all ranks.
     """
     watch = _Watch()
-    watch.install(runner.model)
+    watch.install()
     return lambda: watch.passes
 
 
@@ -36,7 +36,7 @@ class _Watch:
         self.layer: int | None = None
         self.summing = False
 
-    def install(self, model) -> None:
+    def install(self) -> None:
         from sglang.srt.distributed.parallel_state import GroupCoordinator
         from sglang.srt.layers import flashinfer_comm_fusion
         from sglang.srt.layers.minimax_all_reduce_norm import AllReduceNorm
@@ -57,9 +57,6 @@ class _Watch:
             (minimax_m2.MiniMaxM2Attention, "forward_core"),
         ):
             _wrap(owner, name, self._on_attention)
-        for module in model.modules():
-            if isinstance(module, minimax_m2_moe.MiniMaxM2MoE):
-                _wrap(module, "run_experts", self._on_experts_of_ours)
         _wrap(minimax_m2_moe.MiniMaxM2MoE, "forward", self._on_routed)
         _wrap(minimax_m2_moe.MiniMaxM2MoE, "op_experts", self._on_stage)
         _wrap(minimax_m2.MiniMaxM2Model, "forward", self._on_pass)
@@ -87,7 +84,7 @@ class _Watch:
         self._ran(experts, {first + place for place in own if place >= 0})
         return run_moe_core(experts, dispatch_output)
 
-    def _on_experts_of_ours(self, run_experts, experts, hidden_states, topk_output, *rest):
+    def _on_run_experts(self, run_experts, experts, hidden_states, topk_output, *rest):
         """Our kernels take the places of all ranks' experts, and do not come through the engine's layer."""
         before = self.current["reduced"][experts.layer_id][0]
         output = run_experts(experts, hidden_states, topk_output, *rest)
@@ -124,7 +121,12 @@ class _Watch:
 
     def _on_routed(self, moe_forward, moe, hidden_states, forward_batch, reduction, *rest):
         self.current["who"][moe.layer_id] = reduction.name
-        return moe_forward(moe, hidden_states, forward_batch, reduction, *rest)
+        chosen = moe.run_experts
+        moe.run_experts = functools.partial(self._on_run_experts, chosen)  # for now: a server's report reads it
+        try:
+            return moe_forward(moe, hidden_states, forward_batch, reduction, *rest)
+        finally:
+            moe.run_experts = chosen
 
     def _on_stage(self, op_experts, *args, **kwargs):
         self.current["stages"] += 1
