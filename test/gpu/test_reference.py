@@ -70,9 +70,9 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A server: its name, how many GPUs it takes, its arguments, the model, whether stock or ours, and how many nodes.
+    """A server: its name, GPUs that a node of it takes, its arguments, the model, whether stock or ours, and nodes.
 
-    Nodes share the GPUs in turn, where there are more ranks than GPUs.
+    Each rank of a node has a GPU of its own. Nodes share the GPUs in turn, where there are more ranks than GPUs.
     """
 
     name: str
@@ -81,7 +81,6 @@ class Case:
     model: str = "2 KV heads"
     stock: bool = False
     nodes: int = 1
-    ranks_per_node: int = 1
 
 
 NO_GRAPHS = " --disable-cuda-graph"
@@ -149,8 +148,8 @@ OURS = [
     Case("TP2 on two nodes without graphs", 1, "--tp 2" + NO_GRAPHS, nodes=2),
     Case("TP2 of one KV head on two nodes", 1, "--tp 2", model="1 KV head", nodes=2),
     Case("TP2 FP8 on two nodes, EP chosen", 1, "--tp 2", model="FP8", nodes=2),
-    Case("TP4 on two nodes", 2, "--tp 4", nodes=2, ranks_per_node=2),
-    Case("TP4 on two nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=2, ranks_per_node=2),
+    Case("TP4 on two nodes", 2, "--tp 4", nodes=2),
+    Case("TP4 on two nodes without graphs", 2, "--tp 4" + NO_GRAPHS, nodes=2),
     Case("TP4 on four nodes", 1, "--tp 4", nodes=4),
     Case("TP4 on four nodes without graphs", 1, "--tp 4" + NO_GRAPHS, nodes=4),
     Case("TP4 FP8 on four nodes, EP chosen", 1, "--tp 4", model="FP8", nodes=4),
@@ -260,7 +259,7 @@ def ask(case: Case, checkpoint: Path, draft: Path, logs: Path) -> list[Answer]:
 
 
 def _of_node(case: Case, rank: int) -> dict[str, str]:
-    return shared_gpu_environment(rank, NUM_GPUS, case.ranks_per_node)
+    return shared_gpu_environment(rank, NUM_GPUS, case.gpus)
 
 
 def answers_of(server: Nodes, prompts: list[list[int]], case: Case) -> list[Answer]:

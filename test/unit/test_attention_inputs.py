@@ -168,6 +168,13 @@ def pool_of(dtype: torch.dtype, cls=MHATokenToKVPool):
     )  # fmt: skip
 
 
+def fused_inputs(layer_id: int, contiguous: bool = False):
+    operator = QKNormRope(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, 1e-6, None, layer_id, "cpu")
+    rope = SimpleNamespace(cos_sin_cache=torch.randn(8, ROTARY_DIM))
+    norms = [SimpleNamespace(weight=torch.rand(heads * HEAD_DIM)) for heads in (HEADS, KV_HEADS)]
+    return inputs.FusedAttentionInputs(operator, *norms, rope, stores=True, contiguous=contiguous)
+
+
 @pytest.mark.parametrize("loc_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("layer_id", [START_LAYER, START_LAYER + 1])
 def test_the_cache_holds_what_the_engines_own_store_would_put_there(layer_id, loc_dtype):
@@ -175,10 +182,7 @@ def test_the_cache_holds_what_the_engines_own_store_would_put_there(layer_id, lo
     torch.manual_seed(layer_id)
     pool, stock = pool_of(torch.bfloat16), pool_of(torch.bfloat16)
     batch = SimpleNamespace(token_to_kv_pool=pool, out_cache_loc=torch.tensor([5, 16, 2, 0, 0], dtype=loc_dtype))
-    operator = QKNormRope(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, 1e-6, None, layer_id, "cpu")
-    rope = SimpleNamespace(cos_sin_cache=torch.randn(8, ROTARY_DIM))
-    norms = [SimpleNamespace(weight=torch.rand(heads * HEAD_DIM)) for heads in (HEADS, KV_HEADS)]
-    fused = inputs.FusedAttentionInputs(operator, *norms, rope, stores=True)
+    fused = fused_inputs(layer_id)
     qkv = torch.randn(5, (HEADS + 2 * KV_HEADS) * HEAD_DIM).bfloat16()
     _, k, v, stored = fused(qkv, torch.tensor([1, 7, 3, 0, 0]), batch)
     assert stored
@@ -215,10 +219,7 @@ def test_a_cache_of_another_kind_is_left_to_the_engine(what):
 
 def test_a_compiled_graph_leaves_the_store_to_attention_which_runs_outside_of_it(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # a host without a GPU sets it to 1
-    operator = QKNormRope(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, 1e-6, None, START_LAYER, "cpu")
-    rope = SimpleNamespace(cos_sin_cache=torch.randn(8, ROTARY_DIM))
-    norms = [SimpleNamespace(weight=torch.rand(heads * HEAD_DIM)) for heads in (HEADS, KV_HEADS)]
-    fused = inputs.FusedAttentionInputs(operator, *norms, rope, stores=True)
+    fused = fused_inputs(START_LAYER)
     pool = pool_of(torch.bfloat16)
     batch = SimpleNamespace(token_to_kv_pool=pool, out_cache_loc=torch.tensor([5, 16, 2]))
     positions, qkv = torch.tensor([1, 7, 3]), torch.randn(3, (HEADS + 2 * KV_HEADS) * HEAD_DIM).bfloat16()
@@ -241,10 +242,7 @@ def test_a_piece_of_piecewise_graphs_stores_to_the_slots_of_the_batch_that_it_is
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # a host without a GPU sets it to 1
     torch._dynamo.reset()  # what another case compiled of the same function
     torch.manual_seed(0)
-    operator = QKNormRope(HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, 1e-6, None, START_LAYER + 1, "cpu")
-    rope = SimpleNamespace(cos_sin_cache=torch.randn(8, ROTARY_DIM))
-    norms = [SimpleNamespace(weight=torch.rand(heads * HEAD_DIM)) for heads in (HEADS, KV_HEADS)]
-    fused = inputs.FusedAttentionInputs(operator, *norms, rope, stores=True, contiguous=contiguous)
+    fused = fused_inputs(START_LAYER + 1, contiguous)
     positions, pools = torch.tensor([1, 7, 3, 0]), [pool_of(torch.bfloat16) for _ in range(4)]
 
     @torch.compile(fullgraph=True, backend="aot_eager")

@@ -12,7 +12,7 @@ from sglang.srt.layers.dp_attention import get_attention_tp_group
 from sglang.srt.layers.minimax_log import log_once
 from sglang.srt.layers.minimax_parts import Parts
 from sglang.srt.layers.minimax_qk_norm_paths import reason_against_one_kernel, reason_against_store
-from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope
+from sglang.srt.layers.minimax_qk_norm_rope import QKNormRope, operators
 from sglang.srt.layers.minimax_watchers import reason_of_watchers
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -38,8 +38,6 @@ class FusedAttentionInputs:
         """``stores``: where it can. ``contiguous``: prefill's attention copies k and v that are views of qkv."""
         self.operator, self.q_norm, self.k_norm, self.rotary_emb = operator, q_norm, k_norm, rotary_emb
         self.stores, self.contiguous = stores, contiguous
-        self._handle = len(_layers)
-        _layers.append(self)
 
     def adds_parts(self) -> bool:
         """Whether the projection may leave its output in parts."""
@@ -53,34 +51,40 @@ class FusedAttentionInputs:
         if self.stores and torch.compiler.is_compiling() and is_piece_of_graphs(forward_batch, qkv.dtype):
             return *self._of_piece(qkv, positions), True
         cache = kv_cache_of(forward_batch, self.operator.layer_id, qkv.dtype) if self.stores else None
-        q, k, v = self.operator(qkv, *self._weights(positions), *(cache or ()))
+        q, k, v = self.operator(qkv, *self._given(positions), *(cache or ()))
         return q, k, v, cache is not None
 
-    def _weights(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _given(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the operator takes behind qkv."""
         return self.q_norm.weight, self.k_norm.weight, positions, self.rotary_emb.cos_sin_cache
 
     def _of_piece(self, qkv: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What attention between two pieces would launch is in the piece before it, where a launch costs no host."""
         q = qkv.new_empty(qkv.shape[0], self.operator.sizes[0])
-        minimax_stored_attention_inputs(self._handle, qkv, q, positions)
+        minimax_stored_attention_inputs(self.operator.handle, qkv, q, *self._given(positions))
         _, k, v, *_ = qkv.split(self.operator.row_sizes, dim=-1)
         return (q, k.contiguous(), v.contiguous()) if self.contiguous else (q, k, v)
 
 
-_layers: list[FusedAttentionInputs] = []  # a compiled graph names a layer by its place here
-
-
 @register_custom_op(mutates_args=["qkv", "q"])
-def minimax_stored_attention_inputs(layer: int, qkv: torch.Tensor, q: torch.Tensor, positions: torch.Tensor) -> None:
+def minimax_stored_attention_inputs(
+    operator: int,
+    qkv: torch.Tensor,
+    q: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+) -> None:
     """A layer's q, its k in ``qkv``, and k and v in the KV cache of the batch whose forward pass this is.
 
     For piecewise CUDA graphs, whose batches all have their slots at one address. The caches are no arguments, since
     those of all layers would be inputs of the graphs, to be compared at each call."""
-    inputs, context = _layers[layer], get_forward_context()
+    qk_norm_rope, context = operators[operator], get_forward_context()
     assert context is not None, "this graph was compiled as a piece, and is called as none"
-    cache = kv_cache_of(context.forward_batch, inputs.operator.layer_id, qkv.dtype)
+    cache = kv_cache_of(context.forward_batch, qk_norm_rope.layer_id, qkv.dtype)
     assert cache is not None, "this graph was compiled to store to the KV cache, which is of another kind now"
-    inputs.operator.run(qkv, q, *inputs._weights(positions), *cache)
+    qk_norm_rope.run(qkv, q, q_weight, k_weight, positions, cos_sin_cache, *cache)
 
 
 def choose_inputs(

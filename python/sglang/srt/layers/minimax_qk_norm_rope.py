@@ -156,8 +156,8 @@ class QKNormRope:
         self.exchange: SumExchange | None = None
         self.reason_against_exchange: str | None = None
         self._run = self._choose(exchange, shares_gpu, slot)
-        self._handle = len(_operators)
-        _operators.append(self)
+        self.handle = len(operators)
+        operators.append(self)
 
     def __call__(
         self,
@@ -197,7 +197,7 @@ class QKNormRope:
             parts, qkv = qkv.values, torch.empty(qkv.shape, dtype=qkv.dtype, device=self.device)
         arguments = (qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
         if torch.compiler.is_compiling():
-            minimax_qk_norm_rope(self._handle, *arguments)
+            minimax_qk_norm_rope(self.handle, *arguments)
         else:
             self.run(*arguments, parts=parts)
         _, k, v, *_ = qkv.split(self.row_sizes, dim=-1)
@@ -402,7 +402,7 @@ def norm_rope_reference(
     return one(q, q_weight, sums[:tokens, 0], q_count), one(k, k_weight, sums[:tokens, 1], k_count)
 
 
-_operators: list[QKNormRope] = []  # a compiled graph names a layer by its place here
+operators: list[QKNormRope] = []  # a compiled graph names a layer by its place here
 
 
 @register_custom_op(mutates_args=["qkv", "q", "k_cache", "v_cache"])
@@ -419,7 +419,7 @@ def minimax_qk_norm_rope(
     out_cache_loc: torch.Tensor | None,
 ) -> None:
     """:meth:`QKNormRope.run` as a torch operator, opaque to torch.compile and to piecewise CUDA graphs."""
-    _operators[operator].run(qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
+    operators[operator].run(qkv, q, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, out_cache_loc)
 
 
 @triton.jit
