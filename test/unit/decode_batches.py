@@ -43,17 +43,24 @@ def batch(
     """Random values; the scores of some tokens stand out, so that weights differ."""
     generator = torch.Generator().manual_seed(sum(lengths) * 101 + heads * 11 + kv_heads)
     used = sum(lengths)
+    order, caches = slots_and_caches(used, kv_heads, generator)
+    q = 2 * torch.randn(len(lengths), heads * HEAD_DIM, generator=generator)
+    k_cache, v_cache = (cache.to(dtype).to(device) for cache in caches)
+    counters = torch.zeros(len(lengths) * kv_heads, dtype=torch.int32, device=device)
+    slots = list(order.to(device).split(lengths))
+    return Batch(q.to(dtype).to(device), k_cache, v_cache, slots, counters)
+
+
+def slots_and_caches(used: int, kv_heads: int, generator: torch.Generator) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """``used`` slots in any order, and caches of keys and values for them, float32; slots of nobody hold NaN, the first
+    one too."""
     order = 1 + torch.randperm(used + 5, generator=generator)[:used]
     caches = [torch.randn(used + 6, kv_heads, HEAD_DIM, generator=generator) for _ in range(2)]
     free = torch.ones(used + 6, dtype=torch.bool)
     free[order] = False
     for cache in caches:
         cache[free] = float("nan")
-    q = 2 * torch.randn(len(lengths), heads * HEAD_DIM, generator=generator)
-    k_cache, v_cache = (cache.to(dtype).to(device) for cache in caches)
-    counters = torch.zeros(len(lengths) * kv_heads, dtype=torch.int32, device=device)
-    slots = list(order.to(device).split(lengths))
-    return Batch(q.to(dtype).to(device), k_cache, v_cache, slots, counters)
+    return order, caches
 
 
 def check(out: torch.Tensor, given: Batch) -> None:

@@ -18,6 +18,7 @@ from sglang.srt.layers import minimax_decode_attention as attention
 from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers import minimax_fp8_linear as linear
 from sglang.srt.layers import minimax_fp8_quantise as fp8_quantise
+from sglang.srt.layers import minimax_prefill_attention as prefill
 from sglang.srt.layers import minimax_router as router
 from unit.compiled import compiling_for, meta
 
@@ -108,6 +109,19 @@ def test_decode_attention(kernels, heads, kv_heads, requests, ragged, dtype):
     assert not ragged or between <= 1, (
         f"slots are loaded one by one between copies of keys, 1.4 times as slow: {memory}"
     )
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16])
+@pytest.mark.parametrize("plan", list(dict.fromkeys([*prefill.PLANS.values(), prefill.PLAN_OF_MORE])), ids=str)
+@pytest.mark.parametrize("requests", [16, prefill.MAX_REQUESTS])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (12, 2), (48, 8)])
+def test_prefill_attention(kernels, heads, kv_heads, requests, plan, dtype):
+    cache = meta(1 << 20, kv_heads, prefill.HEAD_DIM, dtype=dtype)
+    batch = prefill.PrefillBatch(meta(64, 4096, dtype=INT32))
+    rows = meta(requests, dtype=torch.int64)
+    batch.fill(meta(requests, dtype=INT32), rows, rows, 512)
+    prefill.prefill_attention(meta(512, heads * prefill.HEAD_DIM, dtype=dtype), cache, cache, batch, plan)
+    assert_runs(kernels, "_fill_kernel", "_prefill_attention_kernel")
 
 
 @pytest.mark.parametrize("quantise", [fp8_quantise.quantise, fp8_quantise.quantise_activated])

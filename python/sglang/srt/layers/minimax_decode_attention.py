@@ -64,7 +64,7 @@ class Plan(NamedTuple):
 
 
 # Up to so many KV heads of all requests. Measured on one H200, benchmark/results/decode_attention_h200.json.
-PLANS = {8: Plan(128, 8, 3, 1, 128, 64), 256: Plan(64, 4, 3, 3, 64, 64)}
+PLANS = {16: Plan(128, 8, 3, 1, 128, 64), 256: Plan(64, 4, 3, 3, 64, 64)}
 PLAN_OF_MORE = Plan(64, 4, 2, 4, 64, 64)
 
 
@@ -132,15 +132,23 @@ def reason_against_layer(num_heads: int, num_kv_heads: int, head_dim: int, is_st
     return None if is_stored else "the new tokens' keys and values are stored by the backend"
 
 
+def reason_against_hardware() -> str | None:
+    """Why attention of ours, in decode or prefill, is none for this GPU or for the default dtype, as a clause, or
+    None."""
+    if not is_cuda() or get_device_capability()[0] != 9:
+        return "it was measured on NVIDIA GPUs of compute capability 9 (Hopper) only"
+    if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
+        return f"activations are {torch.get_default_dtype()}, and it takes bfloat16 and float16"
+    return None
+
+
 def reason_against_server() -> str | None:
     """The first of the server's choices that this kernel does not go with, as a clause, or None."""
     arguments = get_global_server_args()
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0"
-    if not is_cuda() or get_device_capability()[0] != 9:
-        return "it was measured on NVIDIA GPUs of compute capability 9 (Hopper) only"
-    if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
-        return f"activations are {torch.get_default_dtype()}, and it takes bfloat16 and float16"
+    if (reason := reason_against_hardware()) is not None:
+        return reason
     backend = arguments.get_attention_backends()[1]
     if backend not in BACKENDS:
         return f"it reads the batches of the backends {' and '.join(BACKENDS)}, and decode has {backend}"
