@@ -126,6 +126,7 @@ def chosen_paths(runner: EngineObject) -> list[Path]:
         qk_norm_path(first.self_attn),
         _fused_all_reduce(first, args),
         _expert_sum(first, last, args),
+        *_prefill_paths(runner.model, first.self_attn, runner.model_config.dtype),
         *_kernel_paths(first, runner.model_config.dtype),
         _fp4_all_gather(args),
         _a2a_backend(),
@@ -264,6 +265,34 @@ def _decode_attention(attention: EngineObject) -> Path:
     is_stored = inputs is not None and inputs.stores
     reason = decode.reason_against_layer(attn.tp_q_head_num, attn.tp_k_head_num, attn.head_dim, is_stored)
     return Path("decode attention", "the attention backend's", reason or decode.reason_against_server() or "")
+
+
+def _prefill_paths(whole: EngineObject, attention: EngineObject, dtype: EngineObject) -> list[Path]:
+    """What attends in prefills, and whether short ones are graphs of their own.
+
+    Args:
+        whole: the model with its head.
+        attention: of one of its layers.
+        dtype: of its activations, which is the default while a layer is built.
+    """
+    from sglang.srt.layers import minimax_prefill_attention as prefill
+    from sglang.srt.layers import minimax_prefill_graphs as graphs
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+    with set_default_torch_dtype(dtype):
+        against = prefill.reason_against_layer(attention) or prefill.reason_against_server()
+        against_graphs = graphs.reason_against(whole.model)
+    ours = f"one launch of the model's up to {prefill.MAX_REQUESTS} requests"
+    above = "the attention backend's for more, for drafts that are verified, and for a KV cache of another dtype"
+    whole_ones = f"one graph up to {graphs.MAX_TOKENS} tokens of requests up to {graphs.MAX_LENGTH}"
+    return [
+        Path("prefill attention", ours, above)
+        if whole.prefill_attention is not None
+        else Path("prefill attention", "the attention backend's", against or prefill.reason_against_backend() or ""),
+        Path("short prefills", whole_ones, "above that, pieces of graphs with attention between them")
+        if whole.prefill_graphs is not None
+        else Path("short prefills", "as longer ones", against_graphs or ""),
+    ]
 
 
 def _router(experts: EngineObject) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from sglang.srt.layers import (
     minimax_experts_prefill,
     minimax_fp8_linear,
     minimax_layer_communicator,
+    minimax_prefill_attention,
+    minimax_prefill_graphs,
     minimax_router,
 )
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
@@ -247,7 +250,7 @@ operators_compiled: collections.Counter = collections.Counter()
 def piecewise_graphs(monkeypatch) -> None:
     """The engine's piecewise CUDA graphs, whose pieces run as they are and are never captured."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # as a host without a GPU is set up
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.setattr(torch._dynamo.config, "disable", False, raising=False)  # undone, it is gone for the next test
     without_cuda = ModuleType("weak_ref_tensor")
     without_cuda.weak_ref_tensors = lambda tensors: tensors
     monkeypatch.setitem(sys.modules, "sglang.srt.compilation.weak_ref_tensor", without_cuda)
@@ -265,6 +268,103 @@ def piecewise_graphs(monkeypatch) -> None:
         return split(graph, ops)
 
     monkeypatch.setattr(backend, "split_graph", counted)
+
+
+def prefill_graphs(monkeypatch) -> None:
+    """With :func:`piecewise_graphs` and :func:`prefill_attention`: short prefills have a graph each, of which a replay
+    runs the layers again.
+
+    The engine captures its sizes as it would; only a batch's description tells its requests, as in a graph."""
+    from sglang.srt.compilation import piecewise_context_manager
+    from sglang.srt.model_executor.piecewise_cuda_graph_runner import PiecewiseCudaGraphRunner
+
+    def capture(runner) -> None:
+        with piecewise_context_manager.set_pcg_capture_stream("a stream"):
+            for num_tokens in reversed(runner.capture_num_tokens):
+                runner.capture_one_batch_size(num_tokens)
+
+    def captured(run):
+        output = run().clone()
+        return lambda: output.copy_(run()), output
+
+    monkeypatch.setattr(PiecewiseCudaGraphRunner, "capture", capture)
+    monkeypatch.setattr(minimax_prefill_graphs, "reason_against", lambda model: None)
+    monkeypatch.setattr(minimax_prefill_graphs, "captured", captured)
+
+
+def prefill_attention(monkeypatch) -> None:
+    """Attention of prefills as on a GPU with Triton's backend, by plain torch over a batch's description."""
+
+    def fill(batch, lengths, totals, rows, tokens) -> None:
+        requests, batch.tokens = len(lengths), tokens
+        batch.table[:] = torch.tensor([[tokens], [-tokens], [0]])
+        batch.table[0, : requests + 1] = torch.tensor([0, *lengths.cumsum(0)])
+        batch.table[1, :requests], batch.table[2, :requests] = totals - lengths, rows
+
+    def attend(q, k_cache, v_cache, batch, plan=None) -> torch.Tensor:
+        out = torch.zeros_like(q)
+        starts, cached, rows = batch.table.tolist()
+        kv_heads, head_dim = k_cache.shape[1:]
+        for begin, end, before, row in zip(starts, starts[1:], cached, rows, strict=False):
+            new, own = end - begin, batch.slots[row, : max(0, before + end - begin)].long()
+            if not len(own):
+                continue
+            k, v = (cache[own].transpose(0, 1)[:, None] for cache in (k_cache, v_cache))
+            heads = q[begin:end].view(new, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+            sees = torch.ones(new, len(own), dtype=torch.bool).tril(before)
+            attended = torch.nn.functional.scaled_dot_product_attention(heads, k, v, attn_mask=sees)
+            out[begin:end] = attended.permute(2, 0, 1, 3).reshape(new, -1)
+        return out
+
+    for reason in ("reason_against_layer", "reason_against_server", "reason_against_backend"):
+        monkeypatch.setattr(minimax_prefill_attention, reason, lambda *_: None)
+    monkeypatch.setattr(minimax_prefill_attention.PrefillBatch, "fill", fill)
+    monkeypatch.setattr(minimax_prefill_attention, "prefill_attention", attend)
+
+
+class Prefill(NamedTuple):
+    """Its tokens with their padding, its requests and the longest of them with what is cached, whether it was a graph
+    of its own, and how many layers' attention was a launch of ours beside graphs."""
+
+    tokens: int
+    requests: int
+    longest: int
+    is_graph: bool
+    launches: int
+
+
+def watch_prefills(runner):
+    """A probe: which ways this rank's prefills took."""
+    found: list[Prefill] = []
+    replays, launches = [], []
+    run_model, replay = minimax_m2.run_model, minimax_prefill_graphs.PrefillGraphs.__call__
+    attend = minimax_prefill_attention.prefill_attention
+
+    def counted_replay(self, *arguments):
+        before = len(launches)
+        output = replay(self, *arguments)
+        if output is not None:
+            replays.append(1)
+            del launches[before:]  # of the layers, which a graph would have
+        return output
+
+    def counted_attention(*arguments):
+        launches.append(1)
+        return attend(*arguments)
+
+    def watched(whole, input_ids, positions, forward_batch, *rest):
+        before = len(replays), len(launches)
+        output = run_model(whole, input_ids, positions, forward_batch, *rest)
+        if forward_batch.forward_mode.is_extend():
+            longest, requests = int(forward_batch.seq_lens_cpu.max()), forward_batch.batch_size
+            is_graph = len(replays) > before[0]
+            found.append(Prefill(len(input_ids), requests, longest, is_graph, len(launches) - before[1]))
+        return output
+
+    minimax_m2.run_model = watched
+    minimax_prefill_graphs.PrefillGraphs.__call__ = counted_replay
+    minimax_prefill_attention.prefill_attention = counted_attention
+    return lambda: found
 
 
 def _expanded(weight: torch.Tensor, scales: torch.Tensor, block: int = 128) -> torch.Tensor:

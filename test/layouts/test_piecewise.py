@@ -8,11 +8,12 @@ torch. The operators, the choices inside of them and what the compiler makes of 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from layouts import simulations
 from layouts.harness import run_layout
-from layouts.matrix import Oracles
-from layouts.rows import NUM_LAYERS, STEPS, TOLERANCE
-from sglang.srt.layers import minimax_router
+from layouts.matrix import Oracles, distributions
+from layouts.rows import CHUNK, NUM_LAYERS, STEPS, TOLERANCE
+from sglang.srt.layers import minimax_prefill_attention, minimax_prefill_graphs, minimax_router
 
 from sglang_minimax import server_report
 
@@ -52,24 +53,56 @@ def watch_graphs(runner):
     return lambda: (compilation_counter.num_graphs_seen, simulations.operators_compiled, prefills, said)
 
 
-def test_prompts_of_the_fp8_checkpoint_in_one_graph_for_all_sizes(tmp_path, monkeypatch):
+def probed_beside_the_reference(tmp_path, monkeypatch, probe, simulated=(), **layout) -> list:
+    """What ``probe`` says of each rank, after prompts of the FP8 checkpoint were answered as the reference answers."""
     oracles = Oracles(tmp_path)
     checkpoint, _, completions = oracles.of("FP8 blocks")
     simulations.piecewise_graphs(monkeypatch)
     simulations.fp8_kernels(monkeypatch)
     simulations.all_reduce_norm(monkeypatch)
     simulations.one_kernel(monkeypatch)
+    for more in simulated:
+        more(monkeypatch)
     result = run_layout(
-        checkpoint, tp=2, prompts_by_dp_rank=[oracles.prompts], steps=STEPS, probe=watch_graphs,
+        checkpoint, tp=2, prompts_by_dp_rank=[oracles.prompts], steps=STEPS, probe=probe, **layout,
         forced_tokens=[[completion.tokens for completion in completions]],
         server_arguments={"enforce_piecewise_cuda_graph": True, "piecewise_cuda_graph_tokens": SIZES},
     )  # fmt: skip
     for completion, got in zip(completions, result.logprobs[0], strict=True):
-        expected = np.array([[logprob for _, logprob in sorted(step)] for step in completion.top])
-        assert np.abs(got - expected).max() < TOLERANCE
-    for compiled, operators, prefills, said in result.probed:
+        assert np.abs(got - distributions(completion)).max() < TOLERANCE
+    return result.probed
+
+
+def test_prompts_of_the_fp8_checkpoint_in_one_graph_for_all_sizes(tmp_path, monkeypatch):
+    for compiled, operators, prefills, said in probed_beside_the_reference(tmp_path, monkeypatch, watch_graphs):
         assert {name: said[name] for name in TAKEN} == TAKEN
         # Once serving, the engine cannot compile again: what it took for a constant would be an error there.
         assert compiled == 1, "the compiler took a number of tokens, or something of a batch, for a constant"
         assert operators == OPERATORS
         assert len(prefills) > 2 and not set(prefills) & set(SIZES), "batches that are padded to a size"
+
+
+LIMITS = {
+    "tokens": (minimax_prefill_graphs, "MAX_TOKENS", 16),
+    "length": (minimax_prefill_graphs, "MAX_LENGTH", 32),
+    "requests": (minimax_prefill_attention, "MAX_REQUESTS", 2),
+    "requests of a graph": (minimax_prefill_attention, "GRAPH_REQUESTS", 2),
+}
+
+
+@pytest.mark.parametrize("limited", [None, *LIMITS])
+def test_short_prompts_are_one_graph_and_others_are_pieces(limited, tmp_path, monkeypatch):
+    """Between pieces attention is ours too, but for more requests than it takes."""
+    limits = {}
+    for name, (module, constant, lower) in LIMITS.items():
+        limits[name] = lower if name == limited else getattr(module, constant)
+        monkeypatch.setattr(module, constant, limits[name])
+    simulated = simulations.prefill_attention, simulations.prefill_graphs
+    probe = simulations.watch_prefills
+    for prefills in probed_beside_the_reference(tmp_path, monkeypatch, probe, simulated, chunk=CHUNK):
+        for one in prefills:
+            is_taken = one.requests <= limits["requests"]
+            fits = one.tokens <= limits["tokens"] and one.longest <= limits["length"]
+            is_whole = is_taken and fits and one.requests <= limits["requests of a graph"]
+            assert one.is_graph == is_whole and one.launches == NUM_LAYERS * (is_taken and not is_whole), one
+        assert {one.is_graph for one in prefills} == ({True, False} if limited else {True})

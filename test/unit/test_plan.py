@@ -74,6 +74,7 @@ def built_bytes(monkeypatch):
     monkeypatch.setattr(modelopt_quant, "is_blackwell_supported", lambda: True)
     monkeypatch.setattr(modelopt_quant, "swizzle_blockscale", pad_scales)
     monkeypatch.setattr(minimax_m2, "prepare_fused_all_reduce", lambda hidden_size: None)
+    monkeypatch.setattr(minimax_m2, "choose_prefill_graphs", lambda model: None)
     monkeypatch.setattr(minimax_counterpart, "_choices_of_any_rank", dict)
     monkeypatch.setattr(minimax_counterpart, "_node_group", lambda ranks: SimpleNamespace(world_size=ranks))
 

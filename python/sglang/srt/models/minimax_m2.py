@@ -16,6 +16,8 @@ decoder layer, model, causal LM. The rest lies beside it:
                                         layers/minimax_qk_norm_rope.py, its exchange between GPUs in
                                         layers/minimax_sum_exchange.py, the rules in layers/minimax_qk_norm_paths.py
     layers/minimax_decode_attention.py  attention of a decode step, in one launch
+    layers/minimax_prefill_attention.py  that of a prefill, which a graph may hold, and layers/minimax_prefill_graphs.py
+                                        the graphs of short prefills
     layers/minimax_fp8_linear.py        attention's projections in FP8 for few tokens, quantised in the same launch
     layers/minimax_parts.py             rows that are left in parts, which a later kernel adds up
     layers/minimax_layer_communicator.py  whether all-reduce, residual add and norm are one kernel; it is in
@@ -56,6 +58,8 @@ from sglang.srt.layers.minimax_layer_communicator import (
     prepare_fused_all_reduce,
 )
 from sglang.srt.layers.minimax_parts import Parts
+from sglang.srt.layers.minimax_prefill_attention import attend_if_captured, choose_prefill_attention
+from sglang.srt.layers.minimax_prefill_graphs import choose_prefill_graphs, run_model
 from sglang.srt.layers.minimax_qk_norm import norm_qk, scale_rows, sums_of_squares
 from sglang.srt.layers.minimax_sharding import shard_attention, shard_heads
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -262,8 +266,8 @@ class MiniMaxM2Attention(AttentionStages):
         if inputs is None:
             return hidden_states
         q, k, v, stored = inputs
-        attended = None
-        if stored and self.decode_attention is not None:
+        attended = attend_if_captured(q, forward_batch, self.attn.layer_id) if stored else None
+        if stored and attended is None and self.decode_attention is not None:
             attended = self.decode_attention(q, forward_batch, self.attn.layer_id)
         if attended is None:
             attended = self.attn(q, k, v, forward_batch, save_kv_cache=not stored)
@@ -492,6 +496,8 @@ class MiniMaxM2ForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(config)
         self.capture_aux_hidden_states = False
         self.weights_loaded = False
+        self.prefill_attention = choose_prefill_attention(self.model.layers[self.model.start_layer].self_attn)
+        self.prefill_graphs = choose_prefill_graphs(self.model)
         prepare_fused_all_reduce(config.hidden_size)
 
     # The engine makes a KV cache for the layers from start_layer to end_layer, and for all of the model's without them.
@@ -568,7 +574,7 @@ class MiniMaxM2ForCausalLM(nn.Module):
         input_embeds: torch.Tensor | None = None,
         pp_proxy_tensors: PPProxyTensors | None = None,
     ):
-        hidden_states = self.model(input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+        hidden_states = run_model(self, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
         if not self.pp_group.is_last_rank:
             return hidden_states
         captured = None
