@@ -31,6 +31,7 @@ from sglang_minimax import comparison
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.comparison import Answer, Comparison, Tolerance
 from sglang_minimax.demo_layouts import Host, Layout, ModelShape, choose_layouts
+from sglang_minimax.ports import free_port, port_flags
 from sglang_minimax.reference import Completion
 from sglang_minimax.server_process import (
     Interrupted,
@@ -39,7 +40,6 @@ from sglang_minimax.server_process import (
     Server,
     ServerError,
     SessionProcess,
-    free_port,
 )
 
 PROMPTS = (
@@ -174,7 +174,7 @@ def _stop_undisturbed(interrupts: Interrupts, process: SessionProcess) -> None:
 def server_command(checkpoint: Path, layout: Layout, port: int) -> list[str]:
     """The command a person would type, with a KV cache no larger than the demo needs."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint)]
-    command += [*layout.flags(), "--host", "127.0.0.1", "--port", str(port)]
+    command += [*layout.flags(), "--host", "127.0.0.1", *port_flags(port)]
     return [*command, "--max-total-tokens", "8192"]
 
 
@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Interrupted as interruption:
         console.print(f"\n[yellow]{interruption}; every process of the demo has ended")
         code = interruption.exit_code
-    except (CannotRun, ServerError, ValueError) as error:
+    except (CannotRun, ServerError, OSError, ValueError) as error:
         console.print(f"[red]{escape(str(error))}")
     _clean_up(folder, keep_logs=code == 1)
     return code

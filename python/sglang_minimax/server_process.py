@@ -10,16 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,38 +260,6 @@ class Server(SessionProcess):
                 return int(reply.status) == 200
         except OSError:  # not listening yet, or still warming up (503)
             return False
-
-
-# With DP attention the engine also listens on the ports behind the one where nodes meet, up to 13, and without nodes
-# on those from its HTTP port + 233 on, a few a DP rank.
-_PORT_OFFSETS = (*range(14), *range(233, 270))
-_LAST_GIVEN: deque[int] = deque(maxlen=100)
-_GIVING = threading.Lock()
-
-
-def free_port() -> int:
-    """An HTTP port that is free now, and with it the further ports that the engine derives from it.
-
-    The next hundred that this process asks for have none of these in common with it: a server takes its ports only
-    after it has been imported, and others may start in that time.
-    """
-    with _GIVING:
-        given = {port + offset for port in _LAST_GIVEN for offset in _PORT_OFFSETS}
-        for port in random.sample(range(10000, 32000), 2000):
-            derived = [port + offset for offset in _PORT_OFFSETS]
-            if given.isdisjoint(derived) and all(map(_is_free, derived)):
-                _LAST_GIVEN.append(port)
-                return port
-    raise ServerError("no free range of ports between 10000 and 32000 on this host")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------------- signals

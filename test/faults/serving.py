@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from sglang_minimax.ports import free_port, port_flags
 from sglang_minimax.reference import Reference
-from sglang_minimax.server_process import Server, free_port
+from sglang_minimax.server_process import Server
 
 START_SECONDS = 150
 REPLY_SECONDS = 60
@@ -73,7 +74,7 @@ def serve(
     """A server that is ready, and its client; it is ended with all its processes."""
     port = port or free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", device]
-    with Server([*command, "--port", str(port), *flags], log, port=port) as server:
+    with Server([*command, *port_flags(port), *flags], log, port=port) as server:
         server.wait_until_ready(start_seconds, on_progress=lambda reached: None)
         yield server, Client(port)
 

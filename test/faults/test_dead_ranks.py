@@ -10,8 +10,8 @@ from faults.serving import Client, check_answer, reference_beside, serve, signal
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
+from sglang_minimax.ports import free_port
 from sglang_minimax.reference import Reference
-from sglang_minimax.server_process import free_port
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
 

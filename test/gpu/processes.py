@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from sglang_minimax.ports import free_port
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -19,12 +20,6 @@ def needs_gpus(count: int):
 
 def same_bits(x, y) -> bool:
     return torch.equal(x.view(torch.int16), y.view(torch.int16))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def run_ranks(file: str, what: str, world: int, seconds: float) -> list[subprocess.CompletedProcess]:

@@ -11,8 +11,8 @@ from faults.serving import chosen, serve, signal_while_serving
 from gpu.host import needs_gpus
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
+from sglang_minimax.ports import free_port
 from sglang_minimax.reference import Reference
-from sglang_minimax.server_process import free_port
 
 WATCHDOG_SECONDS = 20
 # It looks twice in its time, prints where the ranks stand, and processes take a while to die under NCCL.

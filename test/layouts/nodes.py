@@ -20,7 +20,8 @@ import psutil
 from layouts.hosts import Host
 
 from sglang_minimax.comparison import Answer
-from sglang_minimax.server_process import Server, ServerError, SessionProcess, free_port
+from sglang_minimax.ports import free_port, port_flags
+from sglang_minimax.server_process import Server, ServerError, SessionProcess
 
 _POLL_SECONDS = 0.2
 _LAUNCH_SECONDS = 120
@@ -149,7 +150,7 @@ def serve_on_nodes(
 
     def words(rank: int, port: int) -> list[str]:
         variables = [f"{name}={value}" for name, value in environment_of(rank).items()]
-        words = ["env", *variables, *command, "--port", str(port), *_node(rank)]
+        words = ["env", *variables, *command, *port_flags(port), *_node(rank)]
         return hosts[rank].command(words) if hosts else words
 
     def _node(rank: int) -> Iterator[str]:

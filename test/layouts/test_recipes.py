@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from sglang_minimax.cpu_host import has_no_accelerator
-from sglang_minimax.server_process import Server, free_port
+from sglang_minimax.ports import free_port, port_flags
+from sglang_minimax.server_process import Server
 from sglang_minimax.server_report import BLOCK_BEGINS
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
@@ -50,7 +51,7 @@ def server(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        with Server([sys.executable, *serve[1:], "--port", str(port)], folder / "server.log", port=port) as started:
+        with Server([sys.executable, *serve[1:], *port_flags(port)], folder / "server.log", port=port) as started:
             started.wait_until_ready(240, on_progress=lambda reached: None)
             yield started, port
     finally:

@@ -12,14 +12,16 @@ import os
 import re
 import sys
 
+import psutil
 import pytest
 from layouts.nodes import Nodes, serve_on_nodes
 
 from sglang_minimax import __version__
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
+from sglang_minimax.ports import free_port, port_flags
 from sglang_minimax.reference import Reference
-from sglang_minimax.server_process import Server, SessionProcess, free_port
+from sglang_minimax.server_process import Server, SessionProcess
 from sglang_minimax.server_report import BLOCK_BEGINS
 
 pytestmark = pytest.mark.skipif(not has_no_accelerator(), reason="this host has an accelerator: see test/gpu")
@@ -108,6 +110,12 @@ def check_server_info(server: Server, name: str, dp_ranks: int) -> None:
         assert [rank["kv_heads"][0] for rank in ours["ranks"]] == ([0, 0, 1, 1] if name == "tp4" else [0, 1, 0, 1])
 
 
+def listened_ports(server: Server) -> set[int]:
+    """Of the TCP ports, those that a process of the server listens on."""
+    sockets = [socket for process in server.members() for socket in process.net_connections("tcp")]
+    return {socket.laddr.port for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
+
 def check_metrics(server: Server) -> None:
     """The engine's counters, and among them the tokens that were generated for this test."""
     generated = re.findall(r"^sglang:generation_tokens_total\{.*\} ([\d.]+)$", server.get("/metrics"), re.M)
@@ -126,12 +134,13 @@ def check_metrics(server: Server) -> None:
 def test_server_answers_as_transformers(name, layout, dp_ranks, checkpoint, expected, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(checkpoint), "--device", "cpu"]
-    with Server([*command, "--port", str(port), *layout.split()], tmp_path / "server.log", port=port) as server:
+    with Server([*command, *port_flags(port), *layout.split()], tmp_path / "server.log", port=port) as server:
         server.wait_until_ready(240, on_progress=lambda reached: None)
         check(server, PROMPTS, expected)  # all in one batch
         for prompt, completion in zip(PROMPTS, expected, strict=True):
             check(server, [prompt], [completion])  # alone: with DP attention the other rank is idle
         check_server_info(server, name, dp_ranks)
+        assert port + 1 in listened_ports(server), "where the ranks met"
         check_metrics(server)
         log = server.log.read_text(errors="replace")
     assert "No accelerator on this host" in log
@@ -162,7 +171,7 @@ def test_two_nodes_that_were_not_started_alike_end_and_say_why(checkpoint, tmp_p
         nodes = []
         for node, own in enumerate(([], ["--chunked-prefill-size", "96"])):
             command = [sys.executable, "-m", "sglang.launch_server", *flags, "--dist-init-addr", meeting, *own]
-            command += ["--node-rank", str(node), "--port", str(free_port())]
+            command += ["--node-rank", str(node), *port_flags(free_port())]
             log, environment = tmp_path / f"node{node}.log", {"GLOO_SOCKET_IFNAME": "lo"}
             nodes.append(running.enter_context(SessionProcess(command, log, environment=environment)))
         for node in nodes:

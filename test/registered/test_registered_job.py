@@ -14,7 +14,8 @@ import pytest
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
-from sglang_minimax.server_process import SessionProcess, free_port
+from sglang_minimax.ports import free_port
+from sglang_minimax.server_process import SessionProcess
 
 JOB = Path(__file__).parent / "8-gpu-models" / "test_minimax_m25.py"
 

@@ -15,8 +15,9 @@ from sglang_minimax import __version__
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint
 from sglang_minimax.cpu_host import has_no_accelerator
 from sglang_minimax.overlay import ENGINE_VERSION
+from sglang_minimax.ports import free_port, port_flags
 from sglang_minimax.reference import Reference
-from sglang_minimax.server_process import Server, free_port
+from sglang_minimax.server_process import Server
 from sglang_minimax.server_report import BLOCK_BEGINS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def test_the_wheel_serves(environment, tmp_path):
     port = free_port()
     command = [
         str(environment.parents[2] / "bin" / "python"), "-m", "sglang.launch_server",
-        *("--model-path", str(checkpoint), "--device", "cpu", "--tp", "2", "--port", str(port)),
+        *("--model-path", str(checkpoint), "--device", "cpu", "--tp", "2", *port_flags(port)),
     ]  # fmt: skip
     with Server(command, tmp_path / "server.log", port=port) as server:
         server.wait_until_ready(240, on_progress=lambda reached: None)

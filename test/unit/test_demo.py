@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,9 +17,10 @@ import psutil
 import pytest
 from rich.console import Console
 
-from sglang_minimax import comparison, demo, server_process
+from sglang_minimax import comparison, demo
 from sglang_minimax.comparison import Answer
 from sglang_minimax.demo_layouts import Host, Layout, ModelShape, choose_layouts, memory_needed_gb
+from sglang_minimax.ports import free_port
 from sglang_minimax.reference import Completion
 from sglang_minimax.server_process import (
     Interrupted,
@@ -31,7 +29,6 @@ from sglang_minimax.server_process import (
     ServerError,
     SessionProcess,
     StartProgress,
-    free_port,
 )
 
 SMALL = ModelShape(num_heads=16, num_kv_heads=8, num_experts=16, expert_width=256)
@@ -307,25 +304,6 @@ def test_progress_is_read_from_the_log(line, rank, stage):
     assert (reached.tp_rank, reached.stage, reached.reached) == (rank, stage, 1)
     assert progress.read(line) is None  # said once
     assert progress.read("[2026-01-31 12:00:00 TP3] Capture cuda graph begin.") is None
-
-
-def test_servers_that_start_at_once_are_given_ports_of_their_own():
-    """Each takes the port, up to 13 behind it, and under DP attention those from 233 behind it on."""
-    ports = sorted(free_port() for _ in range(60))
-    derived = [port + offset for port in ports for offset in (*range(14), *range(233, 270))]
-    assert len(set(derived)) == len(derived)
-
-
-def test_a_port_is_given_if_all_that_the_engine_derives_from_it_are_free(monkeypatch):
-    """Under DP attention it listens up to 13 behind the port as well."""
-    monkeypatch.setattr(server_process, "_LAST_GIVEN", collections.deque())
-    free, other = free_port(), free_port()
-    server_process._LAST_GIVEN.clear()
-    monkeypatch.setattr(random, "sample", lambda *_: [free, other])
-    with socket.socket() as taken:
-        taken.bind(("", free + 13))
-        assert free_port() == other
-    assert free_port() == free
 
 
 def test_a_command_has_the_environment_that_it_was_given_and_its_own_exit_code(tmp_path, monkeypatch):

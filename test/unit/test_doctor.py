@@ -22,7 +22,6 @@ from unit.doctor_hosts import (
     changed,
     doctor,
     environment_with_overlay,
-    free_port,
     named,
     wait_until_gone,
 )
@@ -31,6 +30,7 @@ from sglang_minimax import cli, cpu_host
 from sglang_minimax.doctor import checks, command, facts, finding, probe, rank, self_check
 from sglang_minimax.doctor.finding import Finding
 from sglang_minimax.overlay import ENGINE_VERSION
+from sglang_minimax.ports import free_port
 
 # ------------------------------------------------------------------------------------------------ the facts
 

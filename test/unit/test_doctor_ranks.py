@@ -16,7 +16,6 @@ from unit.doctor_hosts import (
     assert_is_read,
     changed,
     environment_with_overlay,
-    free_port,
     wait_until_gone,
 )
 
@@ -24,6 +23,7 @@ from sglang_minimax import cpu_host
 from sglang_minimax.doctor import child, rank, self_check
 from sglang_minimax.doctor.facts import Devices, Engine
 from sglang_minimax.doctor.finding import Finding
+from sglang_minimax.ports import free_port
 
 # --------------------------------------------------------------------------------------------------- children
 

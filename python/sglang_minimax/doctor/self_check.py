@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sglang_minimax import sharding
+from sglang_minimax import ports, sharding
 from sglang_minimax.doctor import child
 from sglang_minimax.doctor.facts import Facts
 from sglang_minimax.doctor.finding import Finding
@@ -125,8 +124,8 @@ def run_group(
         # The engine takes rank 0 to be on the first visible GPU.
         visible = (visible_devices or ",".join(map(str, range(num_gpus)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[place] for place in places if place is not None)
-    shared = (str(len(places)), str(_free_port()), device_type, str(secrets.randbits(31)), str(timeout_seconds + 60))
-    commands = [child.python("sglang_minimax.doctor.rank", str(rank), *shared) for rank in range(len(places))]
+    shared = (len(places), ports.free_port(), device_type, secrets.randbits(31), timeout_seconds + 60)
+    commands = [child.python("sglang_minimax.doctor.rank", *map(str, (rank, *shared))) for rank in range(len(places))]
     return run_ranks(commands, places, timeout_seconds, environment)
 
 
@@ -219,10 +218,3 @@ def _how_many(ranks: Sequence[Rank]) -> str:
     if ranks[0].place is None:
         return f"{len(ranks)} CPU rank(s) over gloo"
     return f"{len({rank.place for rank in ranks})} GPU rank(s) over NCCL"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

@@ -196,13 +196,14 @@ def running_server(settings):
     from sglang.srt.utils import kill_process_tree
     from sglang.test.test_utils import DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH, DEFAULT_URL_FOR_TEST, popen_launch_server
 
-    url = DEFAULT_URL_FOR_TEST
+    url, flags = DEFAULT_URL_FOR_TEST, settings.extra_args
     if runs_on_cpu():
-        from sglang_minimax.server_process import free_port
+        from sglang_minimax.ports import free_port, port_flags
 
-        url = f"http://127.0.0.1:{free_port()}"
+        port = free_port()
+        url, flags = f"http://127.0.0.1:{port}", [*flags, *port_flags(port)]
     timeout = settings.launch_timeout or DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH
-    process = popen_launch_server(settings.model_path, url, timeout, other_args=settings.extra_args)
+    process = popen_launch_server(settings.model_path, url, timeout, other_args=flags)
     try:
         yield url
     finally:
