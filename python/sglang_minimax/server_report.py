@@ -284,15 +284,24 @@ def _prefill_paths(whole: EngineObject, attention: EngineObject, dtype: EngineOb
         against_graphs = graphs.reason_against(whole.model)
     ours = f"one launch of the model's up to {prefill.MAX_REQUESTS} requests"
     above = "the attention backend's for more, for drafts that are verified, and for a KV cache of another dtype"
-    whole_ones = f"one graph up to {graphs.MAX_TOKENS} tokens of requests up to {graphs.MAX_LENGTH}"
     return [
         Path("prefill attention", ours, above)
         if whole.prefill_attention is not None
         else Path("prefill attention", "the attention backend's", against or prefill.reason_against_backend() or ""),
-        Path("short prefills", whole_ones, "above that, pieces of graphs with attention between them")
-        if whole.prefill_graphs is not None
-        else Path("short prefills", "as longer ones", against_graphs or ""),
+        short_prefills(whole.prefill_graphs, against_graphs),
     ]
+
+
+def short_prefills(graphs: EngineObject | None, reason_against: str | None) -> Path:
+    """Whether short prefills are graphs of their own, by the model's ``PrefillGraphs``, or why it has none."""
+    from sglang.srt.layers.minimax_prefill_graphs import MAX_LENGTH, MAX_TOKENS
+
+    if graphs is None or not graphs.graphs:
+        return Path(
+            "short prefills", "as longer ones", (reason_against if graphs is None else graphs.reason_against) or ""
+        )
+    taken = f"one graph up to {min(max(graphs.graphs), MAX_TOKENS)} tokens of requests up to {MAX_LENGTH}"
+    return Path("short prefills", taken, "above that, pieces of graphs with attention between them")
 
 
 def _router(experts: EngineObject) -> Path:

@@ -146,7 +146,7 @@ def test_a_command_is_read_by_what_it_calls(block, words, monkeypatch):
             check_chat(words)
         assert block.page == "serving.md" and (REPOSITORY / RUN_ON_A_SERVER).exists()
     elif command.startswith(NEEDS_HARDWARE):
-        measured = block.page in ("performance.md", "kernels.md")
+        measured = block.page in ("performance.md", "performance-earlier.md", "kernels.md")
         assert measured or _not_run(block), f"{block} must say that it was not run"
     else:
         known = [start for start in OTHERS if command.startswith(start)]
@@ -389,3 +389,14 @@ def test_the_picture_of_heads_is_the_models_arithmetic():
         held = shards.q.heads_of(rank)
         assert q_heads[rank].strip() == f"{held[0]}-{held[-1]}"
         assert [int(kv_heads[rank])] == list(shards.kv.heads_of(rank))
+
+
+PASSED_TO_CHILDREN = {"SGLANG_MINIMAX_WARNED", "SGLANG_MINIMAX_BENCH_TURN"}  # set by this package, not by people
+
+
+def test_the_page_of_switches_has_every_one():
+    sources = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "python").rglob("*.py"))]
+    read = {name for text in sources for name in re.findall(r"SGLANG_MINIMAX_[A-Z_]+[A-Z]", text)} - PASSED_TO_CHILDREN
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    section = page.split("\n## Switches\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(SGLANG_MINIMAX_[A-Z_]+)`", section, re.M)) == read

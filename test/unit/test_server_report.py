@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
+from sglang.srt.layers.minimax_prefill_graphs import PrefillGraphs
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.models.minimax_m2 import MiniMaxM2ForCausalLM
 
 from sglang_minimax import server_report
@@ -203,3 +206,31 @@ def test_copies_of_the_experts_and_context_parallelism_divide_tp_as_the_engine_d
     assert [rank.expert_columns for rank in ranks] == [(0, 767), (768, 1535)] * 4
     assert [rank.q_heads for rank in ranks] == [(0, 23), (24, 47)] * 4
     assert [rank.dp_rank for rank in ranks] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------ short prefills
+
+
+def prefill_graphs(*sizes: int) -> PrefillGraphs:
+    graphs = PrefillGraphs(SimpleNamespace(layers_to_capture=[]))
+    graphs.graphs = dict.fromkeys(sizes)
+    return graphs
+
+
+def test_short_prefills_are_said_to_be_graphs_up_to_the_largest_that_was_captured():
+    assert "one graph up to 512 tokens" in server_report.short_prefills(prefill_graphs(128, 512), None).taken
+
+
+def test_without_any_graph_it_says_why():
+    chosen_against = server_report.short_prefills(None, "prefills have no graphs here")
+    assert (chosen_against.taken, chosen_against.why) == ("as longer ones", "prefills have no graphs here")
+    graphs = prefill_graphs()
+    assert "no pieces of up to 1024 tokens" in server_report.short_prefills(graphs, None).why
+    pool = SimpleNamespace(dtype=torch.float8_e4m3fn)
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND, spec_info=None, token_to_kv_pool=pool, batch_size=1, extend_seq_lens=[4]
+    )
+    graphs._capture(torch.arange(4), torch.arange(4), batch)
+    assert not graphs.graphs
+    why = server_report.short_prefills(graphs, None).why
+    assert "of torch.float8_e4m3fn, and activations are torch.float32" in why

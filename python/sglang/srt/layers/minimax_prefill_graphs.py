@@ -84,6 +84,7 @@ class PrefillGraphs:
         self.model, self.dtype = model, torch.get_default_dtype()
         self.batch: prefill.PrefillBatch | None = None
         self.graphs: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
+        self.reason_against: str | None = f"the engine has no pieces of up to {MAX_TOKENS} tokens"
 
     def __call__(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> torch.Tensor | None:
         """The model's output for a prefill that has a graph, [tokens, hidden_size], which the next prefill overwrites;
@@ -117,12 +118,9 @@ class PrefillGraphs:
         tokens = len(input_ids)
         if tokens > MAX_TOKENS or tokens in self.graphs:
             return
-        if not prefill.is_prefill_of(forward_batch, self.dtype):
-            kind = type(forward_batch.token_to_kv_pool).__name__
-            log_once(f"Short prefills have no graph of their own, since the KV cache is a {kind} of another dtype.")
-            return
-        if self.model.layers_to_capture:
-            log_once("Short prefills have no graph of their own, since a draft model reads the outputs of layers.")
+        self.reason_against = self._reason_against_capture(forward_batch)
+        if self.reason_against is not None:
+            log_once(f"Short prefills have no graph of their own, since {self.reason_against}.")
             return
         if self.batch is None:
             up_to = f"up to {MAX_TOKENS} tokens in {prefill.GRAPH_REQUESTS} requests of up to {MAX_LENGTH}"
@@ -137,6 +135,14 @@ class PrefillGraphs:
 
         run()  # compiles what is not compiled yet
         self.graphs[tokens] = captured(run)
+
+    def _reason_against_capture(self, forward_batch: Any) -> str | None:
+        if not prefill.is_prefill_of(forward_batch, self.dtype):
+            pool = forward_batch.token_to_kv_pool
+            return f"the KV cache is a {type(pool).__name__} of {pool.dtype}, and activations are {self.dtype}"
+        if self.model.layers_to_capture:
+            return "a draft model reads the outputs of layers"
+        return None
 
 
 def captured(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
