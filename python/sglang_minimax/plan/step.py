@@ -47,8 +47,9 @@ ASSUMPTIONS = (
     "a launch takes what plan/launches.py has for TP4 on H200, on every GPU and in every layout; of the projections, "
     "the router, the experts and attention, the part that their bytes do not explain",
     "launches follow each other without a gap: what one costs before it starts is in the times that were measured",
-    "attention is a launch of ours, and stock's the Triton backend's with 8 parts a request: beyond 512 tokens of a "
-    "request it takes as long for each more, whatever the requests, or as long as HBM takes to read all their keys and "
+    "attention is a launch of ours, also where --attention-backend flashinfer leaves it to FlashInfer's (0 to 11 us a "
+    "layer more, measured), and stock's the Triton backend's with 8 parts a request: beyond 512 tokens of a request it "
+    "takes as long for each more, whatever the requests, or as long as HBM takes to read all their keys and "
     "values, whichever is longer",
     f"a collective inside a node takes {collectives.NODE_US:.0f} us on 2 to 8 GPUs (measured on four H200: an "
     "all-reduce of 98 kB), plus its bytes at the link's datasheet rate; the exchange of QK norm is in its launch",
