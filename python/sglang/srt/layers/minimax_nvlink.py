@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 # Neither follows --watchdog-timeout (300 s). Where that is less, the watchdog ends the processes of a server that
 # already serves, and their kernels with them. Where a person gave more, for what compiles between requests, that rank
 # is outside of graphs, and its peers wait in the same pass for the longer time or in a collective. A rank that is
-# halted for minutes, by a debugger, is taken for lost in graphs: that wants --disable-cuda-graph.
+# halted for minutes, by a debugger, is taken for lost in graphs: that wants --disable-cuda-graph and
+# --disable-piecewise-cuda-graph.
 GRAPH_TIMEOUT_SECONDS = 120.0
 EAGER_TIMEOUT_SECONDS = 3600.0
 REGISTERS_PER_SM = 65536  # of every NVIDIA GPU with NVLink

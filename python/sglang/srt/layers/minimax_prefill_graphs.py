@@ -146,8 +146,11 @@ class PrefillGraphs:
 
 
 def captured(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """A graph of ``run``, as what replays it, and its output; on the stream of the engine's pieces."""
-    from sglang.srt.model_executor.cuda_graph_runner import get_global_graph_memory_pool
+    """A graph of ``run``, as what replays it, and its output; on the stream of the engine's pieces, from one pool.
+
+    The pool is that of the engine's pieces: that of decode's graphs is not there where a server has none of these.
+    """
+    from sglang.srt.model_executor.piecewise_cuda_graph_runner import get_global_graph_memory_pool
 
     graph, stream = torch.cuda.CUDAGraph(), piecewise_context_manager.get_pcg_capture_stream()
     with torch.cuda.graph(graph, pool=get_global_graph_memory_pool(), stream=stream):
