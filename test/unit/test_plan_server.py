@@ -14,6 +14,7 @@ from sglang.srt import server_args as engine
 from sglang.srt.entrypoints.engine import _compute_parallelism_ranks
 from sglang.srt.layers.moe.utils import MoeA2ABackend, MoeRunnerBackend
 from sglang.srt.models import minimax_m2_moe
+from unit.plans import B200, H200, M25
 
 from sglang_minimax import cli, cpu_host
 from sglang_minimax.plan import layout as layouts
@@ -22,8 +23,8 @@ from sglang_minimax.plan.hardware import GPUS, Gpu
 from sglang_minimax.plan.layout import Flags, settle
 from sglang_minimax.plan.shape import PUBLISHED_CONFIG, Quantisation, read_model
 
-H200, B200, MI300X = GPUS["h200"], GPUS["b200"], GPUS["mi300x"]
-M25, IN_NVFP4 = read_model("m2.5"), read_model("m2.5", "modelopt_fp4")
+MI300X = GPUS["mi300x"]
+IN_NVFP4 = read_model("m2.5", "modelopt_fp4")
 UNQUANTISED = layouts.replace(M25, quantisation=Quantisation(), expert_block=1)
 
 # ------------------------------------------------------------------ command lines

@@ -11,15 +11,14 @@ from collections import Counter
 from random import Random
 
 import pytest
+from unit.plans import B200, H200, M25
 
 from sglang_minimax import cli
 from sglang_minimax.plan import collectives, launches, memory, report, scaling, step
-from sglang_minimax.plan.hardware import GPUS, Gpu
+from sglang_minimax.plan.hardware import Gpu
 from sglang_minimax.plan.layout import Flags, settle
 from sglang_minimax.plan.shape import Quantisation, read_model
 
-H200, B200 = GPUS["h200"], GPUS["b200"]
-M25 = read_model("m2.5")
 RECORDS = scaling.DOCUMENT.parents[1] / "benchmark" / "results"
 
 
