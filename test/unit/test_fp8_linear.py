@@ -178,3 +178,27 @@ def test_a_product_that_is_not_known_is_left_to_the_engine(monkeypatch, way, out
         assert project(x).shape == (201, outputs)
     minimax_log.log_once.cache_clear()
     assert made.calls == 2 and len(lines) == len(said) and all(map(str.__contains__, lines, said))
+
+
+@pytest.mark.parametrize("outputs", [256, 160], ids=["quantised here", "quantised by the engine"])
+def test_deepgemm_compiles_with_the_first_few_tokens(monkeypatch, outputs):
+    """At its first product of a shape it takes minutes: the engine's warm-up, of a few tokens, has to come to that."""
+    compiled = []
+
+    def deepgemm(q, weight, scale, weight_scale, block, output_dtype):
+        compiled.append((len(q), len(weight)))
+        return q.new_zeros(len(q), len(weight), dtype=output_dtype)
+
+    monkeypatch.setattr(fp8, "fp8_linear", lambda x, weight, *others: x.new_zeros(len(x), len(weight)))
+    monkeypatch.setattr(fp8.minimax_fp8_quantise, "quantise", lambda x, **layout: (x, None))
+    monkeypatch.setattr(fp8_utils, "w8a8_block_fp8_matmul_deepgemm", deepgemm)
+    x, weight, scale = problem(4, outputs, 384)
+    made = Layer(weight, scale)
+    made.quant_method.w8a8_block_fp8_linear = fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback
+    project = fp8.Fp8Linear(made)
+    project(x[:0])
+    assert not compiled and made.calls == 0
+    project(x)
+    assert (compiled, made.calls) == (([(4, 256)], 0) if outputs == 256 else ([], 1))
+    project(x[:1])
+    assert len(compiled) + made.calls == 1

@@ -19,6 +19,7 @@ from sglang.srt.layers import minimax_experts as experts
 from sglang.srt.layers import minimax_fp8_linear as linear
 from sglang.srt.layers import minimax_fp8_quantise as fp8_quantise
 from sglang.srt.layers import minimax_prefill_attention as prefill
+from sglang.srt.layers import minimax_qk_norm_rope as qk_norm
 from sglang.srt.layers import minimax_router as router
 from unit.compiled import compiling_for, meta
 
@@ -30,7 +31,7 @@ SPILLED = 16  # bytes of a thread that nobody notices; a plan that does not fit 
 @pytest.fixture
 def kernels(monkeypatch):
     """What the test's launches compile for Hopper, the only GPUs that these kernels are chosen for."""
-    for module in (attention, experts, linear, router):
+    for module in (attention, experts, linear, qk_norm, router):
         monkeypatch.setattr(module, "has_programmatic_launch", lambda device: True)
     for module in (attention, experts):
         monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
@@ -132,6 +133,31 @@ def test_the_quantisation_of_many_tokens(kernels, monkeypatch, quantise):
     monkeypatch.setattr(fp8_quantise, "create_per_token_group_quant_fp8_output_scale", scales)
     quantise(meta(8192, HIDDEN_SIZE, dtype=BFLOAT16))
     assert_runs(kernels, "_quantise_kernel")
+
+
+def test_one_quantisation_serves_every_number_of_rows(kernels, monkeypatch):
+    """A second one would be compiled while a server answers."""
+
+    def scales(shape, device, group, *layout):
+        return meta(shape[1] // group, shape[0], dtype=FLOAT32).T  # as DeepGEMM and cutlass want them
+
+    monkeypatch.setattr(fp8_quantise, "create_per_token_group_quant_fp8_output_scale", scales)
+    for rows in (4096, 4097, 4112):
+        fp8_quantise.quantise(meta(rows, HIDDEN_SIZE, dtype=BFLOAT16), column_major=True)
+    assert len({kernel.cubin for kernel in kernels}) == 1 and len(kernels) == 3
+
+
+def test_one_qk_norm_serves_slots_and_positions_at_every_address(kernels):
+    """The engine's are slices, which begin at any of the 8 bytes of a number."""
+    op = qk_norm.QKNormRope(12, 2, 128, 64, 1e-6, None, 0, "meta")
+    width = (12 + 2 * 2) * 128
+    numbers, cache = meta(1024, dtype=torch.int64), meta(4096, 2, 128, dtype=BFLOAT16)
+    weights = meta(12 * 128, dtype=FLOAT32), meta(2 * 128, dtype=FLOAT32)
+    for begin in range(3):
+        own = numbers[begin : begin + 100]
+        tensors = meta(100, width, dtype=BFLOAT16), meta(100, 12 * 128, dtype=BFLOAT16), *weights
+        op._launch(132, qk_norm.launch_plans(width)[0], *tensors, own, meta(8192, 64, dtype=FLOAT32), cache, cache, own)
+    assert len({kernel.cubin for kernel in kernels}) == 1 and len(kernels) == 3
 
 
 def test_the_engines_expert_gemms_by_our_tables(kernels, monkeypatch):

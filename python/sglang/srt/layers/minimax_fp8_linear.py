@@ -192,6 +192,7 @@ class Fp8Linear:
         self.max_tokens = max(plans_for(inputs, self.outputs))
         self.weights_fit: bool | None = None
         self.of_many: Projection = self._engine
+        self.compiles_later = False
         self._handle = len(_layers)
         _layers.append(self)
 
@@ -212,12 +213,20 @@ class Fp8Linear:
                 _log_against(reason)
             else:
                 self.of_many = choose_product(self.linear) or self._engine
+                way = self.linear.quant_method.w8a8_block_fp8_linear
+                self.compiles_later = way is fp8_utils.deepgemm_w8a8_block_fp8_linear_with_fallback
         tokens, inputs = x.shape
         if tokens == 0:
             return x.new_empty(0, self.outputs)
         plan = plan_for(tokens, inputs, self.outputs)
         if not self.weights_fit or plan is None:
+            self.compiles_later = False
             return self.of_many(x)
+        if self.compiles_later and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # DeepGEMM compiles a shape for every number of tokens at its first product, for minutes. That belongs into
+            # the engine's warm-up, whose few tokens would not come to it, and not into the first long prompt.
+            self.compiles_later = False
+            self.of_many(x)
         return fp8_linear(x, self.linear.weight, self.linear.weight_scale_inv, plan, in_parts)
 
     def _engine(self, x: torch.Tensor) -> torch.Tensor:

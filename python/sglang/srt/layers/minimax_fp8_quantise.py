@@ -118,7 +118,7 @@ def _divide(x, divisor):
     return tl.fma(remainder, tl.broadcast_to(inverse, x.shape), quotient)
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=["groups", "scale_row_stride", "scale_group_stride"])
 def _quantise_kernel(
     x_ptr, values_ptr, scale_ptr, groups, x_stride, scale_row_stride, scale_group_stride, GROUPS: tl.constexpr,
     ACTIVATE: tl.constexpr, BLOCK: tl.constexpr,

@@ -604,7 +604,7 @@ def _rows(
 @triton.jit(do_not_specialize=[
     "num_tokens", "part_stride", "parts_stride", "q_count", "k_count", "max_ctas", "rank", "layer_id",
     "peer_timeout_ms",
-])  # fmt: skip
+], do_not_specialize_on_alignment=["positions_ptr", "out_cache_loc_ptr"])  # fmt: skip
 def _qk_norm_rope_kernel(
     qkv_ptr, parts_ptr, part_stride, parts_stride, q_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, cos_sin_ptr,
     k_cache_ptr, v_cache_ptr, out_cache_loc_ptr, sums_ptr, inboxes_ptr, epochs_ptr, num_tokens, qkv_stride,
