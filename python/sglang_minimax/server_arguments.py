@@ -54,6 +54,7 @@ def adjust_server_args(module: EngineModule) -> None:
     _run_before(server_args, "_handle_data_parallelism", _check_attention_ranks)
     # Experts are divided after context parallelism is settled and before the MoE kernels are chosen for an EP size.
     _run_before(server_args, "_handle_moe_kernel_config", _settle_layout)
+    _run_after(server_args, "_handle_expert_distribution_metrics", _settle_recorder)
 
 
 def announce_overlay(module: EngineModule) -> None:
@@ -179,6 +180,7 @@ def _settle_layout(args: EngineObject) -> None:
             f"the first request for one would end the server. Leave out --enable-dp-attention and context "
             f"parallelism, or --enable-lora and --lora-paths."
         )
+    _check_tokens_apart(args, attention_ranks)
     if "triton" in args.get_attention_backends():
         _check_stages_for_triton(config.num_hidden_layers, args.pp_size)
     shape = expert_shape_of(config, args.ep_num_redundant_experts)
@@ -195,6 +197,50 @@ def _settle_layout(args: EngineObject) -> None:
         args.ep_size = ep_size
         setattr(args, EP_SIZE_REASON, why)  # no field of the engine's, but it travels to every rank with them
     _check_rebalancing(args, ep_size)
+
+
+def _check_tokens_apart(args: EngineObject, attention_ranks: int) -> None:
+    """Raises ValueError where ranks hold tokens of their own between layers, and the engine does not go along."""
+    servers = 1 if args.enable_dp_attention else args.dp_size
+    reason = sharding.reason_against_a2a_backend(args.moe_a2a_backend, args.pp_size, attention_ranks, servers)
+    if reason is not None:
+        raise ValueError(f"{reason}.")
+    dense_alone = args.moe_dense_tp_size == 1
+    if dense_alone and servers > 1:
+        raise ValueError(
+            f"--moe-dense-tp-size 1 with --dp {servers} and without --enable-dp-attention: each copy of the server "
+            f"would count the tokens of all, and end before its first request. Leave --moe-dense-tp-size out: this "
+            f"model has no dense layers."
+        )
+    # The engine's require_mlp_sync, before it has told its modules of the a2a backend.
+    if args.enable_mixed_chunk and (args.enable_dp_attention or dense_alone or args.moe_a2a_backend != "none"):
+        raise ValueError(
+            "--enable-mixed-chunk with DP attention, an a2a backend or --moe-dense-tp-size 1: the engine counts the "
+            "ranks' tokens before each step, and its first batch of prefill and decode would end the server. Leave it "
+            "out."
+        )
+
+
+def _settle_recorder(args: EngineObject) -> None:
+    """What records the experts' loads goes without pieces of graphs, which cannot trace it; the engine asks that before
+    it knows whether there is a recorder.
+
+    Raises:
+        ValueError: it is one that the engine has not for what brings tokens to the experts.
+    """
+    if args.expert_distribution_recorder_mode is None or not is_minimax(args.get_model_config()):
+        return
+    args.disable_piecewise_cuda_graph = True
+    if (
+        args.expert_distribution_recorder_mode == "stat"
+        and args.moe_a2a_backend != "none"
+        and args.deepep_mode not in ("normal", "low_latency")
+    ):
+        raise ValueError(
+            f"--expert-distribution-recorder-mode stat, which --enable-eplb and --enable-expert-distribution-metrics "
+            f"take, has no counts for --moe-a2a-backend {args.moe_a2a_backend} with --deepep-mode {args.deepep_mode}: "
+            f"give --deepep-mode normal, or low_latency."
+        )
 
 
 def _check_rebalancing(args: EngineObject, ep_size: int) -> None:

@@ -47,6 +47,7 @@ pipeline_layers = _file.pipeline_layers
 quantisation_block = _file.quantisation_block
 reason_against_context_parallelism = _file.reason_against_context_parallelism
 reason_against_runner = _file.reason_against_runner
+reason_against_a2a_backend = _file.reason_against_a2a_backend
 reason_against_stages_of_triton = _file.reason_against_stages_of_triton
 shard_attention = _file.shard_attention
 working_ep_sizes = _file.working_ep_sizes

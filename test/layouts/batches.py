@@ -265,15 +265,19 @@ class RankBatches:
 
     def _forward(self, batch):
         """Logits [requests, vocab] of one step; None but on the last pipeline stage."""
+        from sglang.srt.distributed import get_attn_tp_group
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
 
         pp_group = self.runner.pp_group
-        received = None if pp_group.is_first_rank else PPProxyTensors(pp_group.recv_tensor_dict())
+        shared_by = get_attn_tp_group()  # as the scheduler does: each sends a part of what all of them hold
+        received = None
+        if not pp_group.is_first_rank:
+            received = PPProxyTensors(pp_group.recv_tensor_dict(all_gather_group=shared_by))
         forward_batch = ForwardBatch.init_new(batch.get_model_worker_batch(), self.runner)
         output = self.runner.forward(forward_batch, pp_proxy_tensors=received).logits_output
         if pp_group.is_last_rank:
             return output.next_token_logits
-        pp_group.send_tensor_dict(output.tensors)
+        pp_group.send_tensor_dict(output.tensors, all_gather_group=shared_by)
         return None
 
     def _choose(self, requests, logits) -> list[int]:

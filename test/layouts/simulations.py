@@ -403,9 +403,13 @@ class TokenExchange(BaseDispatcher):
 
     def dispatch_a(self, hidden_states, topk_output, tbo_subbatch_index=None) -> None:
         half = tbo_subbatch_index or 0
-        sizes: list = [None] * self.ranks
-        dist.all_gather_object(sizes, hidden_states.shape[0], group=self.group)
-        self.sizes[half] = sizes
+        sent: list = [None] * self.ranks
+        mine = hidden_states.shape[0], topk_output.topk_ids.dtype, topk_output.topk_weights.dtype
+        dist.all_gather_object(sent, mine, group=self.group)
+        assert len({one[1:] for one in sent}) == 1, (
+            f"ranks send routes of different dtypes, which NCCL takes for other numbers: {sent}"
+        )
+        self.sizes[half] = sizes = [one[0] for one in sent]
         gathered = [self._gather(part, sizes) for part in (hidden_states, topk_output.topk_weights)]
         ids = self.own[self._gather(topk_output.topk_ids.long(), sizes)]
         self.pending[half] = StandardDispatchOutput(

@@ -170,6 +170,17 @@ NARROW = WIDE | {"head_dim": 32, "num_attention_heads": 32}
         ({}, Flags(tp=8, moe_a2a_backend="nixl", moe_runner_backend="deep_gemm"), None),
         ({}, Flags(tp=8, moe_a2a_backend="nixl", moe_runner_backend="triton"), "nixl is planned for FP8 experts on NV"),
         ({"quantisation": Quantisation()}, Flags(tp=8, moe_a2a_backend="deepep"), "deepep is planned for FP8 experts"),
+        ({}, Flags(tp=8, pp=2, nnodes=2, moe_a2a_backend="deepep"), "the 8 ranks that share attention hold different"),
+        (
+            {},
+            Flags(tp=8, pp=2, nnodes=2, dp=8, ep=8, enable_dp_attention=True, moe_a2a_backend="deepep"),
+            None,
+        ),
+        (
+            {},
+            Flags(tp=4, dp=2, moe_a2a_backend="deepep"),
+            "starts 2 copies of the server, .* give --enable-dp-attention",
+        ),
         ({}, Flags(tp=8, attention_backend="wave"), "--attention-backend wave is not planned; these are: fa3, flash"),
         ({}, Flags(tp=8, attention_backend="aiter"), "aiter has no kernels for NVIDIA H200 .* have: fa3, flashinfer"),
         ({}, Flags(tp=2, pp=3, attention_backend="triton"), "--pp-size 3: stage 2 has layers 41 to 61 of 62"),

@@ -166,7 +166,10 @@ def test_copies_of_experts_that_do_not_divide_name_the_tp_sizes_that_have_room_f
         ("--tp 8", "--ep 2 divides them over 2: .* Add --ep 8"),
         ("--tp 8 --ep 4", "--ep 4 divides them over 4: .* Add --ep 8"),
         ("--tp 8 --pp-size 2 --ep 8", "all 16 ranks of --tp 8 --pp-size 2, .* or the pipeline"),
-        ("--tp 8 --pp-size 2 --moe-a2a-backend deepep", "all 16 ranks of --tp 8 --pp-size 2, .* or the pipeline"),
+        (
+            "--tp 8 --pp-size 2 --dp 8 --enable-dp-attention --moe-a2a-backend deepep",
+            "all 16 ranks of --tp 8 --pp-size 2, .* or the pipeline",
+        ),
     ],
 )
 def test_experts_that_eplb_could_not_move_are_refused(folder, arguments, way_out):
@@ -174,7 +177,7 @@ def test_experts_that_eplb_could_not_move_are_refused(folder, arguments, way_out
         read(folder(FP8), *arguments.split(), "--enable-eplb")
 
 
-@pytest.mark.parametrize("arguments", ["--tp 8 --ep 8", "--tp 8 --moe-a2a-backend deepep"])
+@pytest.mark.parametrize("arguments", ["--tp 8 --ep 8", "--tp 8 --moe-a2a-backend deepep --deepep-mode normal"])
 def test_experts_of_all_ranks_may_move(folder, arguments):
     assert read(folder(FP8), *arguments.split(), "--enable-eplb").ep_size == 8
 
@@ -271,6 +274,55 @@ def test_copies_of_the_server_divide_nothing(folder):
     """--dp without DP attention: each copy has all of TP for itself, of which 2 need be no divisor."""
     for_three_ranks = folder(vocab_size=768, num_key_value_heads=3)
     assert read(for_three_ranks, "--tp", "3", "--dp", "2").tp_size == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--tp 4 --pp-size 2 --moe-a2a-backend deepep", "the 4 ranks that share attention hold different tokens"),
+        ("--tp 4 --dp 2 --moe-a2a-backend deepep", "starts 2 copies of the server, .*: give --enable-dp-attention"),
+        ("--tp 2 --dp 2 --moe-dense-tp-size 1", "Leave --moe-dense-tp-size out: this model has no dense layers"),
+        ("--tp 2 --dp 2 --enable-dp-attention --enable-mixed-chunk", "--enable-mixed-chunk with DP attention"),
+        ("--tp 2 --moe-dense-tp-size 1 --enable-mixed-chunk", "--enable-mixed-chunk with DP attention"),
+        ("--tp 4 --moe-a2a-backend deepep --enable-mixed-chunk", "--enable-mixed-chunk with DP attention"),
+    ],
+)
+def test_where_ranks_hold_their_own_tokens_what_the_engine_cannot_is_refused(folder, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        read(folder(FP8, num_local_experts=16), *arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--tp 4 --moe-a2a-backend deepep",
+        "--tp 4 --pp-size 2",
+        "--tp 2 --enable-mixed-chunk",
+        "--tp 2 --moe-dense-tp-size 1",
+    ],
+)
+def test_each_of_them_alone_is_served(folder, arguments):
+    assert read(folder(FP8, num_local_experts=16), *arguments.split())
+
+
+def test_a_recorder_of_experts_has_no_pieces_of_graphs_to_trace_it(folder, monkeypatch):
+    """The engine turns them off for a recorder that is asked for, but not for one that the metrics turn on later."""
+    monkeypatch.setattr(engine, "is_cpu", lambda: False)  # for which there are none anyway
+    plain = read(folder(), "--tp", "2")
+    recorded = read(folder(), "--tp", "2", "--enable-expert-distribution-metrics")
+    assert recorded.expert_distribution_recorder_mode == "stat"
+    assert (plain.disable_piecewise_cuda_graph, recorded.disable_piecewise_cuda_graph) == (False, True)
+
+
+@pytest.mark.parametrize("mode", ["auto", "normal", "low_latency"])
+def test_a_recorder_that_counts_nothing_behind_an_a2a_backend_is_refused(folder, mode):
+    arguments = "--tp 4 --moe-a2a-backend deepep --enable-expert-distribution-metrics --deepep-mode"
+    folder = folder(FP8, num_local_experts=16)
+    if mode == "auto":
+        with pytest.raises(ValueError, match="--deepep-mode auto: give --deepep-mode normal, or low_latency"):
+            read(folder, *arguments.split(), mode)
+    else:
+        assert read(folder, *arguments.split(), mode).deepep_mode == mode
 
 
 @pytest.mark.parametrize("lora", [["--enable-lora"], ["--lora-paths", "somewhere"]])

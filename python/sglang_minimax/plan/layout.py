@@ -280,6 +280,9 @@ def _experts_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
             f"--moe-runner-backend {runner} pads the expert width a rank, {width}, to a multiple of {TRTLLM_WIDTH}, "
             f"which is not planned: leave it out"
         )
+    against_a2a = sharding.reason_against_a2a_backend(a2a, flags.pp, layout.attention_ranks, layout.servers)
+    if against_a2a is not None:
+        return against_a2a
     if a2a in A2A_OF_DEEP_GEMM:
         if kind == "fp8" and gpu.is_hopper_or_blackwell and runner in ("auto", "deep_gemm"):
             return None

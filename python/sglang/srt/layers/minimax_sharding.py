@@ -223,6 +223,32 @@ class ExpertShape:
         return range(first, first + self.width // ranks)
 
 
+def reason_against_a2a_backend(a2a_backend: str, pp_size: int, attention_ranks: int, servers: int) -> str | None:
+    """Why the engine cannot keep tokens apart between layers, on the ranks that share attention, as it does with an a2a
+    backend; a sentence without its full stop, or None.
+
+    Args:
+        attention_ranks: of one attention-TP group.
+        servers: copies of the model, ``--dp`` without DP attention.
+    """
+    if a2a_backend == "none":
+        return None
+    if servers > 1:
+        return (
+            f"--dp {servers} without --enable-dp-attention starts {servers} copies of the server, each of which would "
+            f"count the tokens of all, and end before its first request, with --moe-a2a-backend {a2a_backend}: give "
+            f"--enable-dp-attention, or start each copy by itself, or leave --moe-a2a-backend out"
+        )
+    if pp_size > 1 and attention_ranks > 1:
+        return (
+            f"--pp-size {pp_size} with --moe-a2a-backend {a2a_backend}: the {attention_ranks} ranks that share "
+            f"attention hold different tokens between layers, and the engine passes a part of each on to the next "
+            f"stage as if they held the same, so that answers would be wrong. Leave out either, or give --dp equal to "
+            f"--tp with --enable-dp-attention"
+        )
+    return None
+
+
 def reason_against_stages_of_triton(stages: Sequence[range]) -> str | None:
     """Why the engine's Triton attention would end a server with these pipeline stages, or None.
 

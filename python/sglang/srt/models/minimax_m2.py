@@ -44,7 +44,12 @@ from sglang.srt.distributed import (
 )
 from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
 from sglang.srt.layers.communicator import LayerScatterModes
-from sglang.srt.layers.dp_attention import get_attention_tp_rank, get_attention_tp_size, is_dp_attention_enabled
+from sglang.srt.layers.dp_attention import (
+    get_attention_tp_rank,
+    get_attention_tp_size,
+    is_dp_attention_enabled,
+    set_dp_buffer_len,
+)
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor
@@ -395,6 +400,9 @@ class MiniMaxM2Model(nn.Module):
     def __init__(self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
         self.pp_group = get_pp_group()
+        if is_dp_attention_enabled():
+            # A later stage gathers what it received before its first forward pass, in which the engine would set this.
+            set_dp_buffer_len(0, 0, False)
         self.embed_tokens = PPMissingLayer()
         if self.pp_group.is_first_rank or (config.tie_word_embeddings and self.pp_group.is_last_rank):
             self.embed_tokens = VocabParallelEmbedding(

@@ -139,7 +139,13 @@ class MiniMaxM2MoE(nn.Module):
         if self.route_at_once is not None:
             return self.route_at_once(hidden_states, self.gate, self.topk)
         router_logits = self.router_logits(hidden_states, self.gate)
-        return self.topk(hidden_states, router_logits, **self._routing_info(forward_batch, reduction))
+        return self._choose(hidden_states, router_logits, forward_batch, reduction)
+
+    def _choose(self, hidden_states, router_logits, forward_batch: ForwardBatch, reduction: ExpertReduction):
+        """The engine's choice, for a dispatcher in int32: that is what ranks without tokens send, and EPLB's maps of
+        places would make it int64 on the others."""
+        chosen = self.topk(hidden_states, router_logits, **self._routing_info(forward_batch, reduction))
+        return chosen._replace(topk_ids=chosen.topk_ids.int()) if has_dispatcher() else chosen
 
     def _routing_info(self, forward_batch: ForwardBatch, reduction: ExpertReduction) -> dict:
         """Where EPLB has put the experts; and how many of my own tokens are padding, which a dispatcher must not send.
@@ -182,8 +188,8 @@ class MiniMaxM2MoE(nn.Module):
             state.topk_output = self.topk.empty_topk_output(hidden_states.device)
             return
         with recorded_as(self.layer_id):
-            state.topk_output = self.topk(
-                hidden_states, router_logits, **self._routing_info(state.forward_batch, ExpertReduction.DISPATCHER)
+            state.topk_output = self._choose(
+                hidden_states, router_logits, state.forward_batch, ExpertReduction.DISPATCHER
             )
 
     def op_dispatch_a(self, state) -> None:
@@ -257,7 +263,8 @@ def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
             f"--ep-num-redundant-experts {server_args.ep_num_redundant_experts} --ep-dispatch-algorithm "
             f"{server_args.ep_dispatch_algorithm} need an a2a backend: without one each rank routes all tokens and "
             f"chooses among an expert's copies for itself, so that copies are summed twice or not at all. Add "
-            f"--moe-a2a-backend, or leave the redundant experts out."
+            f"--moe-a2a-backend, with --deepep-mode normal or low_latency for --enable-eplb, or leave the redundant "
+            f"experts out."
         )
     against_runner = reason_against_runner(
         method, get_moe_runner_backend().value, tp_size, ep_size, is_blackwell_supported(), get_moe_a2a_backend().value
