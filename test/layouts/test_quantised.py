@@ -265,6 +265,28 @@ def test_every_parameter_holds_its_shard(checkpoints, as_if_on_a_gpu, name, tp, 
             assert (got == expected).all(), f"rank {rank}: {param}"
 
 
+@pytest.mark.parametrize(("name", "scale"), [("nvfp4", "input_scale"), ("w4a4", "input_global_scale")])
+def test_an_expert_without_its_activations_scale_is_refused(checkpoints, as_if_on_a_gpu, tmp_path, name, scale):
+    """Calibration may never have reached it. The engine allocates scales without a value, and NaN may be one."""
+    whole, folder = checkpoints[name][0], tmp_path / "without"
+    shutil.copytree(whole, folder)
+    expert = "model.layers.1.block_sparse_moe.experts.2."
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        kept = {key: one for key, one in tensors.items() if not (key.startswith(expert) and key.endswith("." + scale))}
+        save_file(kept, file)
+        drop_from_index(folder, tensors.keys() - kept.keys())
+    with pytest.raises(LayoutFailed, match=rf"w13_{scale} .*without w1 of expert 2"):
+        load(folder, name, 2, 1)
+
+
+def drop_from_index(folder: Path, names: set[str]) -> None:
+    for file in folder.glob("*.index.json"):
+        index = json.loads(file.read_text())
+        index["weight_map"] = {name: one for name, one in index["weight_map"].items() if name not in names}
+        file.write_text(json.dumps(index))
+
+
 def load(folder: Path, name: str, tp: int, ep: int, **server_arguments) -> list[dict[str, np.ndarray]]:
     dtype = "float16" if name in ("awq", "gptq") else "bfloat16"
     return run_layout(

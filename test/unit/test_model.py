@@ -422,6 +422,19 @@ def test_experts_are_refused_to_kernels_that_would_not_pass_over_those_of_other_
         minimax_m2_moe.check_experts(config, method)
 
 
+@pytest.mark.parametrize(("tp", "ep", "refused"), [(16, 1, True), (8, 1, False), (16, 16, False)])
+def test_nvfp4_experts_whose_rows_the_engine_would_have_to_pad_are_refused(monkeypatch, tp, ep, refused):
+    arguments = SimpleNamespace(ep_size=ep, ep_num_redundant_experts=0, moe_dp_size=1, ep_dispatch_algorithm=None)
+    monkeypatch.setattr(minimax_m2_moe, "get_global_server_args", lambda: arguments)
+    monkeypatch.setattr(minimax_m2_moe, "get_tensor_model_parallel_world_size", lambda: tp)
+    monkeypatch.setattr(minimax_m2_moe, "get_moe_runner_backend", lambda: MoeRunnerBackend("flashinfer_cutlass"))
+    monkeypatch.setattr(minimax_m2_moe, "get_moe_a2a_backend", lambda: MoeA2ABackend("none"))
+    config = SimpleNamespace(num_local_experts=256, intermediate_size=1536)
+    said = r"96 columns on each rank at --tp 16 --ep 1, .* Give --moe-runner-backend flashinfer_cutlass with --ep 16\.$"
+    with pytest.raises(ValueError, match=said) if refused else contextlib.nullcontext():
+        minimax_m2_moe.check_experts(config, "modelopt_fp4")
+
+
 @pytest.mark.parametrize(("of_rank", "reached"), [(4, False), (8, True)])
 def test_the_engines_nvfp4_kernels_want_the_experts_of_all_ranks_on_each(monkeypatch, of_rank, reached):
     """Its own function, with the parameters that its layers give it: those of all 8 experts, whatever EP says."""

@@ -210,7 +210,16 @@ def test_each_rule_ends_where_it_says(change, flags, rule):
 )
 def test_a_rank_of_two_nodes_holds_rows_of_the_other_if_they_are_normed_and_stand_for_themselves(change, holds):
     model = layouts.replace(M25, **change)
-    assert layouts.has_counterpart(settle(Flags(tp=16, nnodes=2), model, B200), model) is holds
+    of_all = {"ep": 16, "moe_runner_backend": "flashinfer_cutlass"} if "quantisation" in change else {}
+    assert layouts.has_counterpart(settle(Flags(tp=16, nnodes=2, **of_all), model, B200), model) is holds
+
+
+def test_nvfp4_experts_of_96_columns_are_refused_and_a_neighbour_works():
+    model = layouts.replace(M25, quantisation=Quantisation("nvfp4", attention=False), expert_block=1)
+    made = report.make_report(model, Flags(tp=16, nnodes=2), B200)
+    assert "96 columns on each rank at --tp 16 --ep 1, which is not a multiple of 64" in made.broken_rule
+    settle(Flags(tp=16, nnodes=2, ep=16, moe_runner_backend="flashinfer_cutlass"), model, B200)
+    assert made.nearest
 
 
 def test_nvfp4_needs_blackwell():

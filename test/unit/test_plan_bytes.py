@@ -143,7 +143,7 @@ NVFP4_EXPERTS = {**NVFP4, "ignore": ["lm_head", "model.layers.*.self_attn*"]}
         (None, Flags(tp=8, dp=2, enable_dp_attention=True, ep=4)),
         (NVFP4, Flags(tp=8)),
         (NVFP4_EXPERTS, Flags(tp=4, dp=4, ep=4, enable_dp_attention=True, moe_runner_backend="flashinfer_cutlass")),
-        (NVFP4_EXPERTS, Flags(tp=16, nnodes=2)),
+        (NVFP4_EXPERTS, Flags(tp=16, ep=16, nnodes=2, moe_runner_backend="flashinfer_cutlass")),
     ],
     ids=name_of,
 )

@@ -156,6 +156,13 @@ def test_an_odd_number_of_experts_has_tp_sizes_that_work():
         ({"config_groups": {"group_0": {"weights": {"strategy": "group", "group_size": 128}}}}, 128),
         ({"config_groups": {"group_0": {"weights": {"strategy": "tensor_group", "group_size": 16}}}}, 1),
         ({"config_groups": {"group_0": {"weights": {"strategy": "channel", "group_size": None}}}}, 1),
+        (
+            {
+                "format": "pack-quantized",
+                "config_groups": {"group_0": {"weights": {"strategy": "group", "group_size": 32}}},
+            },
+            64,
+        ),
     ],
 )
 def test_quantisation_block(config, block):

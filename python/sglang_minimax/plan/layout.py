@@ -265,7 +265,8 @@ def _experts_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
         )
     method = {"fp8": "fp8", "nvfp4": "modelopt_fp4"}.get(kind)
     blackwell = gpu.architecture == "blackwell"
-    against_runner = sharding.reason_against_runner(method, runner, layout.tp, layout.ep, blackwell, a2a)
+    width = model.intermediate_size // layout.expert_ranks
+    against_runner = sharding.reason_against_runner(method, runner, layout.tp, layout.ep, blackwell, a2a, width)
     if against_runner is not None:
         return against_runner
     if runner == "flashinfer_cutlass" and (ep := flags.ep or layout.ep) not in (1, layout.tp):
@@ -274,7 +275,6 @@ def _experts_rule(layout: Layout, model: ModelShape, gpu: Gpu) -> str | None:
         runner == "flashinfer_cutlass" or (kind == "fp8" and runner not in ("auto", "triton"))
     ):
         return f"--moe-runner-backend {runner} is for NVIDIA GPUs, and {gpu.name} is none: leave it out"
-    width = model.intermediate_size // layout.expert_ranks
     if runner == "flashinfer_trtllm_routed" and width % TRTLLM_WIDTH:
         return (
             f"--moe-runner-backend {runner} pads the expert width a rank, {width}, to a multiple of {TRTLLM_WIDTH}, "

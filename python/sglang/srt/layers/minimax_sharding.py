@@ -180,7 +180,7 @@ class ExpertShape:
     """What of the experts decides how they can be divided.
 
     ``num_experts`` counts redundant ones; ``width`` is ``intermediate_size``; ``block`` is the number of columns
-    and rows that one quantisation scale covers, 1 where the width may be cut anywhere.
+    and rows that one quantisation scale covers, or a kernel takes at once, 1 where the width may be cut anywhere.
     """
 
     num_experts: int
@@ -274,8 +274,9 @@ RUNNERS_WITHOUT_FP8 = ("flashinfer_cutlass", "flashinfer_cutedsl")
 
 
 def reason_against_runner(
-    method: str | None, runner: str, tp_size: int, ep_size: int, blackwell: bool, a2a: str = "none"
-) -> str | None:
+    method: str | None, runner: str, tp_size: int, ep_size: int, blackwell: bool, a2a: str = "none",
+    width: int | None = None,
+) -> str | None:  # fmt: skip
     """Why the engine's kernels would end the server, choose other experts, or sum rows that nobody wrote, or None.
 
     The last: a rank marks routes to other ranks' experts, and cutlass kernels leave such a route's place among the
@@ -288,6 +289,7 @@ def reason_against_runner(
             ``flashinfer_cutlass``.
         blackwell: the GPUs are.
         a2a: ``--moe-a2a-backend``, which sends a rank its own routes only.
+        width: columns of an expert on a rank.
     """
     if method == "mxfp8" and runner != "flashinfer_trtllm_routed" and (runner != "cutlass" or ep_size > 1):
         return (
@@ -306,6 +308,12 @@ def reason_against_runner(
         )
     if runner == "flashinfer_trtllm_routed" and method == "modelopt_fp4":
         return f"--moe-runner-backend {runner} has kernels for FP8 and unquantised experts, not for NVFP4. Leave it out"
+    if method == "modelopt_fp4" and width is not None and width % 64:
+        return (
+            f"NVFP4 experts have {width} columns on each rank at --tp {tp_size} --ep {ep_size}, which is not a "
+            f"multiple of 64: the engine would end the server once all is loaded. Give --moe-runner-backend "
+            f"flashinfer_cutlass with --ep {tp_size}"
+        )
     if ep_size == 1 or a2a != "none":
         return None
     if method == "fp8" and runner == "cutlass":
@@ -353,11 +361,13 @@ def quantisation_block(quantization_config: dict | None) -> int:
     """The block that an expert's width must be a multiple of, from a checkpoint's ``quantization_config``.
 
     FP8 block-quantised checkpoints say ``weight_block_size``, compressed-tensors ones ``block_structure``, or have a
-    scale for each ``group_size`` columns. Both the gate/up rows and the down columns are cut, so the block is the least
-    common multiple of all. 1: no block.
+    scale for each ``group_size`` columns; Marlin, which multiplies integers packed by compressed-tensors, takes 64
+    columns of an expert at once. Both the gate/up rows and the down columns are cut, so the block is the least common
+    multiple of all. 1: no block.
     """
     quantization_config = quantization_config or {}
     sizes = [*(quantization_config.get("weight_block_size") or [])]
+    sizes += [64] if quantization_config.get("format") == "pack-quantized" else []
     for group in (quantization_config.get("config_groups") or {}).values():
         weights = group.get("weights") or {}
         sizes += weights.get("block_structure") or []

@@ -267,8 +267,9 @@ def check_experts(config: PretrainedConfig, method: str | None = None) -> None:
             f"experts out."
         )
     against_runner = reason_against_runner(
-        method, get_moe_runner_backend().value, tp_size, ep_size, is_blackwell_supported(), get_moe_a2a_backend().value
-    )
+        method, get_moe_runner_backend().value, tp_size, ep_size, is_blackwell_supported(),
+        get_moe_a2a_backend().value, shape.width * ep_size * server_args.moe_dp_size // tp_size,
+    )  # fmt: skip
     if against_runner is not None:
         raise ValueError(f"{against_runner}.")
     stored = (getattr(config, "quantization_config", None) or {}).get("quant_method")

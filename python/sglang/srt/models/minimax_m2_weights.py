@@ -36,7 +36,7 @@ NAMED_FAULTS = 8  # how many faults of a kind a message names; the rest are coun
 # Parameters that quantisation methods allocate with a usable value and many checkpoints do not carry, or that they make
 # out of others once these are loaded.
 _MAY_STAY_UNFILLED = re.compile(
-    r"(\.bias|_?g_idx|g_idx_sort_indices|_?zero_point|qzeros|weight_shape|input_scale|input_global_scale"
+    r"(\.bias|_?g_idx|g_idx_sort_indices|_?zero_point|qzeros|weight_shape"
     r"|\.(k|v|q|prob)_scale|\.workspace|_blockscale_swizzled)$"
 )
 
