@@ -7,6 +7,7 @@ server's arguments are read, :mod:`sglang_minimax.node_address` for how nodes fi
 :mod:`sglang_minimax.lost_nodes` for nodes that are gone later,
 :mod:`sglang_minimax.request_checks` for what a request may hold,
 :mod:`sglang_minimax.request_mends` for right requests that the engine would end with or not answer,
+:mod:`sglang_minimax.weight_updates` for weights that are replaced while serving,
 :mod:`sglang_minimax.eagle3` for the layers that a draft model names, :mod:`sglang_minimax.kv_transfer` for KV heads
 that go to another server, :mod:`sglang_minimax.expert_tables` for the tuning of expert GEMMs,
 :mod:`sglang_minimax.expert_sum` for the sum after them, :mod:`sglang_minimax.quantised_inputs` for what goes into them,
@@ -42,6 +43,7 @@ def for_this_host() -> Iterator[Adjustment]:
         request_mends,
         server_arguments,
         server_report,
+        weight_updates,
     )
 
     yield from server_arguments.ADJUSTMENTS
@@ -50,6 +52,7 @@ def for_this_host() -> Iterator[Adjustment]:
     yield from lost_nodes.ADJUSTMENTS
     yield from request_checks.ADJUSTMENTS
     yield from request_mends.ADJUSTMENTS
+    yield from weight_updates.ADJUSTMENTS
     yield from eagle3.ADJUSTMENTS
     yield from kv_transfer.ADJUSTMENTS
     yield from expert_tables.ADJUSTMENTS

@@ -31,13 +31,18 @@ FLAGS = (
     "expert_distribution_recorder_mode",
     # What is computed. The ranks of a group draw each token for themselves.
     "dtype", "quantization", "kv_cache_dtype", "enable_fp32_lm_head", "sampling_backend", "grammar_backend",
-    "json_model_override_args", "enable_lora", "max_loras_per_batch",
+    "json_model_override_args", "enable_lora", "max_loras_per_batch", "enable_deterministic_inference",
+    "speculative_accept_threshold_single", "speculative_accept_threshold_acc",
     "speculative_algorithm", "speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens",
+    # Each rank has its grammars, and what they allow begins behind the reasoning.
+    "reasoning_parser", "skip_tokenizer_init", "constrained_json_whitespace_pattern",
+    "constrained_json_disable_any_whitespace",
     # By which collectives.
     "moe_a2a_backend", "deepep_mode", "disable_custom_all_reduce", "enable_mscclpp", "enable_torch_symm_mem",
     "enable_symm_mem", "enable_nccl_nvls", "enable_flashinfer_allreduce_fusion", "enable_memory_saver", "enable_pdmux",
     # In which batches: each rank's scheduler comes to its own decision, from the same requests.
-    "context_length", "page_size", "max_running_requests", "max_prefill_tokens", "chunked_prefill_size",
+    "context_length", "allow_auto_truncate", "page_size", "max_total_tokens", "mem_fraction_static",
+    "max_running_requests", "max_prefill_tokens", "chunked_prefill_size",
     "prefill_max_requests", "schedule_policy", "schedule_conservativeness", "enable_priority_scheduling",
     "max_queued_requests", "scheduler_recv_interval", "enable_prefill_delayer", "enable_dynamic_chunking",
     "radix_eviction_policy", "disable_radix_cache", "enable_hierarchical_cache", "disable_overlap_schedule",
@@ -48,7 +53,8 @@ FLAGS = (
     "piecewise_cuda_graph_tokens", "enable_torch_compile",
 )  # fmt: skip
 """Fields of the engine's ``ServerArgs``. Not among them is what a node may have for itself: where its checkpoint lies,
-addresses, logs, kernels that exchange nothing, and the memory for a cache, of which the engine takes the smallest."""
+addresses, logs, and kernels that exchange nothing. The memory for a cache is among them: without a pipeline each rank
+makes its own of it, and would run other batches than its peers."""
 
 CONFIG = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",

@@ -10,6 +10,7 @@ engine's endpoints turn into HTTP 400 (a stream that has begun carries it as its
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import math
@@ -74,7 +75,7 @@ def check_requests_first(tokenizer_manager: EngineModule) -> None:
             async with contextlib.aclosing(generate(self, obj, request)) as answers:
                 async for answer in answers:
                     yield answer
-        except Exception:
+        except (Exception, asyncio.CancelledError):  # the latter where a client leaves before its request was sent
             if getattr(obj, _TAKEN_DOWN, False):
                 forget_unsent(self.rid_to_state, _ids(obj))
             raise
@@ -186,6 +187,9 @@ def check_request(request: EngineObject, vocab_size: int, hidden_size: int, *, h
         holds = _is_integer(number) and number >= -1
         _check(holds, "logprob_start_len", number, "is -1 (output tokens only) or more")
     _check_session(request.session_params)
+    if request.input_embeds is not None and request.session_params is not None:
+        rule = "goes with token ids or text: a session keeps ids, which input_embeds has not"
+        _check(not request.session_params.get("id"), "session_params", request.session_params, rule)
     for parameters in _listed(request.sampling_params):
         _check(isinstance(parameters, Mapping), "sampling_params", parameters, "is an object, or a list of objects")
         check_sampling_params(parameters, vocab_size, has_tokenizer=has_tokenizer)
@@ -292,6 +296,10 @@ def check_sampling_params(parameters: Mapping[str, Any], vocab_size: int, *, has
         _check_token_ids("stop_token_ids", list(stops) if isinstance(stops, (set, frozenset)) else stops, vocab_size)
     if parameters.get("logit_bias") is not None:
         _check_logit_bias(parameters["logit_bias"], vocab_size)
+    for name in _STRINGS_OR_LISTS:
+        rule = "is looked for in text, and this server has no tokenizer: start it without --skip-tokenizer-init, or "
+        given = parameters.get(name)
+        _check(has_tokenizer or not given, name, given, rule + "use stop_token_ids")
     wanted = parameters.get("min_new_tokens", 0)
     rule = "holds back the tokenizer's end token, and this server has no tokenizer: start it without "
     _check(has_tokenizer or wanted == 0, "min_new_tokens", wanted, rule + "--skip-tokenizer-init, or use ignore_eos")

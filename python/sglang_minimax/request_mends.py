@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -229,10 +230,69 @@ def forget_what_was_aborted_in_the_queue(module: EngineModule) -> None:
     module.TokenizerManager._handle_abort_req = handle_and_forget
 
 
+def open_sessions_once(module: EngineModule) -> None:
+    """``/open_session`` with several DP ranks, each of which answers: the engine ends at the second answer."""
+    handle = module.TokenizerManager._handle_open_session_req_output
+
+    @functools.wraps(handle)
+    def handle_the_first(self: EngineObject, opened: EngineObject) -> None:
+        future = self.session_futures.get(opened.session_id)
+        if future is not None and not future.done():
+            handle(self, opened)
+
+    module.TokenizerManager._handle_open_session_req_output = handle_the_first
+
+
+def take_known_labels_alone(module: EngineModule) -> None:
+    """``custom_labels`` of a request, with ``--enable-metrics``: one that the server was not started with ends it."""
+    labels_of = module.TokenizerManager.generate_request
+
+    @functools.wraps(labels_of)
+    async def with_known_labels(self: EngineObject, obj: EngineObject, *args: Any, **kwargs: Any) -> Any:
+        if labels := getattr(obj, "custom_labels", None):
+            known = self.server_args.tokenizer_metrics_allowed_custom_labels or ()
+            obj.custom_labels = {name: value for name, value in labels.items() if name in known}
+        async with contextlib.aclosing(labels_of(self, obj, *args, **kwargs)) as answers:
+            async for answer in answers:
+                yield answer
+
+    module.TokenizerManager.generate_request = with_known_labels
+
+
+_ASKED_FOR = ("return_hidden_states", "return_routed_experts")
+
+
+def keep_places_of_what_some_ask_for(module: EngineModule) -> None:
+    """Hidden states, or experts of tokens, that some requests of a batch ask for and others do not.
+
+    The engine leaves those of the others out, and then looks for each by its request's place in the batch: the server
+    ends, or a client gets what belongs to another.
+    """
+    mixin = module.SchedulerOutputProcessorMixin
+    stream = mixin.stream_output_generation
+
+    @functools.wraps(stream)
+    def with_all_places(self: EngineObject, reqs: Sequence[EngineObject], *args: Any, **kwargs: Any) -> Any:
+        asked_for = [name for name in _ASKED_FOR if any(getattr(req, name) for req in reqs)]
+        added = [(req, name) for name in asked_for for req in reqs if not getattr(req, name)]
+        for req, name in added:
+            setattr(req, name, True)
+        try:
+            return stream(self, reqs, *args, **kwargs)
+        finally:
+            for req, name in added:
+                setattr(req, name, False)
+
+    mixin.stream_output_generation = with_all_places
+
+
 ADJUSTMENTS = [
     ("sglang.srt.entrypoints.openai.serving_chat", find_calls_behind_reasoning),
     ("sglang.srt.entrypoints.openai.serving_chat", stream_what_whole_answers_say),
     ("sglang.srt.layers.utils.logprob", pass_over_requests_without_token_ids),
+    ("sglang.srt.managers.scheduler_output_processor_mixin", keep_places_of_what_some_ask_for),
     ("sglang.srt.managers.session_controller", replace_all_of_a_session),
     ("sglang.srt.managers.tokenizer_manager", forget_what_was_aborted_in_the_queue),
+    ("sglang.srt.managers.tokenizer_manager", open_sessions_once),
+    ("sglang.srt.managers.tokenizer_manager", take_known_labels_alone),
 ]

@@ -140,6 +140,33 @@ def test_a_request_that_is_aborted_by_its_id(client):
     assert last["meta_info"]["completion_tokens"] < 3000
 
 
+def test_what_some_requests_of_a_batch_ask_for_is_not_looked_for_in_the_others(client, reference):
+    """Where a server has it not to give, too: stock ends."""
+    prompts = [[1, 2, 3 + i] for i in range(4)]
+    answers: dict[int, list[dict]] = {}
+
+    def ask(number: int) -> None:
+        body = generate_body(prompts, 8, return_routed_experts=bool(number % 2), return_logprob=True)
+        status, text = client.send("/generate", body)
+        answers[number] = json.loads(text) if status == 200 else [{"error": text}]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own in answers.values():
+        for prompt, answer in zip(prompts, own, strict=True):
+            check_answer(answer, prompt, 8, reference)
+
+
+def test_a_session_is_opened_on_all_dp_ranks(client):
+    assert client.send("/open_session", {"capacity_of_str_len": 1000, "session_id": "s"})[0] == 200
+    answer = client.generate([1, 2, 3], 2, session_params={"id": "s"})
+    assert answer["meta_info"]["completion_tokens"] == 2
+    assert client.send("/close_session", {"session_id": "s"})[0] == 200
+
+
 # --- Requests that make no sense -------------------------------------------------------------------------
 
 
@@ -188,6 +215,7 @@ MALFORMED = {
         "min_new_tokens: no tokenizer": sampled(min_new_tokens=2),
         "regex: a number": sampled(regex=5),
         "stop: a number": sampled(stop=5),
+        "stop: no tokenizer": sampled(stop=["x"]),
         "stop_regex: no pattern": sampled(stop_regex="(["),
         "skip_special_tokens: null": sampled(skip_special_tokens=None),
         "logit_bias: past 32 bits": sampled(logit_bias={"3": 1e39}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from layouts import simulations
 from layouts.harness import LayoutFailed, run_layout
 from layouts.rows import IN_FP8, SHAPES
 from safetensors.torch import load_file, save_file
+from sglang.srt.models import minimax_m2_files
 
 from sglang_minimax.checkpoints import SmallModel, write_checkpoint, write_fp8_blocks
 from sglang_minimax.reference import Reference
@@ -184,3 +186,55 @@ def test_a_later_load_may_bring_a_part_but_no_unknown_name(checkpoint):
     result = run_layout(checkpoint, tp=2, prompts_by_dp_rank=[PROMPTS], steps=1, probe=update_with_a_part)
     for said in result.probed:
         assert "model.nothing (1,)" in said and "unfilled" not in said
+
+
+def in_two_files(checkpoint: Path) -> Path:
+    """Divides the checkpoint's file by layers, with an index; returns the second file, which has the last layer."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + name.startswith(LAYER)}-of-00002.safetensors" for name in tensors}
+    for file in set(files.values()):
+        own = {name: tensors[name] for name in tensors if files[name] == file}
+        save_file(own, checkpoint / file, metadata={"format": "pt"})
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return checkpoint / "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"), [(0, "does not exist"), (-1, "bytes where its header describes"), (None, "")]
+)
+def test_an_update_from_a_folder_with_damaged_files_replaces_nothing(tmp_path, kept, said):
+    served = write_checkpoint(tmp_path / "served", SMALL)
+    new = write_checkpoint(tmp_path / "new", dataclasses.replace(SMALL, seed=7))
+    file = in_two_files(new)
+    if kept == 0:
+        file.unlink()
+    elif kept is not None:
+        file.write_bytes(file.read_bytes()[:kept])
+
+    def update(runner):
+        weights = [layer.self_attn.q_norm.weight for layer in runner.model.model.layers]
+        before = [weight.detach().clone() for weight in weights]
+        succeeded, message = runner.update_weights_from_disk(str(new), "auto")
+        replaced = [bool((weight != old).any()) for weight, old in zip(weights, before, strict=True)]
+        return lambda: (succeeded, message, replaced)
+
+    result = run_layout(served, tp=2, prompts_by_dp_rank=[PROMPTS], steps=1, probe=update)
+    for succeeded, message, replaced in result.probed:
+        assert succeeded == (not said) and replaced == [succeeded] * 2
+        assert succeeded or (str(new) in message and f"{file.name} " in message and said in message)
+
+
+def test_the_damaged_file_of_a_hub_name_is_named(tmp_path, monkeypatch):
+    model = tmp_path / "models--someone--a-model"
+    folder = model / "snapshots" / ("a" * 40)
+    folder.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+    write_checkpoint(folder, SMALL)
+    file = in_two_files(folder)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert minimax_m2_files.folder_of("someone/a-model", None, str(tmp_path)) == folder
+    assert minimax_m2_files.folder_of("someone/another", None, str(tmp_path)) == Path("someone/another")
+    [fault] = minimax_m2_files.damaged_files(folder)
+    assert fault.startswith(file.name) and "bytes where its header describes" in fault

@@ -214,6 +214,41 @@ def test_min_new_tokens_needs_the_tokenizer():
         check(sampling_params={"min_new_tokens": 2}, has_tokenizer=False)
 
 
+@pytest.mark.parametrize(("name", "value"), [("stop", ["x"]), ("stop", "x"), ("stop_regex", "x+")])
+def test_what_is_looked_for_in_text_needs_the_tokenizer(name, value):
+    check(sampling_params={name: value})
+    check(sampling_params={name: []}, has_tokenizer=False)
+    with pytest.raises(
+        ValueError, match=rf"{name} is looked for in text.*--skip-tokenizer-init, or use stop_token_ids"
+    ):
+        check(sampling_params={name: value}, has_tokenizer=False)
+
+
+def test_a_session_has_no_embeddings():
+    embeddings = {"text": None, "input_embeds": [[0.5] * HIDDEN]}
+    check(**embeddings, session_params={"id": None})
+    with pytest.raises(ValueError, match="session_params goes with token ids or text"):
+        check(**embeddings, session_params={"id": "x"})
+
+
+def test_a_request_whose_client_leaves_before_it_is_sent_is_forgotten():
+    class Waiting(Manager):
+        async def generate_request(self, obj, request):
+            self._req_stats_init(obj, request)
+            yield await asyncio.Event().wait()  # as while generation is paused
+
+    check_requests_first(SimpleNamespace(TokenizerManager=Waiting, GenerateReqInput=SimpleNamespace))
+    manager = Waiting({"other": state(sent=False)})
+
+    async def leave():
+        answers = manager.generate_request(request(rid=["a"], text=["good"]), None)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(answers), 0.05)
+
+    asyncio.run(leave())
+    assert manager.rid_to_state.keys() == {"other"}
+
+
 def test_a_long_value_is_cut_in_the_message():
     with pytest.raises(ValueError) as error:
         check(sampling_params={"temperature": "hot" * 50})

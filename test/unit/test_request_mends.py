@@ -17,6 +17,7 @@ from sglang.srt.managers import session_controller
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
 
+from sglang_minimax import request_mends
 from sglang_minimax.request_mends import JsonCalls, StreamReader
 
 
@@ -230,3 +231,64 @@ def test_behind_what_is_no_call_nothing_is_read_again(monkeypatch):
     text = '[{"name": "f", "parameters": {}}, ' + '{"a": {}}, ' * 100
     found = calls.parse_streaming_increment(text, []).calls
     assert found == [{"tool_index": 0, "name": "f", "parameters": "{}"}] and len(readings) == 2
+
+
+def test_the_first_dp_rank_that_opened_a_session_answers():
+    opened = []
+
+    class Manager:
+        def _handle_open_session_req_output(self, output):
+            opened.append(output.success)
+            self.session_futures[output.session_id].set_result(output.session_id)
+
+    request_mends.open_sessions_once(SimpleNamespace(TokenizerManager=Manager))
+
+    async def answers():
+        manager = Manager()
+        manager.session_futures = {"s": asyncio.get_running_loop().create_future()}
+        for _ in range(2):
+            manager._handle_open_session_req_output(SimpleNamespace(session_id="s", success=True))
+        future = manager.session_futures.pop("s")
+        manager._handle_open_session_req_output(SimpleNamespace(session_id="s", success=True))
+        return await future
+
+    assert asyncio.run(answers()) == "s" and opened == [True]
+
+
+@pytest.mark.parametrize(("allowed", "left"), [(None, {}), (["user"], {"user": "me"})])
+def test_labels_that_the_server_does_not_know_are_left_out(allowed, left):
+    class Manager:
+        server_args = SimpleNamespace(tokenizer_metrics_allowed_custom_labels=allowed)
+
+        async def generate_request(self, obj, request=None):
+            yield obj.custom_labels
+
+    request_mends.take_known_labels_alone(SimpleNamespace(TokenizerManager=Manager))
+
+    async def ask(labels):
+        return [answer async for answer in Manager().generate_request(SimpleNamespace(custom_labels=labels))]
+
+    assert asyncio.run(ask({"user": "me", "other": "x"})) == [left]
+    assert asyncio.run(ask(None)) == [None]
+
+
+def test_what_some_of_a_batch_ask_for_has_a_place_for_each():
+    """As the engine does: it appends for those that asked, and reads by the place in the batch."""
+    from sglang.srt.managers.scheduler_output_processor_mixin import SchedulerOutputProcessorMixin
+
+    assert hasattr(SchedulerOutputProcessorMixin, "stream_output_generation")
+
+    class Mixin:
+        def stream_output_generation(self, reqs, return_logprob):
+            return [req.name for req in reqs if req.return_routed_experts], any(r.return_hidden_states for r in reqs)
+
+    request_mends.keep_places_of_what_some_ask_for(SimpleNamespace(SchedulerOutputProcessorMixin=Mixin))
+
+    def batch(*asking: bool):
+        fields = {"return_hidden_states": False}
+        return [SimpleNamespace(name=i, return_routed_experts=one, **fields) for i, one in enumerate(asking)]
+
+    some = batch(False, True, False)
+    assert Mixin().stream_output_generation(some, False) == ([0, 1, 2], False)
+    assert [req.return_routed_experts for req in some] == [False, True, False]
+    assert Mixin().stream_output_generation(batch(False, False), False) == ([], False)

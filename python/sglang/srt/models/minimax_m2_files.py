@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+
 INDEX = "model.safetensors.index.json"
 _PREFIX_BYTES = 8  # the length of the header, little-endian, in front of it
+
+
+def folder_of(model_path: str, revision: str | None = None, cache: str | None = None) -> Path:
+    """Where the files of a checkpoint are: ``model_path`` itself, or what was downloaded of that hub name.
+
+    Args:
+        cache: the hub's folder on this host, where it is not the usual one.
+    """
+    if not Path(model_path).is_dir():
+        with contextlib.suppress(Exception):  # no hub name, or nothing of it is here
+            return Path(snapshot_download(model_path, revision=revision, cache_dir=cache, local_files_only=True))
+    return Path(model_path)
 
 
 def damaged_files(folder: str | Path) -> list[str]:

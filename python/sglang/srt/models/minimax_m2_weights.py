@@ -22,7 +22,7 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.utils import get_layer_id
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.model_loader.weight_utils import default_weight_loader, maybe_remap_kv_scale_name
-from sglang.srt.models.minimax_m2_files import damaged_files
+from sglang.srt.models.minimax_m2_files import damaged_files, folder_of
 from sglang.srt.models.minimax_m2_progress import LoadProgress
 from sglang.srt.server_args import get_global_server_args
 from torch import nn
@@ -230,7 +230,9 @@ _KEEPS_SHAPES = re.compile(r"^(Unquantized|Fp8|ModelOpt|AWQ|GPTQ|CompressedTenso
 
 def _damaged_files() -> str:
     """Lines for the end of a message: which files of the server's checkpoint are missing or cut off, if any."""
-    return "".join(f"\n{fault}" for fault in damaged_files(get_global_server_args().model_path))
+    arguments = get_global_server_args()
+    folder = folder_of(arguments.model_path, arguments.revision, arguments.download_dir)
+    return "".join(f"\n{fault}" for fault in damaged_files(folder))
 
 
 def full_shape(owner: nn.Module, param: nn.Parameter, target: Target) -> tuple[int, ...] | None:
