@@ -286,10 +286,28 @@ def keep_places_of_what_some_ask_for(module: EngineModule) -> None:
     mixin.stream_output_generation = with_all_places
 
 
+def prefill_embeddings_apart(module: EngineModule) -> None:
+    """Embeddings, and token ids beside them: in one prefill the engine has rows for the former alone, and ends.
+
+    So the requests of a prefill are of one kind, and those of the other have the next.
+    """
+    add = module.PrefillAdder.add_one_req
+
+    @functools.wraps(add)
+    def add_of_one_kind(self: EngineObject, req: EngineObject, *args: Any, **kwargs: Any) -> Any:
+        begun = self.can_run_list
+        if begun and (begun[0].input_embeds is None) != (req.input_embeds is None):
+            return module.AddReqResult.OTHER
+        return add(self, req, *args, **kwargs)
+
+    module.PrefillAdder.add_one_req = add_of_one_kind
+
+
 ADJUSTMENTS = [
     ("sglang.srt.entrypoints.openai.serving_chat", find_calls_behind_reasoning),
     ("sglang.srt.entrypoints.openai.serving_chat", stream_what_whole_answers_say),
     ("sglang.srt.layers.utils.logprob", pass_over_requests_without_token_ids),
+    ("sglang.srt.managers.schedule_policy", prefill_embeddings_apart),
     ("sglang.srt.managers.scheduler_output_processor_mixin", keep_places_of_what_some_ask_for),
     ("sglang.srt.managers.session_controller", replace_all_of_a_session),
     ("sglang.srt.managers.tokenizer_manager", forget_what_was_aborted_in_the_queue),

@@ -230,7 +230,9 @@ def _settle_recorder(args: EngineObject) -> None:
     """
     if args.expert_distribution_recorder_mode is None or not is_minimax(args.get_model_config()):
         return
-    args.disable_piecewise_cuda_graph = True
+    if not args.disable_piecewise_cuda_graph:
+        logger.warning("The recorder of the experts' loads goes without piecewise CUDA graphs: prefills have none.")
+        args.disable_piecewise_cuda_graph = True
     if (
         args.expert_distribution_recorder_mode == "stat"
         and args.moe_a2a_backend != "none"

@@ -292,3 +292,21 @@ def test_what_some_of_a_batch_ask_for_has_a_place_for_each():
     assert Mixin().stream_output_generation(some, False) == ([0, 1, 2], False)
     assert [req.return_routed_experts for req in some] == [False, True, False]
     assert Mixin().stream_output_generation(batch(False, False), False) == ([], False)
+
+
+@pytest.mark.parametrize("kinds", [[None, None, [0.5]], [[0.5], [0.5], None]])
+def test_a_prefill_has_embeddings_or_token_ids(kinds):
+    class Adder:
+        def __init__(self):
+            self.can_run_list = []
+
+        def add_one_req(self, req, has_chunked_req, truncation_align_size):
+            self.can_run_list.append(req)
+            return "continue"
+
+    results = SimpleNamespace(OTHER="another prefill")
+    request_mends.prefill_embeddings_apart(SimpleNamespace(PrefillAdder=Adder, AddReqResult=results))
+    adder, requests = Adder(), [SimpleNamespace(input_embeds=kind) for kind in kinds]
+    said = [adder.add_one_req(req, has_chunked_req=False, truncation_align_size=None) for req in requests]
+    assert said == ["continue", "continue", "another prefill"] and adder.can_run_list == requests[:2]
+    assert Adder().add_one_req(requests[2], False, None) == "continue"
