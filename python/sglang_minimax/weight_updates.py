@@ -14,7 +14,7 @@ from sglang_minimax.server_arguments import is_minimax
 
 
 def check_updates(module: EngineModule) -> None:
-    """Looks at the files first, on all ranks: either all of them replace their weights, or none does."""
+    """Looks at the files first, on all ranks of a pipeline stage: either all replace their weights, or none does."""
     update = module.ModelRunner.update_weights_from_disk
 
     @functools.wraps(update)
@@ -28,11 +28,12 @@ def check_updates(module: EngineModule) -> None:
 
 
 def _damage_on_any_rank(runner: EngineObject, model_path: str) -> str:
-    from sglang.srt.distributed import get_world_group
+    # Not over all stages: each gets the request from the one before it, which has then done with it.
+    from sglang.srt.distributed import get_tp_group
     from sglang.srt.models.minimax_m2_files import damaged_files, folder_of
 
     found = damaged_files(folder_of(model_path, None, runner.server_args.download_dir))
-    return "\n".join(dict.fromkeys(fault for own in get_world_group().all_gather_object(found) for fault in own))
+    return "\n".join(dict.fromkeys(fault for own in get_tp_group().all_gather_object(found) for fault in own))
 
 
 ADJUSTMENTS = [("sglang.srt.model_executor.model_runner", check_updates)]
